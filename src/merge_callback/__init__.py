@@ -1,0 +1,9 @@
+"""Watch, live and for almost nothing, what a model would be if it were annealed now."""
+
+from importlib.metadata import version
+
+from merge_callback.callback import MergeCallback
+from merge_callback.rules import Window
+
+__all__ = ["MergeCallback", "Window"]
+__version__ = version("merge-callback")

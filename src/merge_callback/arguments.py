@@ -1,0 +1,63 @@
+"""Checks of what a user gives to `MergeCallback`: each error names the argument, the value and what was expected."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_callback.rules import Rule, resolve_rule
+
+
+def check_count(argument: str, value: Any, minimum: int = 1) -> None:
+    """Raises unless the value is an int of at least the minimum."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{argument} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{argument} must be >= {minimum}, got {value}")
+
+
+def check_limit(limit_batches: Any) -> None:
+    """Raises unless it is a number of batches, a share of them, or None."""
+    if limit_batches is None:
+        return
+    if isinstance(limit_batches, bool) or not isinstance(limit_batches, int | float):
+        raise TypeError(f"limit_batches must be an int, a float or None, got {limit_batches!r}")
+    if limit_batches < 1 if isinstance(limit_batches, int) else not 0 < limit_batches <= 1:
+        raise ValueError(f"limit_batches must be a number of batches >= 1 or a share in (0, 1], got {limit_batches}")
+
+
+def check_storage(storage: Any) -> None:
+    """Raises unless snapshots can be kept there."""
+    if storage == "device":
+        return
+    if not isinstance(storage, str | os.PathLike):
+        raise TypeError(f"storage must be 'device', 'cpu' or a directory, got {storage!r}")
+    if storage != "cpu":
+        folder = Path(storage).absolute()
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ValueError(f"storage={str(storage)!r} cannot be written: {existing} is not a writable directory")
+    raise NotImplementedError(f"storage={str(storage)!r} is still to come; only storage='device' is there")
+
+
+def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype itself, also from its name; None stays None."""
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point torch.dtype or its name, got {dtype!r}")
+    return resolved
+
+
+def named_rules(merges: Any) -> dict[str, Rule]:
+    """Merges by name, from a rule or a mapping of names to rules."""
+    if not isinstance(merges, Mapping):
+        label = merges if isinstance(merges, str) else getattr(merges, "__name__", type(merges).__name__.lower())
+        return {label: resolve_rule(merges)}
+    if not merges:
+        raise ValueError("merges must name at least one merge, got an empty mapping")
+    for name in merges:
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(f"merges must be named by non-empty strings without a slash, got {name!r}")
+    return {name: resolve_rule(rule) for name, rule in merges.items()}

@@ -1,0 +1,383 @@
+"""`MergeCallback`: Lightning's hooks, each handed to the file whose business it is."""
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from merge_callback.arguments import check_count, check_limit, check_storage, floating_dtype, named_rules
+from merge_callback.capture import SnapshotCapture
+from merge_callback.evaluate import (
+    LoggedValue,
+    evaluate,
+    num_limited_batches,
+    observe_validations,
+    stop_observing_validations,
+)
+from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients
+from merge_callback.swap import swapped_weights
+from merge_callback.weights import tensors_by_name
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What the evaluation before a live validation found, kept until the live values are there to compare with."""
+
+    merged: dict[str, dict[str, LoggedValue]]
+    live: dict[str, LoggedValue] | None
+    spread: float
+    seconds: float
+
+
+class MergeCallback(Callback):
+    """Shows, beside the live metrics, those of the merge of the latest weights: the model as if it were annealed now.
+
+    Keeps a rolling buffer of snapshots while the learning rate is constant, merges them at every validation, validates
+    the merge over the same batches, and logs ``merged/m`` and ``merge_gain/m`` beside every metric ``m``. Training is
+    bit-identical to training without it. Implements *Model Merging in Pre-training of Large Language Models*
+    (arXiv 2505.12082); `merge_callback.rules` tells which decay a merge stands for.
+
+    Args:
+        every_n_train_steps: Optimizer steps between two snapshots; with several optimizers a step is one round of them.
+            None starts at one step and doubles as training grows, so that the ring always covers at least the last
+            tenth of training.
+        num_snapshots: Capacity of the rolling buffer.
+        merges: The merge to evaluate: a rule's name (``"sma"``, ``"wma"``, ``"ema"``, ``"linear"``, ``"1-sqrt"``,
+            ``"cosine"``), a `Window`, or a function of the snapshots' steps. Or several, as a mapping of names to any
+            of these; the first is the primary one.
+        start: ``"stable"`` captures while the learning rate is constant, and begins a new window when it is constant
+            again at another value; an int captures from that optimizer step on, whatever the rate does.
+        storage: Where snapshots live: ``"device"`` is the memory of the model's device.
+        dtype: Dtype in which snapshots are kept, e.g. ``torch.bfloat16`` or ``"bfloat16"``; None keeps each parameter's
+            own. Merges accumulate in float32 or better all the same.
+        evaluate_every_n_validations: Evaluates the merges at every n-th validation.
+        limit_batches: How much of each validation loader the merged validation takes: a number of batches or a share;
+            None for as much as the live validation. With a limit the gain compares the same batches, for which the live
+            model is evaluated on them once more.
+        higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``;
+            torchmetrics objects know it themselves.
+        name: Distinguishes two callbacks in one Trainer, in checkpoints and in logged names.
+
+    Raises:
+        ValueError: If an argument has a value that makes no sense; the message names both.
+        TypeError: If an argument is of another type than described.
+        NotImplementedError: If ``storage`` is one that is still to come.
+
+    >>> from lightning.pytorch import Trainer
+    >>> from merge_callback import MergeCallback, Window
+    >>> callback = MergeCallback(every_n_train_steps=100, merges={"sma": "sma", "late": Window(span=0.05)})
+    >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, enable_model_summary=False)
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int | None = None,
+        num_snapshots: int = 10,
+        *,
+        merges: str | Rule | Mapping[str, str | Rule] = "sma",
+        start: Literal["stable"] | int = "stable",
+        storage: str | os.PathLike[str] = "device",
+        dtype: torch.dtype | str | None = None,
+        evaluate_every_n_validations: int = 1,
+        limit_batches: int | float | None = None,
+        higher_is_better: str | Sequence[str] = (),
+        name: str = "merge",
+    ) -> None:
+        if every_n_train_steps is not None:
+            check_count("every_n_train_steps", every_n_train_steps)
+        check_count("num_snapshots", num_snapshots)
+        check_count("evaluate_every_n_validations", evaluate_every_n_validations)
+        check_limit(limit_batches)
+        check_storage(storage)
+        if start != "stable":
+            check_count("start", start, minimum=0)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name must be a non-empty string, got {name!r}")
+        self.every_n_train_steps = every_n_train_steps
+        self.num_snapshots = num_snapshots
+        self.merges = named_rules(merges)
+        self.start = start
+        self.dtype = floating_dtype(dtype)
+        self.evaluate_every_n_validations = evaluate_every_n_validations
+        self.limit_batches = limit_batches
+        self.higher_is_better = (higher_is_better,) if isinstance(higher_is_better, str) else tuple(higher_is_better)
+        self.name = name
+
+        self._module: LightningModule | None = None
+        self._capture = self._new_capture()
+        self._loaded_state: dict[str, Any] | None = None
+        self._step = 0
+        self._rates: list[float] = []
+        self._num_validations = 0
+        self._evaluation: _Evaluation | None = None
+        self._said: set[str] = set()
+
+    # What a user asks of it.
+
+    @property
+    def snapshot_steps(self) -> list[int]:
+        """Optimizer steps of the snapshots in the buffer, oldest first."""
+        return self._capture.steps
+
+    def coefficients(self, name: str | None = None) -> dict[int, float]:
+        """Coefficients of a merge by snapshot step, oldest first; they sum to one.
+
+        Args:
+            name: Which merge; None is the primary one.
+
+        Raises:
+            RuntimeError: If nothing was captured yet.
+            ValueError: If there is no merge of that name, or its rule gives no proper coefficients.
+        """
+        rule = self._rule(name)
+        if not self.snapshot_steps:
+            raise RuntimeError(
+                "nothing was captured yet, so there is no merge: capturing begins "
+                + (
+                    "once the learning rate is constant"
+                    if self.start == "stable"
+                    else f"at optimizer step {self.start}"
+                )
+            )
+        return dict(zip(self.snapshot_steps, merge_coefficients(rule, self.snapshot_steps), strict=True))
+
+    def implied_decay(self, name: str | None = None) -> list[tuple[int, float]]:
+        """The learning-rate decay that a merge stands for: (snapshot step, multiplier), oldest first.
+
+        The multiplier applies to the updates that led up to that snapshot from the one before; for the oldest it is
+        one. Raises as `coefficients` does.
+        """
+        coefficients = self.coefficients(name)
+        return list(zip(coefficients, decay_from_coefficients(list(coefficients.values())), strict=True))
+
+    def merged_state_dict(self, name: str | None = None) -> dict[str, Tensor]:
+        """The merge as a state dict of the LightningModule, which takes it with ``strict=True``.
+
+        Trainable parameters are merged; floating-point buffers are those of the newest snapshot; frozen parameters and
+        integer buffers are the live ones. The tensors are copies. Raises as `coefficients` does.
+        """
+        self.coefficients(name)
+        assert self._module is not None
+        with self.merged_weights(self._module, name):
+            state = self._module.state_dict()
+            return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+
+    @contextmanager
+    def merged_weights(self, pl_module: torch.nn.Module, name: str | None = None) -> Iterator[None]:
+        """Inside the context the module holds the merge; afterwards, whatever happened, its own weights again.
+
+        Args:
+            pl_module: The module that was trained, or another one of the same architecture.
+            name: Which merge; None is the primary one.
+
+        Raises:
+            RuntimeError: If nothing was captured yet.
+            ValueError: If there is no merge of that name, or the module has other tensors.
+        """
+        with self._swapped_in(pl_module, self._merge(name)):
+            yield
+
+    # What Lightning calls.
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"capture": self._capture.state_dict(), "num_validations": self._num_validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Some strategies load before the model is on its device: kept until the fit begins.
+        self._loaded_state = state_dict
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loaded_state = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = optimizer_step(trainer)
+        # Another fit of the same module goes on with its window, unless it starts counting anew.
+        continues = self._module is pl_module and self._step <= step
+        self._module, self._step = pl_module, step
+        if self._loaded_state is not None or not continues:
+            self._capture = self._new_capture()
+            self._capture.prepare(pl_module)
+            self._num_validations = 0
+        if self._loaded_state is not None:
+            self._capture.load_state_dict(self._loaded_state["capture"])
+            self._num_validations = self._loaded_state["num_validations"]
+            self._loaded_state = None
+        self._said.clear()
+        self._say(self._description(), topic="start")
+        if trainer.enable_validation:
+            observe_validations(trainer, self)
+        else:
+            self._say("there is no validation, so merges are kept for export but not evaluated", topic="validation")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._rates = learning_rates(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = optimizer_step(trainer)
+        if step == self._step:
+            return
+        self._step = step
+        self._capture.after_step(pl_module, step, self._rates, learning_rates(trainer))
+        self._explain_phase(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._explain_phase(trainer, is_end=True)
+        stop_observing_validations(trainer, self)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        stop_observing_validations(trainer, self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        stop_observing_validations(trainer, self)
+
+    # What `evaluate.observe_validations` calls.
+
+    def before_validation(self, trainer: Trainer) -> None:
+        """Validates every merge, and the live weights on the same batches where these are fewer."""
+        self._evaluation = None
+        self._num_validations += 1
+        if not self.snapshot_steps or self._num_validations % self.evaluate_every_n_validations:
+            return
+        began = time.perf_counter()
+        num_batches, num_live_batches = num_limited_batches(trainer, self.limit_batches)
+        merged, spread = {}, 0.0
+        for name in self.merges:
+            row = self._merge(name)
+            if name == self._primary:
+                assert self._capture.ring is not None
+                spread = self._capture.ring.spread(list(self.coefficients(name).values()), row)
+            with self._swapped_in(trainer.lightning_module, row):
+                merged[name] = evaluate(trainer, self.limit_batches)
+        live = evaluate(trainer, self.limit_batches) if num_batches < num_live_batches else None
+        self._evaluation = _Evaluation(merged, live, spread, time.perf_counter() - began)
+
+    def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
+        """What to log beside the live values: merged values, gains and diagnostics."""
+        if (evaluation := self._evaluation) is None:
+            return {}
+        live = evaluation.live or live
+        logged = {}
+        for name, values in evaluation.merged.items():
+            label = self._label(name)
+            for metric, merged in values.items():
+                prog_bar = merged.prog_bar and name == self._primary
+                logged[f"merged{label}/{metric}"] = replace(merged, prog_bar=prog_bar)
+                if metric in live:
+                    gain = live[metric].value - merged.value
+                    gain = -gain if self._is_higher_better(metric, merged) else gain
+                    logged[f"merge_gain{label}/{metric}"] = LoggedValue(gain, logger=merged.logger)
+        used = [step for step, value in self.coefficients().items() if value != 0]
+        diagnostics = {
+            "num_snapshots": len(used),
+            "span_steps": used[-1] - used[0],
+            "spread": evaluation.spread,
+            "seconds": evaluation.seconds,
+        }
+        device = trainer.lightning_module.device
+        for key, number in diagnostics.items():
+            logged[f"merge{self._label()}/{key}"] = LoggedValue(torch.tensor(float(number), device=device))
+        return logged
+
+    # How it does it.
+
+    @property
+    def _primary(self) -> str:
+        return next(iter(self.merges))
+
+    def _new_capture(self) -> SnapshotCapture:
+        return SnapshotCapture(
+            self.every_n_train_steps, self.num_snapshots, self.merges.values(), self.start, self.dtype
+        )
+
+    def _rule(self, name: str | None) -> Rule:
+        if name is not None and name not in self.merges:
+            raise ValueError(f"there is no merge called {name!r}; there are: {', '.join(self.merges)}")
+        return self.merges[name or self._primary]
+
+    def _label(self, merge: str | None = None) -> str:
+        """What is added to logged names: the callback's name unless it is the default, the merge's unless primary."""
+        parts = [self.name if self.name != "merge" else None, merge if merge != self._primary else None]
+        return "".join(f"_{part}" for part in parts if part)
+
+    def _merge(self, name: str | None) -> list[Tensor]:
+        coefficients = self.coefficients(name)
+        assert self._capture.ring is not None
+        return self._capture.ring.combine(list(coefficients.values()))
+
+    @contextmanager
+    def _swapped_in(self, module: torch.nn.Module, row: list[Tensor]) -> Iterator[None]:
+        assert self._capture.ring is not None
+        merged = self._capture.ring.storage.layout.views(row) | self._capture.buffers
+        live = tensors_by_name(module, merged)
+        # Lightning takes the model off its device after a fit. Buffers are copied: a forward pass may write to them.
+        merged = {k: v.to(live[k].device, copy=k in self._capture.buffers) for k, v in merged.items()}
+        with swapped_weights(live, merged):
+            yield
+
+    def _is_higher_better(self, metric: str, merged: LoggedValue) -> bool:
+        return any(fnmatch(metric, pattern) for pattern in self.higher_is_better) or bool(merged.higher_is_better)
+
+    def _say(self, text: str, topic: str, warn: bool = False) -> None:
+        """Once a fit."""
+        if topic not in self._said:
+            self._said.add(topic)
+            (rank_zero_warn if warn else rank_zero_info)(f"MergeCallback({self.name!r}): {text}")
+
+    def _description(self) -> str:
+        when = f"every {self.every_n_train_steps} steps" if self.every_n_train_steps else "at an interval that doubles"
+        while_ = "while the learning rate is constant" if self.start == "stable" else f"from step {self.start} on"
+        if (ring := self._capture.ring) is None:
+            return f"a snapshot {when} {while_}; the parameters' shapes are not known yet"
+        (_, device), *_ = ring.storage.layout.groups
+        return (
+            f"up to {self.num_snapshots} snapshots, {when} {while_}, in {ring.storage.size_bytes / 2**20:.1f} MiB on"
+            f" {device}; merges: {', '.join(self.merges)}"
+        )
+
+    def _explain_phase(self, trainer: Trainer, is_end: bool = False) -> None:
+        if self.start != "stable":
+            return
+        if self.snapshot_steps and not self._capture.phase.is_stable:
+            self._say(
+                f"the learning rate moved at step {self._step}: the window of {len(self.snapshot_steps)} snapshots up"
+                f" to step {self.snapshot_steps[-1]} stays as it is until the rate is constant again",
+                topic="frozen",
+            )
+        if self._capture.phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):
+            self._say(
+                f"the learning rate was not constant in {self._capture.phase.num_unsettled_steps} steps (a cosine"
+                " schedule? a schedule-free optimizer?), so nothing was captured. MergeCallback(start=STEP) captures"
+                " from a step on whatever the rate does; what its merge says about annealing then is less certain",
+                topic="unsettled",
+                warn=True,
+            )
+
+
+def optimizer_step(trainer: Trainer) -> int:
+    """Rounds of optimizer steps so far; Lightning counts the steps of all optimizers."""
+    return trainer.global_step // max(1, len(trainer.optimizers))
+
+
+def learning_rates(trainer: Trainer) -> list[float]:
+    """The rates of all parameter groups; NaN for a schedule-free optimizer, which keeps its real rate to itself."""
+    return [
+        math.nan if "train_mode" in group else float(group["lr"])
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        if "lr" in group
+    ]

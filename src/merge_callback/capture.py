@@ -1,0 +1,162 @@
+"""When and what is captured: joins the learning rate's phase, the schedule, the model's tensors and the ring."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from merge_callback.phase import CaptureSchedule, StablePhase, needs_thinning
+from merge_callback.rules import Rule, Window
+from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing, refuse_if_too_large
+from merge_callback.weights import has_lazy_parameters, merged_parameters, nonfinite_names, snapshot_buffers
+
+# Without an interval of its own the ring covers at least this share of the training so far.
+DEFAULT_SPAN = 0.1
+
+
+class SnapshotCapture:
+    """Takes the snapshots of a run, step by step, and keeps the window that the merges are made of.
+
+    Args:
+        every_n_train_steps: Optimizer steps between two snapshots; None starts at one and doubles.
+        num_snapshots: Capacity of the ring.
+        rules: The rules of the merges; their `Window`s say how far back the ring has to reach.
+        start: ``"stable"``, or the optimizer step from which on to capture.
+        dtype: Dtype in which snapshots are kept; None keeps each parameter's own.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int | None,
+        num_snapshots: int,
+        rules: Iterable[Rule],
+        start: Literal["stable"] | int,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.every_n_train_steps = every_n_train_steps
+        self.num_snapshots = num_snapshots
+        self.start = start
+        self.dtype = dtype
+        self.phase = StablePhase()
+        self.schedule = CaptureSchedule(every_n_train_steps or 1)
+        self.ring: SnapshotRing | None = None
+        # Floating buffers at the newest snapshot: batch-norm statistics are taken over, not averaged.
+        self.buffers: dict[str, Tensor] = {}
+        self._windows = [rule for rule in rules if isinstance(rule, Window)]
+        if every_n_train_steps is None:
+            self._windows.append(Window(span=DEFAULT_SPAN))
+        self._window_phase = 0
+
+    @property
+    def steps(self) -> list[int]:
+        """Optimizer steps of the snapshots, oldest first."""
+        return list(self.ring.steps) if self.ring is not None else []
+
+    def prepare(self, module: nn.Module) -> None:
+        """Allocates the ring, unless the module's parameters get their shapes only in its first forward pass.
+
+        Raises:
+            ValueError: If the module has no trainable floating-point parameters.
+            MemoryError: If the ring does not fit into the memory that is free.
+        """
+        if has_lazy_parameters(module):
+            return
+        parameters = merged_parameters(module)
+        if not parameters:
+            raise ValueError(
+                f"{type(module).__name__} has no trainable floating-point parameters, so there is nothing to merge"
+            )
+        layout = RowLayout(parameters)
+        refuse_if_too_large(DeviceStorage.required_bytes(layout, self.num_snapshots, self.dtype), self.num_snapshots)
+        self.ring = SnapshotRing(DeviceStorage(layout, self.num_snapshots, self.dtype), self.num_snapshots)
+
+    def after_step(self, module: nn.Module, step: int, used: Sequence[float], following: Sequence[float]) -> bool:
+        """Takes note of an optimizer step, and a snapshot where one is due; returns whether one was taken.
+
+        Args:
+            module: The live model, after that step.
+            step: Number of optimizer steps so far.
+            used: Learning rates of that step.
+            following: Learning rates of the next step.
+        """
+        is_stable = self.phase.observe(used, following)
+        if self.start == "stable":
+            if not is_stable:
+                return False
+            if self._window_phase != self.phase.num_begun:
+                self._begin_window()
+        elif step < self.start:
+            return False
+        if not self.schedule.take(step):
+            return False
+        if self.ring is not None and self.ring.is_full and self._needs_thinning(step):
+            self.ring.thin()
+            self.schedule.double(newest=self.ring.steps[-1])
+            if not self.schedule.take(step):
+                return False
+        return self._take_snapshot(module, step)
+
+    def _begin_window(self) -> None:
+        self._window_phase = self.phase.num_begun
+        self.schedule = CaptureSchedule(self.every_n_train_steps or 1)
+        if self.ring is not None:
+            self.ring.clear()
+
+    def _needs_thinning(self, step: int) -> bool:
+        required = max((window.required_span(step) for window in self._windows), default=0.0)
+        return needs_thinning(self.steps, step, required)
+
+    def _take_snapshot(self, module: nn.Module, step: int) -> bool:
+        parameters = merged_parameters(module)
+        if self.ring is None:
+            self.prepare(module)
+        elif not self.ring.storage.layout.fits(parameters):
+            warnings.warn(
+                f"The trainable parameters changed before step {step}: the window of {len(self.steps)} snapshots does"
+                " not fit them any more, and a new one begins.",
+                stacklevel=2,
+            )
+            self.prepare(module)
+        assert self.ring is not None
+        if bad := nonfinite_names(parameters):
+            warnings.warn(
+                f"No snapshot at step {step}: {bad[0]} holds NaN or inf"
+                + (f", and {len(bad) - 1} more parameters do" if len(bad) > 1 else "")
+                + f". The window stays as it was, at steps {self.steps}.",
+                stacklevel=2,
+            )
+            return False
+        self.ring.append(step, parameters)
+        self.buffers = {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on as if there had been no interruption; the ring's rows by reference."""
+        return {
+            "every_n_train_steps": self.every_n_train_steps,
+            "phase": asdict(self.phase),
+            "window_phase": self._window_phase,
+            "schedule": asdict(self.schedule),
+            "ring": self.ring.state_dict() if self.ring is not None else None,
+            "buffers": self.buffers,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a saved state; call `prepare` before.
+
+        Raises:
+            ValueError: If the saved snapshots are of other tensors than the module's.
+        """
+        self.phase = StablePhase(**state["phase"])
+        self._window_phase = state["window_phase"]
+        if state["ring"] is not None and self.ring is not None:
+            self.ring.load_state_dict(state["ring"])
+            device = self.ring.storage.layout.groups[0][1]
+            self.buffers = {name: buffer.to(device, copy=True) for name, buffer in state["buffers"].items()}
+        if state["every_n_train_steps"] == self.every_n_train_steps:
+            self.schedule = CaptureSchedule(**state["schedule"])
+        elif self.steps:
+            self.schedule.next_step = self.steps[-1] + self.schedule.interval

@@ -1,0 +1,220 @@
+"""A validation of other weights inside fit: the module's own hooks over the same batches, with nothing left behind.
+
+How it runs. A `ValidationObserver` is called before each live validation of a fit, when the loaders stand ready and no
+batch has been drawn. There it may call `evaluate` as often as it likes: a second evaluation loop of Lightning's own
+class, with its own results, over the live loop's loaders, so that every reduction (batch sizes, several loaders, ranks,
+metric objects) is Lightning's. Random states are put back afterwards, so the live validation that follows sees the same
+batches and the same draws as it would have alone, and as the evaluations before it. When the live validation has ended
+its epoch, and while Lightning still takes values for it, the observer is given the live values and answers what to log
+beside them: same step, same row, and visible to whatever monitors a metric.
+
+Lightning keeps these loops private. Every private name that this package touches is touched in this file.
+"""
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor
+
+from merge_callback.preserve import preserved_attributes, preserved_loaders, preserved_rng
+from merge_callback.swap import swapped_weights
+
+
+@dataclass(frozen=True)
+class LoggedValue:
+    """A metric at the end of a validation epoch, and how it was logged."""
+
+    value: Tensor
+    prog_bar: bool = False
+    logger: bool = True
+    higher_is_better: bool | None = None
+
+
+class ValidationObserver(Protocol):
+    """What `observe_validations` calls around every validation of a fit, the sanity check excepted."""
+
+    def before_validation(self, trainer: Trainer) -> None:
+        """Called before the live validation; the place for `evaluate`."""
+
+    def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> Mapping[str, LoggedValue]:
+        """Called with the live values once their epoch has ended; returns what to log beside them."""
+
+
+def observe_validations(trainer: Trainer, observer: ValidationObserver) -> None:
+    """Calls the observer around every validation of the running fit, until `stop_observing_validations`."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if not isinstance(loop.run, _ObservedRun):
+        loop.run = _ObservedRun(trainer)  # type: ignore[method-assign]
+    loop.run.observers.append(observer)
+
+
+def stop_observing_validations(trainer: Trainer, observer: ValidationObserver) -> None:
+    """Undoes `observe_validations`; does nothing where there is nothing to undo."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if isinstance(loop.run, _ObservedRun) and observer in loop.run.observers:
+        loop.run.observers.remove(observer)
+        if not loop.run.observers:
+            del loop.run
+
+
+class _ObservedRun:
+    """Stands in for the ``run`` of the fit's validation loop."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.observers: list[ValidationObserver] = []
+
+    def __call__(self) -> Any:
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        run = types.MethodType(type(loop).run, loop)
+        loop.setup_data()
+        if loop.skip:
+            return run()
+        for observer in self.observers:
+            observer.before_validation(self.trainer)
+        with _called_after_epoch_end(self.trainer.lightning_module, self._publish):
+            return run()
+
+    def _publish(self) -> None:
+        results = self.trainer.fit_loop.epoch_loop.val_loop._results
+        live = _epoch_values(results, self.trainer.callback_metrics)
+        for observer in self.observers:
+            for name, logged in observer.after_validation(self.trainer, live).items():
+                # Not through `self.log`, which refuses the names of values that belong to one of several loaders. The
+                # values are reduced over ranks already: asking for a reduction that does nothing keeps them so.
+                results.log(
+                    "on_validation_epoch_end",
+                    name,
+                    logged.value,
+                    prog_bar=logged.prog_bar,
+                    logger=logged.logger,
+                    sync_dist=True,
+                    batch_size=1,
+                )
+
+
+@contextmanager
+def _called_after_epoch_end(module: LightningModule, function: Callable[[], None]) -> Iterator[None]:
+    """Calls the function right after the module's own ``on_validation_epoch_end``.
+
+    The hook of the same name that callbacks have runs before the module's, too early to see what the module logs there.
+    """
+    own_hook = module.on_validation_epoch_end
+
+    def hook() -> None:
+        own_hook()
+        function()
+
+    with _replaced(module, on_validation_epoch_end=hook):
+        yield
+
+
+def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict[str, LoggedValue]:
+    """Validates the weights that the model holds now, over the batches of the validation that is about to begin.
+
+    To be called from `ValidationObserver.before_validation`. Runs the module's ``validation_step`` and its hooks as
+    ``Trainer.validate`` would, without callbacks and loggers. Afterwards random states, loaders, metric objects,
+    buffers and the module's plain attributes (numbers, small tensors, lists and dicts of them) are as they were, also
+    after an exception.
+
+    Args:
+        trainer: A trainer in the middle of a fit.
+        limit_batches: Number of batches per loader, or share of each; None for all that the live validation takes.
+
+    Returns:
+        Name -> value, for everything that was logged for the epoch.
+
+    Raises:
+        ValueError: If a share was asked of a loader without length.
+    """
+    live_loop = trainer.fit_loop.epoch_loop.val_loop
+    loop = type(live_loop)(
+        trainer, live_loop._trainer_fn, live_loop._stage, verbose=False, inference_mode=live_loop.inference_mode
+    )
+    loaders = live_loop._combined_loader
+    assert loaders is not None
+    loop._combined_loader = loaders
+    loop._max_batches = [_limited(num_batches, limit_batches) for num_batches in live_loop._max_batches]
+    loop._last_val_dl_reload_epoch = live_loop._last_val_dl_reload_epoch
+    connector = type(trainer._logger_connector)(trainer)
+    module = trainer.lightning_module
+
+    with ExitStack() as stack:
+        stack.enter_context(preserved_rng())
+        stack.enter_context(preserved_loaders(loaders.flattened))
+        stack.enter_context(preserved_attributes(module))
+        buffers = dict(module.named_buffers())
+        stack.enter_context(swapped_weights(buffers, {name: buffer.clone() for name, buffer in buffers.items()}))
+        stack.enter_context(_replaced(trainer.fit_loop.epoch_loop, val_loop=loop))
+        stack.enter_context(
+            _replaced(
+                trainer,
+                callbacks=[],
+                # Code that calls `self.logger.experiment.add_image` still runs; what it logs goes nowhere.
+                loggers=[DummyLogger() for _ in trainer.loggers],
+                _logger_connector=connector,
+            )
+        )
+        loop.run()
+        return _epoch_values(loop._results, connector.callback_metrics)
+
+
+def num_limited_batches(trainer: Trainer, limit_batches: int | float | None) -> tuple[int | float, int | float]:
+    """How many batches, over all loaders, `evaluate` would take under that limit, and how many the live validation."""
+    max_batches = trainer.fit_loop.epoch_loop.val_loop._max_batches
+    return sum(_limited(num_batches, limit_batches) for num_batches in max_batches), sum(max_batches)
+
+
+def _limited(num_batches: int | float, limit_batches: int | float | None) -> int | float:
+    if limit_batches is None or num_batches == 0:
+        return num_batches
+    if isinstance(limit_batches, int):
+        return min(num_batches, limit_batches)
+    if num_batches == float("inf"):
+        raise ValueError(
+            f"limit_batches={limit_batches} is a share of the validation batches, but a validation loader has no"
+            " length; give a number of batches instead"
+        )
+    return max(1, int(num_batches * limit_batches))
+
+
+def _epoch_values(results: Any, callback_metrics: Mapping[str, Tensor]) -> dict[str, LoggedValue]:
+    """What the hooks of one evaluation loop logged for the epoch, out of all metrics of the trainer."""
+    values = {}
+    for item in results.values():
+        if not item.meta.on_epoch:
+            continue
+        # A value logged for step and epoch is monitored as `name` and as `name_epoch`, and written as the latter.
+        name, written_name = results._forked_name(item, on_step=False)
+        for key in dict.fromkeys((name, written_name)):
+            if key not in callback_metrics:
+                continue
+            values[key] = LoggedValue(
+                callback_metrics[key].detach().clone(),
+                prog_bar=item.meta.prog_bar and key == written_name,
+                logger=item.meta.logger and key == written_name,
+                higher_is_better=None if item.is_tensor else getattr(item.value, "higher_is_better", None),
+            )
+    return values
+
+
+@contextmanager
+def _replaced(owner: object, **attributes: Any) -> Iterator[None]:
+    """Other attributes for a while; one that came from the class is the class's again afterwards."""
+    saved = {name: getattr(owner, name) for name in attributes}
+    inherited = {n for n in attributes if n not in vars(owner) and not isinstance(getattr(type(owner), n), property)}
+    try:
+        for name, value in attributes.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in saved.items():
+            if name in inherited:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)

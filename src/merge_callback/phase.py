@@ -1,0 +1,118 @@
+"""When to capture: is the learning rate constant, and is a snapshot due. Pure, on floats and ints."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# A stable phase is over when a rate has moved by more than this from where it stood when the phase began.
+DRIFT_TOLERANCE = 1e-6
+# It begins when two neighbouring steps agree much more closely, so that a slow decay does not look constant.
+SETTLED_TOLERANCE = 1e-9
+# A warmup is rarely longer than this share of a run, or this many steps; a rate that still moves then never settles.
+SETTLING_SHARE = 0.2
+SETTLING_STEPS = 10_000
+
+
+@dataclass
+class StablePhase:
+    """Follows the learning rates and knows whether they are constant.
+
+    An optimizer step belongs to the stable phase when its rates equal those of the step before or after it, and stay
+    within a relative 1e-6 of the phase's first rates. So the last step of a warmup that reached the full rate counts,
+    and so does the last one before a decay.
+
+    >>> phase = StablePhase()
+    >>> rates = [0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
+    >>> [phase.observe([used], [following]) for used, following in zip(rates, rates[1:])]
+    [False, True, True, True, False]
+    """
+
+    anchor: list[float] | None = None
+    previous: list[float] | None = None
+    num_begun: int = 0
+    num_unsettled_steps: int = 0
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether the last observed step belonged to a stable phase."""
+        return self.anchor is not None
+
+    def observe(self, used: Sequence[float], following: Sequence[float]) -> bool:
+        """Takes note of one optimizer step; returns whether it belongs to a stable phase.
+
+        Args:
+            used: Learning rates of that step, one per parameter group of every optimizer.
+            following: Learning rates as the scheduler left them for the next step.
+        """
+        rates = list(used)
+        if self.anchor is None or not _close(rates, self.anchor, DRIFT_TOLERANCE):
+            agrees = _close(rates, following, SETTLED_TOLERANCE) or (
+                self.previous is not None and _close(rates, self.previous, SETTLED_TOLERANCE)
+            )
+            self.anchor = rates if agrees else None
+            self.num_begun += agrees
+        self.num_unsettled_steps += not self.is_stable
+        self.previous = rates
+        return self.is_stable
+
+    def never_settled(self, planned_steps: float) -> bool:
+        """Whether no stable phase has begun by a time when most runs' warmups are over.
+
+        Args:
+            planned_steps: Length of the run in optimizer steps, may be infinite; zero when the run is over.
+        """
+        patience = SETTLING_SHARE * planned_steps if math.isfinite(planned_steps) else SETTLING_STEPS
+        return self.num_begun == 0 and self.num_unsettled_steps > patience
+
+
+def _close(rates: Sequence[float], others: Sequence[float], tolerance: float) -> bool:
+    return len(rates) == len(others) and all(
+        abs(rate - other) <= tolerance * max(abs(rate), abs(other)) for rate, other in zip(rates, others, strict=True)
+    )
+
+
+@dataclass
+class CaptureSchedule:
+    """Knows at which optimizer steps a snapshot is due.
+
+    The first one is due at the first multiple of the interval, each further one an interval later. The interval doubles
+    whenever the ring is thinned.
+
+    >>> schedule = CaptureSchedule(interval=5)
+    >>> [step for step in range(1, 21) if schedule.take(step)]
+    [5, 10, 15, 20]
+    >>> schedule.double(newest=20)
+    >>> [step for step in range(21, 51) if schedule.take(step)]
+    [30, 40, 50]
+    """
+
+    interval: int
+    next_step: int | None = None
+
+    def take(self, step: int) -> bool:
+        """Whether a snapshot is due at ``step``; if so, the next one is due an interval later."""
+        if self.next_step is None:
+            # Manual optimization may take several steps a batch and jump over the multiple itself.
+            self.next_step = max(-(-step // self.interval), 1) * self.interval
+        if step < self.next_step:
+            return False
+        self.next_step = step + self.interval
+        return True
+
+    def double(self, newest: int) -> None:
+        """Doubles the interval, counted from the newest snapshot that was kept."""
+        self.interval *= 2
+        self.next_step = newest + self.interval
+
+
+def needs_thinning(steps: Sequence[int], step: int, required_span: float) -> bool:
+    """Whether dropping the oldest snapshot of a full ring would leave less than the required span behind ``step``.
+
+    A ring of one has nothing to thin.
+
+    >>> needs_thinning([10, 20, 30, 40], step=50, required_span=25)
+    False
+    >>> needs_thinning([10, 20, 30, 40], step=50, required_span=35)
+    True
+    """
+    return len(steps) > 1 and steps[1] > step - required_span

@@ -1,0 +1,69 @@
+"""The observer rule: training with the callback is bit-identical to training without it."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from merge_callback import MergeCallback, Window
+from tests.toys import BusyToy, Toy, assert_same_training, batches, fit
+
+MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt"}
+
+
+@pytest.mark.parametrize("module_class", [Toy, BusyToy])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5},
+        {"precision": "bf16-mixed"},
+        {"val_check_interval": 1.0},
+        {"limit_val_batches": 2},
+    ],
+    ids=["plain", "accumulation", "bf16-mixed", "at-epoch-end", "limited"],
+)
+@pytest.mark.parametrize("callback_arguments", [{}, {"every_n_train_steps": 2, "limit_batches": 1}], ids=["all", "limited"])
+def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, module_class, arguments, callback_arguments):
+    without = fit(seeded(module_class), tmp_path / "without", **arguments)
+    callback = MergeCallback(num_snapshots=4, merges=MERGES, **callback_arguments)
+    watched = fit(seeded(module_class), tmp_path / "with", callback, **arguments)
+    assert watched.logged("merged/val_loss")
+    assert_same_training(without, watched)
+    if module_class is BusyToy:
+        assert torch.equal(torch.stack(without.module.seen), torch.stack(watched.module.seen))
+        assert without.module.num_validations == watched.module.num_validations
+
+
+@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
+def test_a_loader_with_a_generator_of_its_own_gives_the_live_validation_the_same_order(tmp_path):
+    def shuffled():
+        return DataLoader(batches(24).dataset, 4, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    without = fit(seeded(BusyToy), tmp_path / "without", validation=shuffled())
+    watched = fit(seeded(BusyToy), tmp_path / "with", MergeCallback(2, 3), validation=shuffled())
+    assert watched.logged("merged/val_loss")
+    assert_same_training(without, watched)
+    assert torch.equal(torch.stack(without.module.seen), torch.stack(watched.module.seen))
+
+
+@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
+def test_at_a_rate_of_zero_live_and_merged_values_are_equal_to_the_bit(tmp_path):
+    module = seeded(BusyToy, learning_rate=0.0)
+    module.norm.momentum = 0.0
+    run = fit(module, tmp_path, MergeCallback(1, 3), validation=batches(24, 4, shuffle=True))
+    for metrics in run.epoch_metrics:
+        for name in ("val_loss", "val_accuracy", "val/noisy_loss", "val/noisy_loss_epoch", "micro", "mean_noise"):
+            assert torch.equal(metrics[f"merged/{name}"], metrics[name]), name
+
+
+def test_the_callback_leaves_nothing_on_trainer_and_module(tmp_path):
+    callback = MergeCallback(2, 3)
+    run = fit(seeded(Toy), tmp_path, callback)
+    assert "run" not in vars(run.trainer.fit_loop.epoch_loop.val_loop)
+    assert "on_validation_epoch_end" not in vars(run.module)
+    assert callback in run.trainer.callbacks
+
+
+def seeded(module_class, **arguments):
+    torch.manual_seed(0)
+    return module_class(**arguments)

@@ -1,0 +1,58 @@
+import pytest
+import torch
+from torch import nn
+
+from merge_callback.swap import swapped_weights
+
+
+def test_values_change_inside_and_come_back_with_their_storage():
+    module = nn.Linear(2, 2)
+    live = dict(module.named_parameters())
+    addresses = [tensor.data_ptr() for tensor in live.values()]
+    values = {name: tensor.detach().clone() for name, tensor in live.items()}
+    with swapped_weights(live, {name: torch.ones_like(tensor) for name, tensor in live.items()}):
+        assert torch.equal(module(torch.ones(1, 2)), torch.full((1, 2), 3.0))
+    assert [tensor.data_ptr() for tensor in live.values()] == addresses
+    assert all(torch.equal(tensor, values[name]) for name, tensor in live.items())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_live_values_come_back_after_any_exception(error):
+    weight = nn.Parameter(torch.zeros(2))
+    with pytest.raises(error), swapped_weights({"weight": weight}, {"weight": torch.ones(2)}):
+        raise error
+    assert torch.equal(weight, torch.zeros(2))
+
+
+def test_swaps_nest():
+    weight = torch.zeros(1)
+    with swapped_weights({"w": weight}, {"w": torch.ones(1)}):
+        with swapped_weights({"w": weight}, {"w": torch.full((1,), 2.0)}):
+            assert weight == 2
+        assert weight == 1
+    assert weight == 0
+
+
+def test_tied_tensors_stay_tied():
+    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    second.weight = first.weight
+    with swapped_weights({"weight": first.weight}, {"weight": torch.ones(2, 2)}):
+        assert second.weight is first.weight
+        assert torch.equal(second.weight, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (torch.ones(3), r"weight has shape torch.Size\(\[2\]\) in the model, but torch.Size\(\[3\]\)"),
+        (torch.ones(2, dtype=torch.float64), "weight has dtype torch.float32 in the model, but torch.float64"),
+        (torch.ones(2, device="meta"), "weight has device cpu in the model, but meta"),
+        (None, "no tensor to put in the place of weight"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_exchanged(other, message):
+    first, weight = torch.zeros(2), torch.zeros(2)
+    replacements = {"first": torch.ones(2)} | ({} if other is None else {"weight": other})
+    with pytest.raises(ValueError, match=message), swapped_weights({"first": first, "weight": weight}, replacements):
+        pass
+    assert torch.equal(first, torch.zeros(2))
