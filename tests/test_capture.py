@@ -116,7 +116,7 @@ def test_a_window_by_share_is_thinned_and_never_falls_below_half_the_capacity_on
 def test_thinned_snapshots_stay_evenly_spaced(capacity, every, num_steps):
     capture = SnapshotCapture(every, capacity, [Window(span=0.5)], "stable", None)
     for _, steps in run(capture, [1.0] * num_steps):
-        gaps = {later - earlier for earlier, later in zip(steps, steps[1:], strict=False)}
+        gaps = {later - earlier for earlier, later in itertools.pairwise(steps)}
         assert len(gaps) <= 1, steps
 
 
@@ -191,4 +191,3 @@ def test_an_interrupted_capture_goes_on_as_if_it_had_not_stopped(capacity, every
         coefficients = [1 / len(whole.steps)] * len(whole.steps)
         assert torch.equal(second.ring.combine(coefficients)[0], whole.ring.combine(coefficients)[0])
         assert torch.equal(second.buffers["statistics"], whole.buffers["statistics"])
-

@@ -22,7 +22,9 @@ MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt"}
     ],
     ids=["plain", "accumulation", "bf16-mixed", "at-epoch-end", "limited"],
 )
-@pytest.mark.parametrize("callback_arguments", [{}, {"every_n_train_steps": 2, "limit_batches": 1}], ids=["all", "limited"])
+@pytest.mark.parametrize(
+    "callback_arguments", [{}, {"every_n_train_steps": 2, "limit_batches": 1}], ids=["all", "limited"]
+)
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, module_class, arguments, callback_arguments):
     without = fit(seeded(module_class), tmp_path / "without", **arguments)
     callback = MergeCallback(num_snapshots=4, merges=MERGES, **callback_arguments)

@@ -1,3 +1,4 @@
+import itertools
 import math
 import random
 
@@ -57,7 +58,7 @@ def test_coefficients_and_implied_decay_are_inverse(rule, steps):
     coefficients = merge_coefficients(rule, steps)
     multipliers = decay_from_coefficients(coefficients)
     assert multipliers[0] == pytest.approx(1, abs=1e-12)
-    assert all(newer <= older for older, newer in zip(multipliers, multipliers[1:], strict=False))
+    assert all(newer <= older for older, newer in itertools.pairwise(multipliers))
     assert coefficients_from_decay(multipliers) == pytest.approx(coefficients, abs=1e-12)
     assert decay_from_coefficients(coefficients_from_decay(multipliers)) == pytest.approx(multipliers, abs=1e-12)
 
@@ -75,7 +76,11 @@ def test_a_merge_is_the_run_with_its_updates_decayed(rule, steps, seed):
 def test_between_two_snapshots_the_decay_has_its_value_at_the_middle_of_the_gap(shape):
     steps = [100, 150, 400, 500]
     start, end = 75, 550
-    shapes = {"linear": lambda u: 1 - u, "1-sqrt": lambda u: 1 - u**0.5, "cosine": lambda u: (1 + math.cos(math.pi * u)) / 2}
+    shapes = {
+        "linear": lambda u: 1 - u,
+        "1-sqrt": lambda u: 1 - u**0.5,
+        "cosine": lambda u: (1 + math.cos(math.pi * u)) / 2,
+    }
     expected = [1.0] + [shapes[shape]((middle - start) / (end - start)) for middle in (125, 275, 450)]
     assert decay_from_coefficients(merge_coefficients(shape, steps)) == pytest.approx(expected)
 

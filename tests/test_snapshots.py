@@ -47,7 +47,9 @@ def test_the_ring_keeps_the_newest_in_order_before_and_after_it_wraps_around(cap
             assert torch.equal(alone[name], tensor), name
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float64, torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float64, torch.bfloat16, torch.float32)]
+)
 @pytest.mark.parametrize("storage_dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_a_merge_agrees_with_the_float64_twin_of_what_was_stored(dtypes, storage_dtype):
     ring = ring_of(4, tensors(0, dtypes), storage_dtype)
@@ -63,7 +65,9 @@ def test_a_merge_agrees_with_the_float64_twin_of_what_was_stored(dtypes, storage
         assert tensor.shape == live.shape
         # Accumulated in float32 or better and rounded once, whatever the storage dtype.
         rounding = torch.finfo(live.dtype).eps
-        torch.testing.assert_close(tensor.double(), expected[name], rtol=rounding, atol=1e-6 if rounding > 1e-10 else 1e-14)
+        torch.testing.assert_close(
+            tensor.double(), expected[name], rtol=rounding, atol=1e-6 if rounding > 1e-10 else 1e-14
+        )
 
 
 def test_the_memory_order_of_the_live_tensors_is_kept():
@@ -123,7 +127,8 @@ def test_bfloat16_storage_keeps_what_a_bfloat16_sum_would_lose():
     expected = sum(tensor.double() for tensor in stored) / 3
     error = (merged(ring, uniform(ring))["weight"].double() - expected).abs().max()
     error_in_bfloat16 = (sum(stored) / 3 - expected).abs().max()
-    assert error < 1e-6 < 1e-3 < error_in_bfloat16
+    assert error < 1e-6
+    assert error_in_bfloat16 > 1e-3
 
 
 def test_snapshots_without_a_coefficient_are_not_read():
@@ -194,6 +199,8 @@ def test_tensors_lie_aligned_in_a_row():
 def test_a_ring_that_does_not_fit_is_refused_with_both_sizes():
     required = DeviceStorage.required_bytes(RowLayout({"weight": torch.empty(2**20, device="cpu")}), 10, torch.bfloat16)
     assert required == {torch.device("cpu"): 10 * 2 * 2**20}
-    with pytest.raises(MemoryError, match=r"num_snapshots=10 snapshots need 1048576.00 GiB on cpu, but only .* GiB are free"):
+    with pytest.raises(
+        MemoryError, match=r"num_snapshots=10 snapshots need 1048576.00 GiB on cpu, but only .* GiB are free"
+    ):
         refuse_if_too_large({torch.device("cpu"): 2**50}, 10)
     refuse_if_too_large(required, 10)

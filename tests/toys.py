@@ -2,7 +2,7 @@
 
 import csv
 import random
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,29 @@ def batches(num_samples: int = 64, batch_size: int = 8, shuffle: bool = True, se
     return DataLoader(TensorDataset(x, y), batch_size, shuffle=shuffle)
 
 
+class ResumableBatches:
+    """Batches in a fixed order that go on, after a restart, where the checkpoint says they were."""
+
+    def __init__(self, num_batches: int = 32) -> None:
+        self.batches = list(batches(8 * num_batches, 8, shuffle=False))
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
 class Toy(LightningModule):
     """A classifier with all that a merge has to tell apart: dropout, batch norm, tied, frozen and integer tensors."""
 
@@ -47,7 +70,7 @@ class Toy(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.tied(torch.relu(self.inner(x)))
-        return self.out(self.dropout(self.norm(x + self.frozen(x)))) + 0 * self.position_ids.sum()
+        return self.out(self.dropout(self.norm(x + self.frozen(x))))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -71,7 +94,7 @@ class Toy(LightningModule):
 
 
 class BusyToy(Toy):
-    """A validation that does what people do: draws, collects, counts, logs to the logger, keeps metrics in odd places."""
+    """A validation that does what people do: draws, collects, counts, logs in many ways, keeps metrics in a list."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -164,8 +187,10 @@ def fit(
         logger=CSVLogger(folder),
         **(arguments | trainer_arguments),
     )
-    trainer.fit(module, train or batches(), validation or batches(24, 8, shuffle=False, seed=1), ckpt_path=ckpt_path)
-    rng = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1]]
+    train = batches() if train is None else train
+    validation = batches(24, 8, shuffle=False, seed=1) if validation is None else validation
+    trainer.fit(module, train, validation, ckpt_path=ckpt_path)
+    rng = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
     assert trainer.logger is not None
     metrics_file = Path(str(trainer.logger.log_dir)) / "metrics.csv"
     rows = list(csv.DictReader(metrics_file.read_text().splitlines())) if metrics_file.exists() else []
@@ -174,7 +199,7 @@ def fit(
 
 def same(left: Any, right: Any) -> bool:
     """Bit for bit, through nested containers."""
-    if isinstance(left, Tensor) or isinstance(left, np.ndarray):
+    if isinstance(left, Tensor | np.ndarray):
         left, right = torch.as_tensor(left), torch.as_tensor(right)
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
@@ -189,13 +214,11 @@ def assert_same_training(left: Run, right: Run) -> None:
     assert same(left.module.state_dict(), right.module.state_dict())
     for ours, theirs in zip(left.trainer.optimizers, right.trainer.optimizers, strict=True):
         assert same(ours.state_dict(), theirs.state_dict())
-    for ours, theirs in zip(left.trainer.lr_scheduler_configs, right.trainer.lr_scheduler_configs, strict=True):
-        assert ours.scheduler.state_dict().keys() == theirs.scheduler.state_dict().keys()
-        assert ours.scheduler.get_last_lr() == theirs.scheduler.get_last_lr()
+    rates = [[c.scheduler.get_last_lr() for c in run.trainer.lr_scheduler_configs] for run in (left, right)]
+    assert rates[0] == rates[1]
     assert same(left.rng, right.rng)
     assert left.live_rows() == right.live_rows()
-    for ours, theirs in zip(left.epoch_metrics, right.epoch_metrics, strict=True):
-        assert same(live(ours), live(theirs))
+    assert same(*([live(metrics) for metrics in run.epoch_metrics] for run in (left, right)))
     assert same(live(left.trainer.logged_metrics), live(right.trainer.logged_metrics))
     assert same(live(left.trainer.progress_bar_metrics), live(right.trainer.progress_bar_metrics))
     assert left.trainer.fit_loop.state_dict() == right.trainer.fit_loop.state_dict()

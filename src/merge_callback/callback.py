@@ -22,6 +22,7 @@ from merge_callback.evaluate import (
     num_limited_batches,
     observe_validations,
     stop_observing_validations,
+    validation_follows,
 )
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients
 from merge_callback.swap import swapped_weights
@@ -228,6 +229,7 @@ class MergeCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._num_validations += validation_follows(trainer)
         step = optimizer_step(trainer)
         if step == self._step:
             return
@@ -250,7 +252,6 @@ class MergeCallback(Callback):
     def before_validation(self, trainer: Trainer) -> None:
         """Validates every merge, and the live weights on the same batches where these are fewer."""
         self._evaluation = None
-        self._num_validations += 1
         if not self.snapshot_steps or self._num_validations % self.evaluate_every_n_validations:
             return
         began = time.perf_counter()

@@ -164,6 +164,16 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         return _epoch_values(loop._results, connector.callback_metrics)
 
 
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether a validation follows the training batch that has just ended; for ``on_train_batch_end``.
+
+    A count of validations that is kept in checkpoints has to go up here. Lightning saves some checkpoints before the
+    validation that is due at their step, and passes over that validation when it resumes from them.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
 def num_limited_batches(trainer: Trainer, limit_batches: int | float | None) -> tuple[int | float, int | float]:
     """How many batches, over all loaders, `evaluate` would take under that limit, and how many the live validation."""
     max_batches = trainer.fit_loop.epoch_loop.val_loop._max_batches

@@ -11,6 +11,8 @@ SETTLED_TOLERANCE = 1e-9
 # A warmup is rarely longer than this share of a run, or this many steps; a rate that still moves then never settles.
 SETTLING_SHARE = 0.2
 SETTLING_STEPS = 10_000
+# Too short a time to judge, unless the run is over.
+MIN_SETTLING_STEPS = 100
 
 
 @dataclass
@@ -62,6 +64,8 @@ class StablePhase:
             planned_steps: Length of the run in optimizer steps, may be infinite; zero when the run is over.
         """
         patience = SETTLING_SHARE * planned_steps if math.isfinite(planned_steps) else SETTLING_STEPS
+        if planned_steps > 0:
+            patience = max(patience, MIN_SETTLING_STEPS)
         return self.num_begun == 0 and self.num_unsettled_steps > patience
 
 

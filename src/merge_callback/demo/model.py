@@ -1,7 +1,10 @@
 """A byte-level GPT, trained with AdamW, a linear warmup and then a constant rate: the phase that merging is for."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,14 +55,15 @@ class ByteGPT(LightningModule):
 
     def __init__(
         self,
-        num_layers: int = 4,
-        width: int = 96,
-        num_heads: int = 4,
-        context: int = 128,
-        dropout: float = 0.0,
-        learning_rate: float = 3e-3,
-        warmup_steps: int = 100,
-        weight_decay: float = 0.1,
+        *,
+        num_layers: int,
+        width: int,
+        num_heads: int,
+        context: int,
+        dropout: float,
+        learning_rate: float,
+        warmup_steps: int,
+        weight_decay: float,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -87,11 +91,12 @@ class ByteGPT(LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("val_loss", self._loss(batch), prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         matrices = [parameter for parameter in self.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in self.parameters() if parameter.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+            groups,
             lr=self.hparams["learning_rate"],
             betas=(0.9, 0.95),
             weight_decay=self.hparams["weight_decay"],

@@ -1,0 +1,1 @@
+"""Hydra configuration: the groups `callbacks/merge` and the demo's run."""

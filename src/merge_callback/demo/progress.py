@@ -1,0 +1,19 @@
+"""A progress bar that fits 80 columns."""
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+class LiveAndMergedBar(TQDMProgressBar):
+    """Shows one metric, live and merged, under short names."""
+
+    def __init__(self, metric: str, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate)
+        self.metric = metric
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        shown = {"live": self.metric, "merged": f"merged/{self.metric}"}
+        return {name: metrics[key] for name, key in shown.items() if key in metrics}

@@ -1,0 +1,81 @@
+"""What a run says about itself: its metrics read back, and the picture of live and merged loss with the gain."""
+
+import csv
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation of a run: optimizer steps done, live value, and the primary merge's value and gain if there."""
+
+    step: int
+    live: float
+    merged: float | None
+    gain: float | None
+
+
+def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
+    """The validations that a run's CSVLogger wrote.
+
+    Args:
+        metrics_file: The logger's ``metrics.csv``.
+        metric: Name of the metric, such as ``"val_loss"``.
+
+    Raises:
+        ValueError: If the file has no such metric; the message names those it has.
+    """
+    with metrics_file.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if metric not in (reader.fieldnames or ()):
+        raise ValueError(f"{metrics_file} has no metric {metric!r}; it has: {', '.join(reader.fieldnames or ())}")
+
+    def number(row: dict[str, str], name: str) -> float | None:
+        return float(row[name]) if row.get(name) else None
+
+    return [
+        Validation(
+            # Lightning's loggers count steps from zero: the row of step 74 is written when 75 are done.
+            step=int(row["step"]) + 1,
+            live=float(row[metric]),
+            merged=number(row, f"merged/{metric}"),
+            gain=number(row, f"merge_gain/{metric}"),
+        )
+        for row in rows
+        if row[metric]
+    ]
+
+
+def plot_validations(validations: list[Validation], metric: str, title: str) -> Any:
+    """A matplotlib figure: live and merged value over steps above, the merge's gain below.
+
+    Args:
+        validations: As `read_validations` gives them.
+        metric: Label of the upper axis.
+        title: Stands above the figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    merged = [validation for validation in validations if validation.merged is not None]
+    upper.plot([v.step for v in validations], [v.live for v in validations], "o-", color="#888888", label="live")
+    upper.plot([v.step for v in merged], [v.merged for v in merged], "o-", color="#d1495b", label="merged")
+    upper.set_ylabel(metric)
+    upper.set_title(title)
+    upper.legend()
+    lower.bar([v.step for v in merged], [v.gain for v in merged], width=_bar_width(validations), color="#d1495b")
+    lower.axhline(0, color="black", linewidth=0.8)
+    lower.set_ylabel("gain of the merge")
+    lower.set_xlabel("optimizer steps")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _bar_width(validations: list[Validation]) -> float:
+    steps = [validation.step for validation in validations]
+    return 0.6 * min((later - earlier for earlier, later in itertools.pairwise(steps)), default=1)

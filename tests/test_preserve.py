@@ -1,0 +1,152 @@
+import random
+from collections import defaultdict, deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.aggregation import CatMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from merge_callback.preserve import preserved_attributes, preserved_loaders, preserved_rng
+
+
+def draws():
+    return torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist()
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_global_generators_go_on_where_they_were_also_after_an_exception(error):
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    expected = draws()
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    try:
+        with preserved_rng():
+            assert draws() == expected
+            if error:
+                raise error
+    except KeyboardInterrupt:
+        pass
+    assert draws() == expected
+
+
+class Keeper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.count = 3
+        self.outputs = [torch.ones(2)]
+        self.nested = defaultdict(list, {"a": [1, 2]})
+        self.queue = deque([1, 2], maxlen=3)
+        self.names = {"x"}
+        self.pair = ([1], torch.zeros(1))
+        self.total = torch.tensor(5.0)
+        self.generator = torch.Generator().manual_seed(2)
+        self.python_random = random.Random(3)
+        self.numpy_random = np.random.default_rng(4)
+        self.mean = MeanMetric()
+        self.kept = CatMetric()
+        self.unregistered = {"mean": MeanMetric()}
+        self.collection = MetricCollection({"a": MulticlassAccuracy(3, average="micro"), "f": MulticlassF1Score(3)})
+
+
+def test_whatever_a_module_keeps_is_as_before_and_in_the_same_objects():
+    module = Keeper()
+    logits, labels = torch.eye(3), torch.tensor([0, 1, 0])
+    for metric in (module.mean, module.kept, module.unregistered["mean"]):
+        metric.update(torch.tensor([1.0, 3.0]))
+    module.collection.update(logits, labels)
+    outputs, nested_list, total = module.outputs, module.nested["a"], module.total
+    drawn = torch.Generator().manual_seed(2), random.Random(3), np.random.default_rng(4)
+    with preserved_attributes(module):
+        assert module.mean.update_count == module.unregistered["mean"].update_count == 0
+        module.inner.count += 1
+        module.inner.new = "appears"
+        module.outputs.append(1)
+        module.outputs = []
+        module.nested["a"].clear()
+        module.nested["b"].append(1)
+        module.queue.append(9)
+        module.names.add("y")
+        module.pair[0].append(2)
+        module.pair[1].add_(1)
+        module.total += 1
+        torch.rand(2, generator=module.generator)
+        module.python_random.random()
+        module.numpy_random.random()
+        for metric in (module.mean, module.kept, module.unregistered["mean"]):
+            metric.update(torch.tensor([100.0]))
+        module.collection.update(logits, labels.flip(0))
+        module.collection.compute()
+    assert module.inner.count == 3
+    assert not hasattr(module.inner, "new")
+    assert module.outputs is outputs
+    assert len(outputs) == 1
+    assert module.nested == {"a": [1, 2]}
+    assert module.nested["a"] is nested_list
+    assert list(module.queue) == [1, 2]
+    assert module.names == {"x"}
+    assert module.pair[0] == [1]
+    assert module.pair[1] == 0
+    assert module.total is total
+    assert total == 5
+    assert torch.rand(2, generator=module.generator).tolist() == torch.rand(2, generator=drawn[0]).tolist()
+    assert module.python_random.random() == drawn[1].random()
+    assert module.numpy_random.random() == drawn[2].random()
+    assert module.mean.compute() == module.unregistered["mean"].compute() == 2
+    assert module.kept.compute().tolist() == [1, 3]
+    assert module.collection.compute()["a"] == pytest.approx(2 / 3)
+
+
+def test_a_metric_in_the_middle_of_an_epoch_goes_on_as_if_nothing_had_been():
+    module, alone = Keeper(), MulticlassAccuracy(3, average="micro")
+    for number in range(3):
+        labels = torch.tensor([0, number, number])
+        with preserved_attributes(module):
+            module.collection.update(torch.eye(3), labels.flip(0))
+        module.collection.update(torch.eye(3), labels)
+        alone.update(torch.eye(3), labels)
+    assert module.collection.compute()["a"] == alone.compute()
+
+
+def test_large_tensors_are_taken_to_be_data_and_not_copied():
+    module = nn.Module()
+    module.data = torch.zeros(2**19)
+    with preserved_attributes(module):
+        module.data[0] = 1
+    assert module.data[0] == 1
+
+
+class Counting(torch.utils.data.IterableDataset):
+    position = 0
+
+    def __init__(self):
+        self.position = 10
+
+    def __iter__(self):
+        for _ in range(4):
+            self.position += 1
+            yield self.position
+
+
+def test_loaders_with_generators_and_positions_are_rewound():
+    dataset = TensorDataset(torch.arange(8))
+    generator = torch.Generator().manual_seed(0)
+    loaders = [
+        DataLoader(dataset, 2, shuffle=True, generator=torch.Generator().manual_seed(1)),
+        DataLoader(dataset, 2, sampler=RandomSampler(dataset, generator=generator)),
+        DataLoader(Counting(), 2),
+        [torch.zeros(1)],
+    ]
+
+    def order():
+        return [[torch.as_tensor(batch[0]).tolist() for batch in loader] for loader in loaders]
+
+    with preserved_rng(), preserved_loaders(loaders):
+        first = order()
+    with preserved_rng(), preserved_loaders(loaders):
+        assert order() == first
+    assert order() == first
+    assert order() != first
