@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from torch.utils.data import DataLoader
 
 from merge_callback import MergeCallback, Window
@@ -56,6 +58,39 @@ def test_at_a_rate_of_zero_live_and_merged_values_are_equal_to_the_bit(tmp_path)
     for metrics in run.epoch_metrics:
         for name in ("val_loss", "val_accuracy", "val/noisy_loss", "val/noisy_loss_epoch", "micro", "mean_noise"):
             assert torch.equal(metrics[f"merged/{name}"], metrics[name]), name
+
+
+def test_other_callbacks_are_there_in_the_merged_validation_but_their_hooks_are_not_called(tmp_path):
+    class Asking(Toy):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if not self.trainer.sanity_checking:
+                assert isinstance(self.trainer.progress_bar_callback, RichProgressBar)
+                assert self.trainer.early_stopping_callback.patience == 100
+                self.steps = getattr(self, "steps", 0) + 1
+
+    counts = []
+    for callbacks in ([], [MergeCallback(2, 3)]):
+        counting = Counting()
+        stopping = EarlyStopping("val_loss", patience=100, check_on_train_epoch_end=False)
+        bars = [RichProgressBar(), stopping, counting]
+        run = fit(seeded(Asking), tmp_path / str(len(counts)), *callbacks, *bars, enable_progress_bar=True)
+        counts.append((counting.hooks, run.module.steps, stopping.state_dict()))
+    assert counts[0] == counts[1]
+
+
+class Counting(Callback):
+    def __init__(self):
+        self.hooks = []
+
+    def on_validation_start(self, *args):
+        self.hooks.append("start")
+
+    def on_validation_batch_end(self, *args):
+        self.hooks.append("batch")
+
+    def on_validation_epoch_end(self, *args):
+        self.hooks.append("end")
 
 
 def test_the_callback_leaves_nothing_on_trainer_and_module(tmp_path):

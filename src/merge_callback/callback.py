@@ -141,14 +141,8 @@ class MergeCallback(Callback):
         """
         rule = self._rule(name)
         if not self.snapshot_steps:
-            raise RuntimeError(
-                "nothing was captured yet, so there is no merge: capturing begins "
-                + (
-                    "once the learning rate is constant"
-                    if self.start == "stable"
-                    else f"at optimizer step {self.start}"
-                )
-            )
+            begins = "once the learning rate is constant" if self.start == "stable" else f"at step {self.start}"
+            raise RuntimeError(f"nothing was captured yet, so there is no merge: capturing begins {begins}")
         return dict(zip(self.snapshot_steps, merge_coefficients(rule, self.snapshot_steps), strict=True))
 
     def implied_decay(self, name: str | None = None) -> list[tuple[int, float]]:
@@ -264,6 +258,8 @@ class MergeCallback(Callback):
                 spread = self._capture.ring.spread(list(self.coefficients(name).values()), row)
             with self._swapped_in(trainer.lightning_module, row):
                 merged[name] = evaluate(trainer, self.limit_batches)
+            # Otherwise the next merge would be made while this one still takes its memory.
+            del row
         live = evaluate(trainer, self.limit_batches) if num_batches < num_live_batches else None
         self._evaluation = _Evaluation(merged, live, spread, time.perf_counter() - began)
 
@@ -351,17 +347,18 @@ class MergeCallback(Callback):
         )
 
     def _explain_phase(self, trainer: Trainer, is_end: bool = False) -> None:
-        if self.start != "stable":
+        phase = self._capture.phase
+        if self.start != "stable" or phase.is_stable:
             return
-        if self.snapshot_steps and not self._capture.phase.is_stable:
+        if self.snapshot_steps:
             self._say(
                 f"the learning rate moved at step {self._step}: the window of {len(self.snapshot_steps)} snapshots up"
                 f" to step {self.snapshot_steps[-1]} stays as it is until the rate is constant again",
                 topic="frozen",
             )
-        if self._capture.phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):
+        elif phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):
             self._say(
-                f"the learning rate was not constant in {self._capture.phase.num_unsettled_steps} steps (a cosine"
+                f"the learning rate was not constant in {phase.num_unsettled_steps} steps (a cosine"
                 " schedule? a schedule-free optimizer?), so nothing was captured. MergeCallback(start=STEP) captures"
                 " from a step on whatever the rate does; what its merge says about annealing then is less certain",
                 topic="unsettled",

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
@@ -60,6 +60,28 @@ def stop_observing_validations(trainer: Trainer, observer: ValidationObserver) -
         loop.run.observers.remove(observer)
         if not loop.run.observers:
             del loop.run
+
+
+class _SilentCallback:
+    """Stands in for a callback: its hooks do nothing, all else is the callback's own, its class included.
+
+    Taking the callbacks away would be seen: user code asks the trainer for them, and so does the thread that draws
+    Lightning's rich progress bar.
+    """
+
+    def __init__(self, callback: Callback) -> None:
+        self._callback = callback
+
+    @property
+    def __class__(self) -> type:  # type: ignore[misc, override]
+        return type(self._callback)
+
+    def __getattr__(self, name: str) -> Any:
+        return _do_nothing if name.startswith("on_") else getattr(self._callback, name)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 class _ObservedRun:
@@ -154,7 +176,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         stack.enter_context(
             _replaced(
                 trainer,
-                callbacks=[],
+                callbacks=[_SilentCallback(callback) for callback in trainer.callbacks],  # type: ignore[attr-defined]
                 # Code that calls `self.logger.experiment.add_image` still runs; what it logs goes nowhere.
                 loggers=[DummyLogger() for _ in trainer.loggers],
                 _logger_connector=connector,

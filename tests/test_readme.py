@@ -1,0 +1,48 @@
+"""The README's code runs, and its numbers are those of the records."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.toys import Toy, batches
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "model": Toy(),
+        "train_loader": batches(160),
+        "val_loader": batches(24, shuffle=False),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert names["callback"].snapshot_steps
+
+
+def test_the_table_is_the_one_made_from_the_records():
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "demo.py"))
+    begin, end = benchmark["MARKS"]
+    assert README.split(begin)[1].split(end)[0].strip() == benchmark["table"]()
+    assert len(benchmark["records"]()) == 3
+
+
+def test_every_relative_link_leads_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"):
+        text = (ROOT / name).read_text()
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+            assert ((ROOT / name).parent / target).exists(), (name, target)
+
+
+def test_the_map_of_the_house_names_every_file():
+    package = ROOT / "src" / "merge_callback"
+    mapped = set(re.findall(r"^\| `([\w./]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE))
+    files = {path.name + ("/" if path.is_dir() else "") for path in package.iterdir()}
+    assert mapped == files - {"__init__.py", "__pycache__/", "py.typed"}
