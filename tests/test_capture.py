@@ -60,12 +60,16 @@ def test_a_rate_that_is_constant_again_at_another_value_begins_a_new_window():
     assert captured(2, 10, rates) == [16, 18, 20, 22]
 
 
-def test_between_two_phases_the_old_window_stays():
+def test_the_old_window_stays_until_the_new_one_has_a_snapshot():
     capture = SnapshotCapture(2, 10, [], "stable", None)
     windows = dict(run(capture, [1.0] * 10 + [0.9, 0.8, 0.7, 0.6, 0.5] + [0.5] * 7))
-    assert windows[14] == [2, 4, 6, 8, 10]
-    assert windows[15] == []
+    assert windows[14] == windows[15] == [2, 4, 6, 8, 10]
     assert windows[16] == [16]
+
+
+def test_a_rate_that_changes_more_often_than_snapshots_are_due_keeps_the_last_window():
+    assert captured(10, 10, [1.0] * 25 + [0.5] * 3 + [0.25] * 2 + [0.125] * 5) == [30]
+    assert captured(10, 10, [1.0] * 25 + [0.5] * 2 + [0.25] * 2 + [0.125, 0.0625, 0.03] * 2) == [10, 20]
 
 
 def test_a_start_by_step_captures_whatever_the_rate_does():
@@ -155,6 +159,18 @@ def test_a_snapshot_with_nan_is_refused_by_name_and_the_window_stays():
     module.weight.data.fill_(4)
     assert capture.after_step(module, 4, [1.0], [1.0])
     assert capture.steps == [2, 4]
+
+
+def test_a_refused_snapshot_leaves_a_full_window_unthinned():
+    capture = SnapshotCapture(None, 4, [Window(span=1.0)], "stable", None)
+    module = Position()
+    capture.prepare(module)
+    for step in range(1, 5):
+        capture.after_step(module, step, [1.0], [1.0])
+    module.weight.data.fill_(torch.inf)
+    with pytest.warns(UserWarning, match="No snapshot at step 5"):
+        capture.after_step(module, 5, [1.0], [1.0])
+    assert capture.steps == [1, 2, 3, 4]
 
 
 def test_newly_trainable_parameters_begin_a_new_window_with_a_warning():

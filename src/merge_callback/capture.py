@@ -48,7 +48,9 @@ class SnapshotCapture:
         self._windows = [rule for rule in rules if isinstance(rule, Window)]
         if every_n_train_steps is None:
             self._windows.append(Window(span=DEFAULT_SPAN))
+        # The phase that the schedule belongs to, and whether the ring's snapshots are of an earlier one.
         self._window_phase = 0
+        self._is_outdated = False
 
     @property
     def steps(self) -> list[int]:
@@ -87,27 +89,12 @@ class SnapshotCapture:
             if not is_stable:
                 return False
             if self._window_phase != self.phase.num_begun:
-                self._begin_window()
+                # The old window stays until the new one has its first snapshot.
+                self._window_phase, self._is_outdated = self.phase.num_begun, True
+                self.schedule = CaptureSchedule(self.every_n_train_steps or 1)
         elif step < self.start:
             return False
-        if not self.schedule.take(step):
-            return False
-        if self.ring is not None and self.ring.is_full and self._needs_thinning(step):
-            self.ring.thin()
-            self.schedule.double(newest=self.ring.steps[-1])
-            if not self.schedule.take(step):
-                return False
-        return self._take_snapshot(module, step)
-
-    def _begin_window(self) -> None:
-        self._window_phase = self.phase.num_begun
-        self.schedule = CaptureSchedule(self.every_n_train_steps or 1)
-        if self.ring is not None:
-            self.ring.clear()
-
-    def _needs_thinning(self, step: int) -> bool:
-        required = max((window.required_span(step) for window in self._windows), default=0.0)
-        return needs_thinning(self.steps, step, required)
+        return self.schedule.take(step) and self._take_snapshot(module, step)
 
     def _take_snapshot(self, module: nn.Module, step: int) -> bool:
         parameters = merged_parameters(module)
@@ -129,9 +116,21 @@ class SnapshotCapture:
                 stacklevel=2,
             )
             return False
+        if self._is_outdated:
+            self.ring.clear()
+            self._is_outdated = False
+        elif self.ring.is_full and self._needs_thinning(step):
+            self.ring.thin()
+            self.schedule.double(newest=self.ring.steps[-1])
+            if not self.schedule.take(step):
+                return False
         self.ring.append(step, parameters)
         self.buffers = {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}
         return True
+
+    def _needs_thinning(self, step: int) -> bool:
+        required = max((window.required_span(step) for window in self._windows), default=0.0)
+        return needs_thinning(self.steps, step, required)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on as if there had been no interruption; the ring's rows by reference."""
@@ -139,6 +138,7 @@ class SnapshotCapture:
             "every_n_train_steps": self.every_n_train_steps,
             "phase": asdict(self.phase),
             "window_phase": self._window_phase,
+            "is_outdated": self._is_outdated,
             "schedule": asdict(self.schedule),
             "ring": self.ring.state_dict() if self.ring is not None else None,
             "buffers": self.buffers,
@@ -152,6 +152,7 @@ class SnapshotCapture:
         """
         self.phase = StablePhase(**state["phase"])
         self._window_phase = state["window_phase"]
+        self._is_outdated = state["is_outdated"]
         if state["ring"] is not None and self.ring is not None:
             self.ring.load_state_dict(state["ring"])
             device = self.ring.storage.layout.groups[0][1]

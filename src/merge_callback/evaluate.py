@@ -72,8 +72,8 @@ class _SilentCallback:
     def __init__(self, callback: Callback) -> None:
         self._callback = callback
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc, override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self._callback)
 
     def __getattr__(self, name: str) -> Any:
