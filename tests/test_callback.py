@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F
 
 from merge_callback import MergeCallback, Window
 from merge_callback.rules import ema
 from tests import reference
-from tests.toys import BusyToy, Toy, assert_same_training, batches, fit, same
+from tests.toys import BusyToy, Toy, assert_same_training, batches, fit, lightning, make, same
 
 
 class Tracker(Callback):
@@ -31,18 +30,14 @@ class Tracker(Callback):
         return reference.merge([self.parameters[step] for step in coefficients], list(coefficients.values()))
 
 
-def toy(module_class=Toy, **arguments):
-    torch.manual_seed(0)
-    return module_class(**arguments)
-
-
 # What is merged
 
 
+@pytest.mark.usefixtures("both_lightnings")
 @pytest.mark.parametrize("rule", ["sma", "wma", "ema", "linear", "1-sqrt", "cosine", ema(0.5), Window(span_steps=7)])
 def test_the_merge_agrees_with_the_float64_twin_of_the_run(tmp_path, rule):
     callback, tracker = MergeCallback(3, 4, merges=rule), Tracker()
-    run = fit(toy(), tmp_path, callback, tracker)
+    run = fit(make(Toy), tmp_path, callback, tracker)
     assert callback.snapshot_steps == [15, 18, 21, 24]
     expected = tracker.merged(callback.coefficients())
     state = callback.merged_state_dict()
@@ -53,7 +48,7 @@ def test_the_merge_agrees_with_the_float64_twin_of_the_run(tmp_path, rule):
 
 def test_frozen_tied_and_integer_tensors_and_buffers_are_each_treated_as_they_should(tmp_path):
     callback, tracker = MergeCallback(5, 3), Tracker()
-    run = fit(toy(), tmp_path, callback, tracker, max_steps=24)
+    run = fit(make(Toy), tmp_path, callback, tracker, max_steps=24)
     state, live = callback.merged_state_dict(), run.module.state_dict()
     assert torch.equal(state["inner.weight"], state["tied.weight"])
     assert not torch.equal(state["inner.weight"], live["inner.weight"])
@@ -68,9 +63,9 @@ def test_frozen_tied_and_integer_tensors_and_buffers_are_each_treated_as_they_sh
 
 def test_the_state_dict_loads_strictly_into_a_new_module_and_is_a_copy(tmp_path):
     callback = MergeCallback(2, 3)
-    run = fit(toy(), tmp_path, callback)
+    run = fit(make(Toy), tmp_path, callback)
     before = {name: tensor.clone() for name, tensor in run.module.state_dict().items()}
-    other = Toy()
+    other = make(Toy)
     other.load_state_dict(callback.merged_state_dict(), strict=True)
     for tensor in callback.merged_state_dict().values():
         tensor.zero_()
@@ -80,14 +75,14 @@ def test_the_state_dict_loads_strictly_into_a_new_module_and_is_a_copy(tmp_path)
 
 def test_a_window_of_one_is_the_latest_snapshot(tmp_path):
     callback = MergeCallback(1, 1)
-    run = fit(toy(), tmp_path, callback)
+    run = fit(make(Toy), tmp_path, callback)
     assert callback.snapshot_steps == [24]
     assert same(callback.merged_state_dict(), dict(run.module.state_dict()))
 
 
 def test_bfloat16_parameters_and_float32_storage_of_them(tmp_path):
     callback, tracker = MergeCallback(3, 4, dtype="float32"), Tracker()
-    fit(toy(), tmp_path, callback, tracker, precision="bf16-true")
+    fit(make(Toy), tmp_path, callback, tracker, precision="bf16-true")
     expected = tracker.merged(callback.coefficients())
     for name, tensor in expected.items():
         merged = callback.merged_state_dict()[name]
@@ -96,7 +91,7 @@ def test_bfloat16_parameters_and_float32_storage_of_them(tmp_path):
 
 
 def test_a_compiled_submodule_is_matched_by_its_clean_name(tmp_path):
-    module, callback, tracker = toy(), MergeCallback(3, 4), Tracker()
+    module, callback, tracker = make(Toy), MergeCallback(3, 4), Tracker()
     module.inner = torch.compile(module.inner, backend="eager")
     fit(module, tmp_path, callback, tracker)
     state = callback.merged_state_dict()
@@ -107,7 +102,7 @@ def test_a_compiled_submodule_is_matched_by_its_clean_name(tmp_path):
 
 def test_merged_weights_swaps_in_and_always_back(tmp_path):
     callback = MergeCallback(2, 3, merges={"sma": "sma", "newest": Window(span_steps=1)})
-    run = fit(toy(), tmp_path, callback)
+    run = fit(make(Toy), tmp_path, callback)
     before = {name: tensor.clone() for name, tensor in run.module.state_dict().items()}
     with pytest.raises(ZeroDivisionError), callback.merged_weights(run.module, "sma"):
         assert same(dict(run.module.state_dict()), callback.merged_state_dict("sma"))
@@ -115,25 +110,27 @@ def test_merged_weights_swaps_in_and_always_back(tmp_path):
     assert same(dict(run.module.state_dict()), before)
 
 
+@pytest.mark.usefixtures("both_lightnings")
 def test_merged_values_are_those_of_validating_the_merge(tmp_path):
     callback = MergeCallback(2, 3, merges={"sma": "sma", "wma": "wma"})
-    run = fit(toy(), tmp_path, callback)
+    run = fit(make(Toy), tmp_path, callback)
     for label, name in (("merged", "sma"), ("merged_wma", "wma")):
-        other = Toy()
+        other = make(Toy)
         other.load_state_dict(callback.merged_state_dict(name))
-        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        trainer = lightning().Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
         (expected,) = trainer.validate(other, batches(24, 8, shuffle=False, seed=1), verbose=False)
         for metric, value in expected.items():
             assert run.epoch_metrics[-1][f"{label}/{metric}"].item() == value
 
 
+@pytest.mark.usefixtures("both_lightnings")
 def test_testing_the_merge_inside_the_context_uses_it_and_leaves_live_weights(tmp_path):
     class Tested(Toy):
         def test_step(self, batch, batch_idx):
             self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
     callback = MergeCallback(2, 3)
-    run = fit(toy(Tested), tmp_path, callback)
+    run = fit(make(Tested), tmp_path, callback)
     before = {name: tensor.clone() for name, tensor in run.module.state_dict().items()}
     loader = batches(24, 8, shuffle=False, seed=1)
     with callback.merged_weights(run.module):
@@ -147,9 +144,10 @@ def test_testing_the_merge_inside_the_context_uses_it_and_leaves_live_weights(tm
 # What is logged
 
 
+@pytest.mark.usefixtures("both_lightnings")
 def test_every_metric_has_its_merged_value_and_gain_at_the_step_and_in_the_row_of_the_live_one(tmp_path):
     callback = MergeCallback(2, 3, merges={"sma": "sma", "late": Window(span_steps=3)})
-    run = fit(toy(BusyToy), tmp_path, callback)
+    run = fit(make(BusyToy), tmp_path, callback)
     metrics = run.epoch_metrics[-1]
     names = {"val_loss", "val_accuracy", "val/noisy_loss", "val/noisy_loss_epoch", "micro", "mean_noise", "hidden"}
     for name in names:
@@ -173,7 +171,7 @@ def test_every_metric_has_its_merged_value_and_gain_at_the_step_and_in_the_row_o
 
 def test_the_gain_is_positive_where_the_merge_is_better(tmp_path):
     callback = MergeCallback(2, 3, higher_is_better="*noisy*")
-    run = fit(toy(BusyToy), tmp_path, callback)
+    run = fit(make(BusyToy), tmp_path, callback)
     for metrics in run.epoch_metrics:
         names = ("val_loss", "val_accuracy", "val/noisy_loss")
         live, merged, gain = ({m: metrics[label + m] for m in names} for label in ("", "merged/", "merge_gain/"))
@@ -184,7 +182,7 @@ def test_the_gain_is_positive_where_the_merge_is_better(tmp_path):
 
 def test_diagnostics_describe_the_primary_merge(tmp_path):
     callback, tracker = MergeCallback(2, 5, merges={"late": Window(span_steps=5), "sma": "sma"}), Tracker()
-    run = fit(toy(), tmp_path, callback, tracker)
+    run = fit(make(Toy), tmp_path, callback, tracker)
     metrics = run.epoch_metrics[-1]
     used = {step: value for step, value in callback.coefficients().items() if value}
     assert list(used) == [20, 22, 24]
@@ -197,12 +195,13 @@ def test_diagnostics_describe_the_primary_merge(tmp_path):
 
 def test_nothing_is_logged_before_the_first_snapshot(tmp_path):
     callback = MergeCallback(2, 3)
-    run = fit(toy(warmup_steps=10), tmp_path, callback)
+    run = fit(make(Toy, warmup_steps=10), tmp_path, callback)
     assert not any(name.startswith("merge") for metrics in run.epoch_metrics[:2] for name in metrics)
     assert [step for step, _ in run.logged("merged/val_loss")] == [11, 15, 19, 23]
     assert callback.snapshot_steps == [20, 22, 24]
 
 
+@pytest.mark.usefixtures("both_lightnings")
 def test_several_loaders_are_logged_one_by_one(tmp_path):
     class Several(Toy):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
@@ -211,8 +210,8 @@ def test_several_loaders_are_logged_one_by_one(tmp_path):
             self.log("common", loss, add_dataloader_idx=False) if dataloader_idx == 0 else None
 
     loaders = [batches(16, 8, shuffle=False, seed=1), batches(16, 4, shuffle=False, seed=2)]
-    without = fit(toy(Several), tmp_path / "without", validation=loaders)
-    run = fit(toy(Several), tmp_path / "with", MergeCallback(2, 3), validation=loaders)
+    without = fit(make(Several), tmp_path / "without", validation=loaders)
+    run = fit(make(Several), tmp_path / "with", MergeCallback(2, 3), validation=loaders)
     assert_same_training(without, run)
     metrics = run.epoch_metrics[-1]
     for name in ("val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1", "common"):
@@ -223,8 +222,8 @@ def test_several_loaders_are_logged_one_by_one(tmp_path):
 @pytest.mark.parametrize("limit", [2, 0.5])
 def test_with_a_limit_both_sides_of_the_gain_are_taken_on_the_same_batches(tmp_path, limit):
     loader = batches(32, 8, shuffle=False, seed=1)
-    limited = fit(toy(), tmp_path / "limited", MergeCallback(2, 3, limit_batches=limit), validation=loader)
-    two_batches = fit(toy(), tmp_path / "two", MergeCallback(2, 3), validation=loader, limit_val_batches=2)
+    limited = fit(make(Toy), tmp_path / "limited", MergeCallback(2, 3, limit_batches=limit), validation=loader)
+    two_batches = fit(make(Toy), tmp_path / "two", MergeCallback(2, 3), validation=loader, limit_val_batches=2)
     for ours, theirs in zip(limited.epoch_metrics, two_batches.epoch_metrics, strict=True):
         for name in ("val_loss", "val_accuracy"):
             assert ours[f"merged/{name}"] == theirs[f"merged/{name}"]
@@ -239,22 +238,23 @@ def test_a_share_of_a_loader_without_length_is_refused_by_name(tmp_path):
 
     stream = torch.utils.data.DataLoader(Stream(), 4)
     with pytest.raises(ValueError, match=r"limit_batches=0.5 is a share .* no length; give a number"):
-        fit(toy(), tmp_path, MergeCallback(2, 3, limit_batches=0.5), validation=stream)
-    run = fit(toy(), tmp_path, MergeCallback(2, 3, limit_batches=2), validation=stream)
+        fit(make(Toy), tmp_path, MergeCallback(2, 3, limit_batches=0.5), validation=stream)
+    run = fit(make(Toy), tmp_path, MergeCallback(2, 3, limit_batches=2), validation=stream)
     assert run.logged("merged/val_loss")
 
 
 def test_merges_are_evaluated_at_every_nth_validation(tmp_path):
-    run = fit(toy(), tmp_path, MergeCallback(2, 3, evaluate_every_n_validations=3))
+    run = fit(make(Toy), tmp_path, MergeCallback(2, 3, evaluate_every_n_validations=3))
     assert [step for step, _ in run.logged("val_loss")] == [3, 7, 11, 15, 19, 23]
     assert [step for step, _ in run.logged("merged/val_loss")] == [11, 23]
 
 
+@pytest.mark.usefixtures("both_lightnings")
 def test_two_callbacks_keep_their_names_and_states_apart(tmp_path):
     callbacks = MergeCallback(2, 3), MergeCallback(4, 2, merges={"wma": "wma", "sma": "sma"}, name="slow")
     assert callbacks[0].state_key != callbacks[1].state_key
-    alone = fit(toy(BusyToy), tmp_path / "alone", MergeCallback(2, 3))
-    run = fit(toy(BusyToy), tmp_path / "both", *callbacks)
+    alone = fit(make(BusyToy), tmp_path / "alone", MergeCallback(2, 3))
+    run = fit(make(BusyToy), tmp_path / "both", *callbacks)
     assert_same_training(alone, run)
     for name in ("merged/val_loss", "merge_gain/mean_noise", "merge/spread"):
         assert alone.epoch_metrics[-1][name] == run.epoch_metrics[-1][name]
@@ -266,10 +266,13 @@ def test_two_callbacks_keep_their_names_and_states_apart(tmp_path):
 # What acts on it
 
 
+@pytest.mark.usefixtures("both_lightnings")
 def test_early_stopping_and_checkpoints_monitor_merged_values_of_the_same_validation(tmp_path):
-    stopping = EarlyStopping("merged/val_loss", patience=1, mode="max", check_on_train_epoch_end=False)
-    checkpoint = ModelCheckpoint(tmp_path / "best", monitor="merged/val_loss", save_top_k=1)
-    run = fit(toy(), tmp_path, stopping, MergeCallback(2, 3), checkpoint, enable_checkpointing=True)
+    stopping = lightning(".callbacks").EarlyStopping(
+        "merged/val_loss", patience=1, mode="max", check_on_train_epoch_end=False
+    )
+    checkpoint = lightning(".callbacks").ModelCheckpoint(tmp_path / "best", monitor="merged/val_loss", save_top_k=1)
+    run = fit(make(Toy), tmp_path, stopping, MergeCallback(2, 3), checkpoint, enable_checkpointing=True)
     losses = [value for _, value in run.logged("merged/val_loss")]
     assert checkpoint.best_model_score.item() == pytest.approx(min(losses))
     assert run.trainer.global_step < 24
@@ -300,9 +303,10 @@ class TwoOptimizers(Toy):
         return [torch.optim.SGD(self.inner.parameters(), 0.1), torch.optim.SGD(self.out.parameters(), 0.01)]
 
 
+@pytest.mark.usefixtures("both_lightnings")
 def test_a_step_of_several_optimizers_is_one_round_of_them(tmp_path):
     callback, tracker = MergeCallback(2, 3), Tracker()
-    fit(toy(TwoOptimizers), tmp_path, callback, tracker, max_steps=20)
+    fit(make(TwoOptimizers), tmp_path, callback, tracker, max_steps=20)
     assert callback.snapshot_steps == [6, 8, 10]
     expected = tracker.merged(callback.coefficients())
     torch.testing.assert_close(callback.merged_state_dict()["out.weight"].double(), expected["out.weight"])
@@ -311,7 +315,7 @@ def test_a_step_of_several_optimizers_is_one_round_of_them(tmp_path):
 @pytest.mark.parametrize("manual", [False, True])
 def test_accumulated_batches_are_one_step(tmp_path, manual):
     callback = MergeCallback(2, 10)
-    module = toy(TwoOptimizers, every=4) if manual else toy()
+    module = make(TwoOptimizers, every=4) if manual else make(Toy)
     arguments = {} if manual else {"accumulate_grad_batches": 4}
     fit(module, tmp_path, callback, max_steps=12 if manual else 6, **arguments)
     assert callback.snapshot_steps == [2, 4, 6]
@@ -325,7 +329,7 @@ def test_the_window_is_frozen_in_the_decay_and_still_evaluated(tmp_path, caplog)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     callback = MergeCallback(2, 3)
-    run = fit(toy(Decaying), tmp_path, callback)
+    run = fit(make(Decaying), tmp_path, callback)
     # The update of step 13 still has the full rate: (24 - 12) / 12 = 1.
     assert callback.snapshot_steps == [8, 10, 12]
     values = [value for step, value in run.logged("merged/val_loss") if step >= 15]
@@ -342,24 +346,25 @@ def test_a_rate_that_never_settles_is_said_once_with_what_to_do(tmp_path):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     with pytest.warns(UserWarning, match=r"not constant in \d+ steps .*MergeCallback\(start=STEP\)") as said:
-        run = fit(toy(Cosine), tmp_path, callback := MergeCallback(2, 3))
+        run = fit(make(Cosine), tmp_path, callback := MergeCallback(2, 3))
     assert len([warning for warning in said if "MergeCallback" in str(warning.message)]) == 1
     assert callback.snapshot_steps == []
     assert not run.logged("merged/val_loss")
-    fit(toy(Cosine), tmp_path, callback := MergeCallback(2, 3, start=10))
+    fit(make(Cosine), tmp_path, callback := MergeCallback(2, 3, start=10))
     assert callback.snapshot_steps == [20, 22, 24]
 
 
 # Ends and beginnings
 
 
+@pytest.mark.usefixtures("both_lightnings")
 def test_a_run_without_validation_captures_and_says_that_nothing_is_evaluated(tmp_path, caplog):
     class Unvalidated(Toy):
         validation_step = None
 
     callback = MergeCallback(2, 3)
     torch.manual_seed(0)
-    trainer = Trainer(
+    trainer = lightning().Trainer(
         max_steps=10,
         callbacks=[callback],
         logger=False,
@@ -368,14 +373,14 @@ def test_a_run_without_validation_captures_and_says_that_nothing_is_evaluated(tm
         accelerator="cpu",
         enable_model_summary=False,
     )
-    trainer.fit(Unvalidated(), batches())
+    trainer.fit(make(Unvalidated), batches())
     assert callback.snapshot_steps == [6, 8, 10]
     assert callback.merged_state_dict()
     assert caplog.text.count("no validation") == 1
 
 
 def test_the_start_line_says_what_where_and_how_much(tmp_path, caplog):
-    fit(toy(), tmp_path, MergeCallback(2, 3, merges={"sma": "sma", "late": "wma"}))
+    fit(make(Toy), tmp_path, MergeCallback(2, 3, merges={"sma": "sma", "late": "wma"}))
     line = next(line for line in caplog.text.splitlines() if "MergeCallback" in line)
     assert (
         "up to 3 snapshots, every 2 steps while the learning rate is constant, in 0.0 MiB on cpu; merges: sma, late"
@@ -388,7 +393,7 @@ def test_before_anything_was_captured_asking_for_the_merge_says_so(tmp_path):
     for ask in (callback.merged_state_dict, callback.coefficients, callback.implied_decay):
         with pytest.raises(RuntimeError, match=r"nothing was captured yet.*once the learning rate is constant"):
             ask()
-    run = fit(toy(), tmp_path, callback)
+    run = fit(make(Toy), tmp_path, callback)
     assert callback.snapshot_steps == []
     with pytest.raises(RuntimeError, match="nothing was captured yet"), callback.merged_weights(run.module):
         pass
@@ -396,14 +401,14 @@ def test_before_anything_was_captured_asking_for_the_merge_says_so(tmp_path):
 
 def test_an_unknown_merge_is_refused_with_the_known_ones(tmp_path):
     callback = MergeCallback(2, 3, merges={"sma": "sma", "late": "wma"})
-    fit(toy(), tmp_path, callback)
+    fit(make(Toy), tmp_path, callback)
     with pytest.raises(ValueError, match="no merge called 'latest'; there are: sma, late"):
         callback.coefficients("latest")
 
 
 def test_coefficients_and_implied_decay_belong_to_the_snapshot_steps(tmp_path):
     callback = MergeCallback(2, 4, merges={"sma": "sma", "sqrt": "1-sqrt"})
-    fit(toy(), tmp_path, callback)
+    fit(make(Toy), tmp_path, callback)
     assert callback.coefficients() == {18: 0.25, 20: 0.25, 22: 0.25, 24: 0.25}
     assert callback.implied_decay() == [(18, 1.0), (20, 0.75), (22, 0.5), (24, 0.25)]
     steps, multipliers = zip(*callback.implied_decay("sqrt"), strict=True)
@@ -413,19 +418,20 @@ def test_coefficients_and_implied_decay_belong_to_the_snapshot_steps(tmp_path):
 
 def test_a_fit_that_goes_on_keeps_the_window_and_a_new_one_begins_empty(tmp_path):
     callback = MergeCallback(2, 10)
-    run = fit(toy(), tmp_path, callback, max_steps=8)
+    run = fit(make(Toy), tmp_path, callback, max_steps=8)
     run.trainer.fit_loop.epoch_loop.max_steps = 12
     run.trainer.fit(run.module, batches(), batches(24, 8, shuffle=False))
     assert callback.snapshot_steps == [2, 4, 6, 8, 10, 12]
     fit(run.module, tmp_path, callback, max_steps=4)
     assert callback.snapshot_steps == [2, 4]
-    fit(toy(), tmp_path, callback, max_steps=6)
+    fit(make(Toy), tmp_path, callback, max_steps=6)
     assert callback.snapshot_steps == [2, 4, 6]
 
 
 # Things that go wrong
 
 
+@pytest.mark.usefixtures("both_lightnings")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_in_the_merged_validation_arrives_and_the_live_weights_are_back(tmp_path, error):
     class Failing(Toy):
@@ -443,7 +449,7 @@ def test_an_exception_in_the_merged_validation_arrives_and_the_live_weights_are_
                 assert not same(dict(self.state_dict()), self.trained)
                 raise error("from the user's own code")
 
-    module, callback = toy(Failing), MergeCallback(2, 3)
+    module, callback = make(Failing), MergeCallback(2, 3)
     arrives = SystemExit if error is KeyboardInterrupt else error
     rng = []
     with pytest.raises(arrives):
@@ -467,7 +473,7 @@ def test_a_function_that_gives_no_weights_fails_at_its_first_use_and_names_itsel
         return [math.nan] * len(steps)
 
     with pytest.raises(ValueError, match="merge rule hopeless gave a weight that is not finite"):
-        fit(toy(), tmp_path, MergeCallback(2, 3, merges=hopeless))
+        fit(make(Toy), tmp_path, MergeCallback(2, 3, merges=hopeless))
 
 
 def test_a_model_without_trainable_parameters_is_refused_before_training(tmp_path):
@@ -479,7 +485,7 @@ def test_a_model_without_trainable_parameters_is_refused_before_training(tmp_pat
             raise AssertionError("training began")
 
     with pytest.raises(ValueError, match="Frozen has no trainable floating-point parameters"):
-        fit(toy(Frozen).requires_grad_(False), tmp_path, MergeCallback())
+        fit(make(Frozen).requires_grad_(False), tmp_path, MergeCallback())
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from torch.utils.data import DataLoader
 
 from merge_callback import MergeCallback, Window
-from tests.toys import BusyToy, Toy, assert_same_training, batches, fit
+from tests.toys import BusyToy, Toy, assert_same_training, batches, fit, lightning, make
+
+pytestmark = pytest.mark.usefixtures("both_lightnings")
 
 MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt"}
 
@@ -28,9 +29,9 @@ MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt"}
     "callback_arguments", [{}, {"every_n_train_steps": 2, "limit_batches": 1}], ids=["all", "limited"]
 )
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, module_class, arguments, callback_arguments):
-    without = fit(seeded(module_class), tmp_path / "without", **arguments)
+    without = fit(make(module_class), tmp_path / "without", **arguments)
     callback = MergeCallback(num_snapshots=4, merges=MERGES, **callback_arguments)
-    watched = fit(seeded(module_class), tmp_path / "with", callback, **arguments)
+    watched = fit(make(module_class), tmp_path / "with", callback, **arguments)
     assert watched.logged("merged/val_loss")
     assert_same_training(without, watched)
     if module_class is BusyToy:
@@ -43,8 +44,8 @@ def test_a_loader_with_a_generator_of_its_own_gives_the_live_validation_the_same
     def shuffled():
         return DataLoader(batches(24).dataset, 4, shuffle=True, generator=torch.Generator().manual_seed(3))
 
-    without = fit(seeded(BusyToy), tmp_path / "without", validation=shuffled())
-    watched = fit(seeded(BusyToy), tmp_path / "with", MergeCallback(2, 3), validation=shuffled())
+    without = fit(make(BusyToy), tmp_path / "without", validation=shuffled())
+    watched = fit(make(BusyToy), tmp_path / "with", MergeCallback(2, 3), validation=shuffled())
     assert watched.logged("merged/val_loss")
     assert_same_training(without, watched)
     assert torch.equal(torch.stack(without.module.seen), torch.stack(watched.module.seen))
@@ -52,7 +53,7 @@ def test_a_loader_with_a_generator_of_its_own_gives_the_live_validation_the_same
 
 @pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
 def test_at_a_rate_of_zero_live_and_merged_values_are_equal_to_the_bit(tmp_path):
-    module = seeded(BusyToy, learning_rate=0.0)
+    module = make(BusyToy, learning_rate=0.0)
     module.norm.momentum = 0.0
     run = fit(module, tmp_path, MergeCallback(1, 3), validation=batches(24, 4, shuffle=True))
     for metrics in run.epoch_metrics:
@@ -65,16 +66,16 @@ def test_other_callbacks_are_there_in_the_merged_validation_but_their_hooks_are_
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
             if not self.trainer.sanity_checking:
-                assert isinstance(self.trainer.progress_bar_callback, RichProgressBar)
+                assert isinstance(self.trainer.progress_bar_callback, lightning(".callbacks").RichProgressBar)
                 assert self.trainer.early_stopping_callback.patience == 100
                 self.steps = getattr(self, "steps", 0) + 1
 
     counts = []
     for callbacks in ([], [MergeCallback(2, 3)]):
         counting = Counting()
-        stopping = EarlyStopping("val_loss", patience=100, check_on_train_epoch_end=False)
-        bars = [RichProgressBar(), stopping, counting]
-        run = fit(seeded(Asking), tmp_path / str(len(counts)), *callbacks, *bars, enable_progress_bar=True)
+        stopping = lightning(".callbacks").EarlyStopping("val_loss", patience=100, check_on_train_epoch_end=False)
+        bars = [lightning(".callbacks").RichProgressBar(), stopping, counting]
+        run = fit(make(Asking), tmp_path / str(len(counts)), *callbacks, *bars, enable_progress_bar=True)
         counts.append((counting.hooks, run.module.steps, stopping.state_dict()))
     assert counts[0] == counts[1]
 
@@ -95,12 +96,7 @@ class Counting(Callback):
 
 def test_the_callback_leaves_nothing_on_trainer_and_module(tmp_path):
     callback = MergeCallback(2, 3)
-    run = fit(seeded(Toy), tmp_path, callback)
+    run = fit(make(Toy), tmp_path, callback)
     assert "run" not in vars(run.trainer.fit_loop.epoch_loop.val_loop)
     assert "on_validation_epoch_end" not in vars(run.module)
     assert callback in run.trainer.callbacks
-
-
-def seeded(module_class, **arguments):
-    torch.manual_seed(0)
-    return module_class(**arguments)

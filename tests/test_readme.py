@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.toys import Toy, batches
+from tests.toys import Toy, batches, make
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {
-        "model": Toy(),
+        "model": make(Toy),
         "train_loader": batches(160),
         "val_loader": batches(24, shuffle=False),
     }

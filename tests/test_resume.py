@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from merge_callback import MergeCallback, Window
-from tests.toys import ResumableBatches, Toy, assert_same_training, fit, same
+from tests.toys import ResumableBatches, Toy, assert_same_training, fit, make, same
 
 # Lightning's advice; these runs leave callbacks out on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -19,8 +19,7 @@ def merging(**arguments):
 
 
 def seeded(**arguments):
-    torch.manual_seed(0)
-    module = Toy(**arguments)
+    module = make(Toy, **arguments)
     # Lightning's checkpoints hold no random states.
     module.dropout.p = 0.0
     return module

@@ -8,16 +8,16 @@ from merge_callback.weights import (
     snapshot_buffers,
     tensors_by_name,
 )
-from tests.toys import Toy
+from tests.toys import Toy, make
 
 
 def test_trainable_floating_parameters_are_merged_once_each():
-    names = list(merged_parameters(Toy()))
+    names = list(merged_parameters(make(Toy)))
     assert names == ["inner.weight", "inner.bias", "norm.weight", "norm.bias", "out.weight", "out.bias"]
 
 
 def test_persistent_floating_buffers_come_from_the_snapshot_and_no_others():
-    assert list(snapshot_buffers(Toy())) == ["norm.running_mean", "norm.running_var"]
+    assert list(snapshot_buffers(make(Toy))) == ["norm.running_mean", "norm.running_var"]
 
 
 def test_wrappers_leave_no_trace_in_names():

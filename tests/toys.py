@@ -1,16 +1,16 @@
 """Small things that really train: modules, data and a fit that records everything a callback could disturb."""
 
 import csv
+import importlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,6 +18,27 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 NUM_CLASSES = 3
+
+# Lightning lives under two names whose classes know nothing of each other. Toys are written without a base class and
+# get the one of the name in use.
+NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+namespace = NAMESPACES[0]
+if TYPE_CHECKING:
+    Base = LightningModule
+else:
+    Base = object
+
+
+def lightning(submodule: str = "") -> Any:
+    """The Lightning package that is in use, or one of its modules."""
+    return importlib.import_module(namespace + submodule)
+
+
+def make(toy_class: Any, **arguments: Any) -> Any:
+    """A toy as a LightningModule of the Lightning in use, with the same first weights each time."""
+    torch.manual_seed(0)
+    bases = (toy_class, lightning().LightningModule)
+    return type(toy_class.__name__, bases, {"__module__": toy_class.__module__})(**arguments)
 
 
 def batches(num_samples: int = 64, batch_size: int = 8, shuffle: bool = True, seed: int = 0) -> DataLoader[Any]:
@@ -50,7 +71,7 @@ class ResumableBatches:
         self.position = state["position"]
 
 
-class Toy(LightningModule):
+class Toy(Base):
     """A classifier with all that a merge has to tell apart: dropout, batch norm, tied, frozen and integer tensors."""
 
     def __init__(self, warmup_steps: int = 0, learning_rate: float = 0.05) -> None:
@@ -181,10 +202,10 @@ def fit(
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    trainer = Trainer(
+    trainer = lightning().Trainer(
         max_steps=max_steps,
         callbacks=[*callbacks, recorder],
-        logger=CSVLogger(folder),
+        logger=lightning(".loggers").CSVLogger(folder),
         **(arguments | trainer_arguments),
     )
     train = batches() if train is None else train

@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from merge_callback.callback import MergeCallback
+from merge_callback.checkpoint import MergedCheckpoint
 from merge_callback.rules import Window
 
-__all__ = ["MergeCallback", "Window"]
+__all__ = ["MergeCallback", "MergedCheckpoint", "Window"]
 __version__ = version("merge-callback")

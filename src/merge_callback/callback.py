@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any, Literal
 
+import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -24,7 +25,8 @@ from merge_callback.evaluate import (
     stop_observing_validations,
     validation_follows,
 )
-from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients
+from merge_callback.export import provenance, save
+from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
 from merge_callback.swap import swapped_weights
 from merge_callback.weights import tensors_by_name
 
@@ -66,6 +68,8 @@ class MergeCallback(Callback):
             model is evaluated on them once more.
         higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``;
             torchmetrics objects know it themselves.
+        save_state: What checkpoints hold: ``"full"`` is all that a resumed run needs to go on exactly (the ring);
+            ``"none"`` leaves the snapshots out, and the window starts empty after a resume.
         name: Distinguishes two callbacks in one Trainer, in checkpoints and in logged names.
 
     Raises:
@@ -91,6 +95,7 @@ class MergeCallback(Callback):
         evaluate_every_n_validations: int = 1,
         limit_batches: int | float | None = None,
         higher_is_better: str | Sequence[str] = (),
+        save_state: Literal["full", "none"] = "full",
         name: str = "merge",
     ) -> None:
         if every_n_train_steps is not None:
@@ -101,6 +106,8 @@ class MergeCallback(Callback):
         check_storage(storage)
         if start != "stable":
             check_count("start", start, minimum=0)
+        if save_state not in ("full", "none"):
+            raise ValueError(f"save_state must be 'full' or 'none', got {save_state!r}")
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a non-empty string, got {name!r}")
         self.every_n_train_steps = every_n_train_steps
@@ -111,6 +118,7 @@ class MergeCallback(Callback):
         self.evaluate_every_n_validations = evaluate_every_n_validations
         self.limit_batches = limit_batches
         self.higher_is_better = (higher_is_better,) if isinstance(higher_is_better, str) else tuple(higher_is_better)
+        self.save_state = save_state
         self.name = name
 
         self._module: LightningModule | None = None
@@ -181,6 +189,27 @@ class MergeCallback(Callback):
         with self._swapped_in(pl_module, self._merge(name)):
             yield
 
+    def save_merged(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        """Writes the merge with its provenance to a file, whole or not at all.
+
+        A ``.ckpt`` is taken by ``load_from_checkpoint`` and by ``Trainer.fit(ckpt_path=...)``, which starts a new run
+        from the merged weights; a ``.safetensors`` holds the state dict alone.
+
+        Args:
+            path: Ends in ``.ckpt`` or ``.safetensors``. Missing folders are made.
+            name: Which merge; None is the primary one.
+
+        Raises:
+            RuntimeError: If nothing was captured yet.
+            ValueError: If the path ends otherwise, or there is no merge of that name.
+            OSError: If the file cannot be written; the message says what was not saved.
+        """
+        coefficients = self.coefficients(name)
+        multipliers = decay_from_coefficients(list(coefficients.values()))
+        assert self._module is not None
+        checkpoint = weights_checkpoint(self._module, self.merged_state_dict(name), self._step)
+        save(path, checkpoint, provenance(rule_label(self._rule(name)), coefficients, multipliers))
+
     # What Lightning calls.
 
     @property
@@ -188,7 +217,8 @@ class MergeCallback(Callback):
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"capture": self._capture.state_dict(), "num_validations": self._num_validations}
+        capture = self._capture.state_dict(with_snapshots=self.save_state == "full")
+        return {"capture": capture, "num_validations": self._num_validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Some strategies load before the model is on its device: kept until the fit begins.
@@ -206,11 +236,14 @@ class MergeCallback(Callback):
             self._capture = self._new_capture()
             self._capture.prepare(pl_module)
             self._num_validations = 0
+        self._said.clear()
         if self._loaded_state is not None:
-            self._capture.load_state_dict(self._loaded_state["capture"])
+            if changes := self._capture.load_state_dict(self._loaded_state["capture"]):
+                self._say(f"resumed, but {'; '.join(changes)}", topic="resumed", warn=True)
             self._num_validations = self._loaded_state["num_validations"]
             self._loaded_state = None
-        self._said.clear()
+        elif not continues and step > 0:
+            self._say("the checkpoint holds no state of it, so the window starts empty", topic="resumed", warn=True)
         self._say(self._description(), topic="start")
         if trainer.enable_validation:
             observe_validations(trainer, self)
@@ -369,6 +402,23 @@ class MergeCallback(Callback):
 def optimizer_step(trainer: Trainer) -> int:
     """Rounds of optimizer steps so far; Lightning counts the steps of all optimizers."""
     return trainer.global_step // max(1, len(trainer.optimizers))
+
+
+def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: int) -> dict[str, Any]:
+    """A Lightning checkpoint of weights alone, from which a new fit starts as from any initialisation."""
+    checkpoint: dict[str, Any] = {
+        "state_dict": state,
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": 0,
+        "global_step": step,
+        # Lightning wants both to be there before a fit, and restores as many as there are.
+        "optimizer_states": [],
+        "lr_schedulers": [],
+    }
+    if module.hparams:
+        checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
 
 
 def learning_rates(trainer: Trainer) -> list[float]:

@@ -132,32 +132,52 @@ class SnapshotCapture:
         required = max((window.required_span(step) for window in self._windows), default=0.0)
         return needs_thinning(self.steps, step, required)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on as if there had been no interruption; the ring's rows by reference."""
+    def state_dict(self, with_snapshots: bool = True) -> dict[str, Any]:
+        """All that is needed to go on as if there had been no interruption; the ring's rows by reference.
+
+        Args:
+            with_snapshots: Without them a resumed window starts empty.
+        """
         return {
             "every_n_train_steps": self.every_n_train_steps,
             "phase": asdict(self.phase),
             "window_phase": self._window_phase,
             "is_outdated": self._is_outdated,
             "schedule": asdict(self.schedule),
-            "ring": self.ring.state_dict() if self.ring is not None else None,
-            "buffers": self.buffers,
+            "num_snapshots": len(self.steps),
+            "ring": self.ring.state_dict() if self.ring is not None and with_snapshots else None,
+            "buffers": self.buffers if with_snapshots else {},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a saved state; call `prepare` before.
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Takes over a saved state, as much of it as fits; call `prepare` before.
 
-        Raises:
-            ValueError: If the saved snapshots are of other tensors than the module's.
+        Returns:
+            What was dropped or changed on the way, in words; empty if the window goes on exactly.
         """
+        changes = []
         self.phase = StablePhase(**state["phase"])
-        self._window_phase = state["window_phase"]
-        self._is_outdated = state["is_outdated"]
-        if state["ring"] is not None and self.ring is not None:
-            self.ring.load_state_dict(state["ring"])
-            device = self.ring.storage.layout.groups[0][1]
-            self.buffers = {name: buffer.to(device, copy=True) for name, buffer in state["buffers"].items()}
-        if state["every_n_train_steps"] == self.every_n_train_steps:
+        self._window_phase, self._is_outdated = state["window_phase"], state["is_outdated"]
+        if state["ring"] is None or self.ring is None:
+            if state["num_snapshots"]:
+                changes.append(f"the {state['num_snapshots']} snapshots of the window were not saved: it starts empty")
+        else:
+            changes += self._load_ring(self.ring, state)
+        if state["every_n_train_steps"] == self.every_n_train_steps and (self.steps or not state["num_snapshots"]):
             self.schedule = CaptureSchedule(**state["schedule"])
         elif self.steps:
+            changes.append(
+                f"the interval is now {self.every_n_train_steps or 'one that doubles'} instead of"
+                f" {state['every_n_train_steps'] or 'one that doubles'}"
+            )
             self.schedule.next_step = self.steps[-1] + self.schedule.interval
+        return changes
+
+    def _load_ring(self, ring: SnapshotRing, state: Mapping[str, Any]) -> list[str]:
+        try:
+            changes = ring.load_state_dict(state["ring"])
+        except ValueError as error:
+            return [f"its window of {state['num_snapshots']} snapshots was dropped: {error}"]
+        device = ring.storage.layout.groups[0][1]
+        self.buffers = {name: buffer.to(device, copy=True) for name, buffer in state["buffers"].items()}
+        return changes

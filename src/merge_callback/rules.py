@@ -180,6 +180,18 @@ def resolve_rule(rule: str | Rule) -> Rule:
     return rule
 
 
+def rule_label(rule: str | Rule) -> str:
+    """What to call a rule: its name, also when it is given as a function.
+
+    >>> rule_label(sma), rule_label("1-sqrt"), rule_label(Window(span_steps=100))
+    ('sma', '1-sqrt', "Window(rule='sma', span_steps=100, span=None)")
+    """
+    if isinstance(rule, str):
+        return rule
+    names = [name for name, known in RULES.items() if known is rule]
+    return names[0] if names else getattr(rule, "__name__", repr(rule))
+
+
 def merge_coefficients(rule: str | Rule, steps: Sequence[int]) -> list[float]:
     """Coefficients of the merge, one per snapshot, checked and summing to one.
 
@@ -197,7 +209,7 @@ def merge_coefficients(rule: str | Rule, steps: Sequence[int]) -> list[float]:
     [0.25, 0.75]
     """
     weights = [float(weight) for weight in resolve_rule(rule)(steps)]
-    label = rule if isinstance(rule, str) else getattr(rule, "__name__", repr(rule))
+    label = rule_label(rule)
     if len(weights) != len(steps):
         raise ValueError(f"merge rule {label} gave {len(weights)} weights for {len(steps)} snapshots")
     if not all(map(math.isfinite, weights)):

@@ -240,8 +240,11 @@ class SnapshotRing:
             "rows": self.storage.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Takes over the newest snapshots of a saved ring, as many as fit.
+
+        Returns:
+            What was dropped or changed on the way, in words.
 
         Raises:
             ValueError: If the saved snapshots are of other tensors; the message names the first difference.
@@ -250,14 +253,21 @@ class SnapshotRing:
         if shapes != state["shapes"]:
             name = next(name for name in [*shapes, *state["shapes"]] if shapes.get(name) != state["shapes"].get(name))
             raise ValueError(
-                f"the saved snapshots do not fit the model: {name} has shape {shapes.get(name)} in the model"
-                f" and {state['shapes'].get(name)} in the snapshots"
+                f"{name} has shape {shapes.get(name)} in the model and {state['shapes'].get(name)} in the snapshots"
             )
-        newest = list(zip(state["steps"], state["slots"], strict=True))[-self.capacity :]
+        saved = list(zip(state["steps"], state["slots"], strict=True))
+        newest = saved[-self.capacity :]
         self.steps = [step for step, _ in newest]
         self._slots = list(range(len(newest)))
         for slot, (_, saved_slot) in enumerate(newest):
             self.storage.load_slot(slot, state["rows"], saved_slot)
+        changes = []
+        if len(newest) < len(saved):
+            changes.append(f"the oldest {len(saved) - len(newest)} of {len(saved)} snapshots were dropped")
+        dtypes = {str(row.dtype) for row in state["rows"]}, {str(row.dtype) for row in self.storage.state_dict()}
+        if dtypes[0] != dtypes[1]:
+            changes.append(f"snapshots in {', '.join(sorted(dtypes[0]))} are now in {', '.join(sorted(dtypes[1]))}")
+        return changes
 
 
 def refuse_if_too_large(required: Mapping[torch.device, int], num_snapshots: int) -> None:

@@ -1,0 +1,110 @@
+"""Merged checkpoints with provenance: written whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Under this key a `.ckpt` holds its provenance; a `.safetensors` holds the same entries as metadata.
+PROVENANCE_KEY = "merge_callback"
+
+
+def provenance(rule: str, coefficients: Mapping[int, float], multipliers: list[float]) -> dict[str, Any]:
+    """Where a merge comes from: package version, rule, snapshot steps, coefficients and implied decay."""
+    return {
+        "version": version("merge-callback"),
+        "rule": rule,
+        "steps": list(coefficients),
+        "coefficients": list(coefficients.values()),
+        "implied_decay": multipliers,
+    }
+
+
+def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The provenance of a file that `save` wrote.
+
+    Raises:
+        ValueError: If the file is no ``.ckpt`` or ``.safetensors``, or holds no merge.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        with _safetensors().safe_open(path, "pt") as file:
+            found = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    else:
+        _check_suffix(path)
+        found = torch.load(path, weights_only=True, map_location="meta").get(PROVENANCE_KEY, {})
+    if "coefficients" not in found:
+        raise ValueError(f"{path} holds no merge")
+    return found
+
+
+def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    """Writes merged weights to a ``.ckpt`` or a ``.safetensors`` file.
+
+    The file appears under its name when it is complete; before that, or after an error, what was there stays.
+
+    Args:
+        path: Ends in ``.ckpt`` (the whole checkpoint, for Lightning) or ``.safetensors`` (its ``state_dict`` alone).
+            Missing folders are made.
+        checkpoint: A Lightning checkpoint whose ``state_dict`` holds the merge.
+        origin: As `provenance` makes it.
+
+    Raises:
+        ValueError: If the path ends otherwise.
+        OSError: If it cannot be written; the message says what was not saved.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _complete_or_absent(path) as unfinished:
+            if path.suffix == ".ckpt":
+                torch.save({**checkpoint, PROVENANCE_KEY: dict(origin)}, unfinished)
+            else:
+                # Tied tensors are written once for each name, so that every name can be loaded.
+                tensors = {key: _standalone(value) for key, value in checkpoint["state_dict"].items()}
+                metadata = {key: json.dumps(value) for key, value in origin.items()}
+                _safetensors().torch.save_file(tensors, unfinished, {"format": json.dumps("pt")} | metadata)
+    # A full disk is a RuntimeError to torch, and to safetensors an error of its own.
+    except (OSError, RuntimeError, _safetensors_error()) as error:
+        raise OSError(f"the merge of steps {origin['steps']} was not saved to {path}: {error}") from error
+
+
+@contextmanager
+def _complete_or_absent(path: Path) -> Iterator[Path]:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _standalone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise ValueError(f"a merge is saved as .ckpt or .safetensors, got {path.name!r}")
+
+
+def _safetensors_error() -> type[Exception]:
+    return _safetensors().SafetensorError if find_spec("safetensors") else OSError
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a .safetensors file needs: pip install 'merge-callback[export]'") from error
+    return safetensors

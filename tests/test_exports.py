@@ -1,0 +1,210 @@
+"""What leaves the run: files of the merge, taken by whatever takes a checkpoint, written whole or not at all."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from lightning.pytorch import Callback
+
+from merge_callback import MergeCallback, MergedCheckpoint, Window
+from merge_callback.export import read_provenance
+from tests import toys
+from tests.toys import ResumableBatches, Toy, assert_same_training, batches, fit, lightning, make, same
+
+
+class Saved(Toy):
+    """A toy with hyperparameters and something of its own in its checkpoints."""
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.note = "as made"
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["note"] = "from the checkpoint"
+
+    def on_load_checkpoint(self, checkpoint):
+        self.note = checkpoint["note"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    callback = MergeCallback(2, 4, merges={"sqrt": "1-sqrt", "late": Window(span_steps=3)})
+    fitted = fit(make(Saved, width=5), folder, callback)
+    return fitted, callback
+
+
+@pytest.mark.parametrize("name", [None, "late"])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_a_file_holds_the_merge_to_the_bit_and_where_it_comes_from(run, tmp_path, suffix, name):
+    _, callback = run
+    path = tmp_path / "new" / "folders" / f"merge.{suffix}"
+    callback.save_merged(path, name)
+    loaded = safetensors.torch.load_file(path) if suffix == "safetensors" else torch.load(path)["state_dict"]
+    assert same(dict(loaded), callback.merged_state_dict(name))
+    make(Toy).load_state_dict(loaded, strict=True)
+    origin = read_provenance(path)
+    assert origin["steps"] == [18, 20, 22, 24]
+    assert dict(zip(origin["steps"], origin["coefficients"], strict=True)) == callback.coefficients(name)
+    assert origin["implied_decay"] == [multiplier for _, multiplier in callback.implied_decay(name)]
+    assert origin["rule"] == ("Window(rule='sma', span_steps=3, span=None)" if name else "1-sqrt")
+    assert origin["version"]
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_checkpoint_is_taken_by_load_from_checkpoint_with_hyperparameters_and_hooks(run, tmp_path):
+    fitted, callback = run
+    callback.save_merged(tmp_path / "merge.ckpt")
+    loaded = type(fitted.module).load_from_checkpoint(tmp_path / "merge.ckpt", weights_only=True)
+    assert same(dict(loaded.state_dict()), callback.merged_state_dict())
+    assert loaded.hparams["width"] == 5
+    assert loaded.note == "from the checkpoint"
+
+
+@pytest.mark.usefixtures("both_lightnings")
+def test_a_fit_from_a_merged_checkpoint_is_a_fit_from_these_weights(tmp_path):
+    callback = MergeCallback(2, 4)
+    fit(make(Saved), tmp_path / "first", callback)
+    callback.save_merged(tmp_path / "merge.ckpt")
+    from_file = fit(make(Saved), tmp_path / "file", MergeCallback(2, 4), ckpt_path=str(tmp_path / "merge.ckpt"))
+    module = make(Saved)
+    module.load_state_dict(callback.merged_state_dict())
+    from_weights = fit(module, tmp_path / "weights", MergeCallback(2, 4))
+    assert_same_training(from_file, from_weights)
+    assert from_file.trainer.global_step == 24
+
+
+def test_a_merged_file_loads_without_unpickling_foreign_code(run, tmp_path):
+    _, callback = run
+    callback.save_merged(tmp_path / "merge.ckpt")
+    assert torch.load(tmp_path / "merge.ckpt", weights_only=True)["merge_callback"]["steps"]
+
+
+def test_another_ending_is_refused(run, tmp_path):
+    _, callback = run
+    with pytest.raises(ValueError, match=r"saved as .ckpt or .safetensors, got 'merge.pt'"):
+        callback.save_merged(tmp_path / "merge.pt")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_file_without_a_merge_is_recognised(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("other.ckpt", "other.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} holds no merge"):
+            read_provenance(tmp_path / name)
+
+
+FULL_DISK = """
+import resource, signal, sys, torch
+from tests.toys import Toy, fit, make
+from merge_callback import MergeCallback
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+callback = MergeCallback(2, 3)
+fit(make(Toy), folder / "run", callback)
+path = folder / sys.argv[2]
+callback.save_merged(path)
+before = path.read_bytes()
+# The file system takes no file larger than this any more, as a full disk would.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    callback.save_merged(path)
+except OSError as error:
+    print("refused:", error)
+assert path.read_bytes() == before
+assert sorted(file.name for file in folder.iterdir()) == sorted(["run", path.name])
+"""
+
+
+@pytest.mark.parametrize("name", ["merge.ckpt", "merge.safetensors"])
+def test_a_full_disk_leaves_no_half_file_and_the_older_one_stays(tmp_path, name):
+    root = os.path.dirname(os.path.dirname(__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), name], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"refused: the merge of steps [20, 22, 24] was not saved to {tmp_path / name}" in done.stdout
+
+
+def test_merged_checkpoints_keep_the_best_merges_and_live_checkpoints_live_weights(tmp_path):
+    class Watching(Callback):
+        def __init__(self, callback):
+            self.callback, self.merged, self.live = callback, {}, {}
+
+        def on_validation_end(self, trainer, pl_module):
+            if self.callback.snapshot_steps:
+                self.merged[trainer.global_step] = self.callback.merged_state_dict()
+                self.live[trainer.global_step] = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+    callback = MergeCallback(2, 3)
+    arguments = {"monitor": "merged/val_loss", "filename": "{step}", "auto_insert_metric_name": False}
+    merged = MergedCheckpoint(callback, dirpath=tmp_path / "merged", save_top_k=2, **arguments)
+    live = lightning(".callbacks").ModelCheckpoint(tmp_path / "live", save_top_k=-1, filename="{step}")
+    watching = Watching(callback)
+    run = fit(make(Toy, warmup_steps=5), tmp_path / "run", callback, watching, merged, live, enable_checkpointing=True)
+    losses = {step + 1: value for step, value in run.logged("merged/val_loss")}
+    best = sorted(losses, key=losses.get)[:2]
+    assert sorted(os.listdir(tmp_path / "merged")) == sorted(f"{step}.ckpt" for step in best)
+    assert merged.best_model_path == str(tmp_path / "merged" / f"{best[0]}.ckpt")
+    for step in best:
+        content = torch.load(tmp_path / "merged" / f"{step}.ckpt", weights_only=True)
+        assert same(dict(content["state_dict"]), watching.merged[step])
+        assert content["merge_callback"]["steps"][-1] == step
+        kept = torch.load(tmp_path / "live" / f"step={step}.ckpt", weights_only=True)
+        assert same(dict(kept["state_dict"]), watching.live[step])
+        assert not same(dict(kept["state_dict"]), dict(content["state_dict"]))
+
+
+def test_saving_merges_changes_nothing_of_the_training(tmp_path):
+    without = fit(make(Toy), tmp_path / "without")
+    callback = MergeCallback(2, 3)
+    merged = MergedCheckpoint(callback, dirpath=tmp_path / "merged", monitor="merged/val_loss")
+    run = fit(make(Toy), tmp_path / "with", callback, merged, enable_checkpointing=True)
+    assert merged.best_model_path
+    assert_same_training(without, run)
+
+
+def test_a_folder_that_vanished_is_made_anew_and_one_that_cannot_be_is_named_while_training_goes_on(tmp_path):
+    class Vandal(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            folder = tmp_path / "merged"
+            if trainer.global_step == 8:
+                for file in folder.iterdir():
+                    file.unlink()
+                folder.rmdir()
+            if trainer.global_step == 16:
+                for file in folder.iterdir():
+                    file.unlink()
+                folder.rmdir()
+                folder.write_text("in the way")
+
+    callback = MergeCallback(2, 3)
+    merged = MergedCheckpoint(callback, dirpath=tmp_path / "merged", save_top_k=-1, monitor="merged/val_loss")
+    with pytest.warns(UserWarning, match="was not saved to .*merged.*Training goes on"):
+        run = fit(make(Toy), tmp_path / "run", callback, Vandal(), merged, enable_checkpointing=True)
+    assert run.trainer.global_step == 24
+    assert [step for step, _ in run.logged("merged/val_loss")] == [3, 7, 11, 15, 19, 23]
+
+
+def test_a_missing_extra_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    _, callback = run
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'merge-callback\[export\]'"):
+        callback.save_merged(tmp_path / "merge.safetensors")
+
+
+def test_the_metadata_of_a_safetensors_file_is_readable_by_any_program(run, tmp_path):
+    _, callback = run
+    callback.save_merged(tmp_path / "merge.safetensors")
+    with safetensors.safe_open(tmp_path / "merge.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["steps"]) == [18, 20, 22, 24]
