@@ -1,9 +1,9 @@
 """What leaves the run: files of the merge, taken by whatever takes a checkpoint, written whole or not at all."""
 
 import json
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -13,8 +13,7 @@ from lightning.pytorch import Callback
 
 from merge_callback import MergeCallback, MergedCheckpoint, Window
 from merge_callback.export import read_provenance
-from tests import toys
-from tests.toys import ResumableBatches, Toy, assert_same_training, batches, fit, lightning, make, same
+from tests.toys import Toy, assert_same_training, fit, lightning, make, same
 
 
 class Saved(Toy):
@@ -30,6 +29,10 @@ class Saved(Toy):
 
     def on_load_checkpoint(self, checkpoint):
         self.note = checkpoint["note"]
+
+
+def names_in(folder):
+    return sorted(file.name for file in folder.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def test_a_file_holds_the_merge_to_the_bit_and_where_it_comes_from(run, tmp_path
     assert origin["implied_decay"] == [multiplier for _, multiplier in callback.implied_decay(name)]
     assert origin["rule"] == ("Window(rule='sma', span_steps=3, span=None)" if name else "1-sqrt")
     assert origin["version"]
-    assert os.listdir(path.parent) == [path.name]
+    assert names_in(path.parent) == [path.name]
 
 
 def test_a_checkpoint_is_taken_by_load_from_checkpoint_with_hyperparameters_and_hooks(run, tmp_path):
@@ -90,7 +93,7 @@ def test_another_ending_is_refused(run, tmp_path):
     _, callback = run
     with pytest.raises(ValueError, match=r"saved as .ckpt or .safetensors, got 'merge.pt'"):
         callback.save_merged(tmp_path / "merge.pt")
-    assert not os.listdir(tmp_path)
+    assert not names_in(tmp_path)
 
 
 def test_a_file_without_a_merge_is_recognised(tmp_path):
@@ -127,7 +130,7 @@ assert sorted(file.name for file in folder.iterdir()) == sorted(["run", path.nam
 
 @pytest.mark.parametrize("name", ["merge.ckpt", "merge.safetensors"])
 def test_a_full_disk_leaves_no_half_file_and_the_older_one_stays(tmp_path, name):
-    root = os.path.dirname(os.path.dirname(__file__))
+    root = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path), name], cwd=root, capture_output=True, text=True, check=False
     )
@@ -153,7 +156,7 @@ def test_merged_checkpoints_keep_the_best_merges_and_live_checkpoints_live_weigh
     run = fit(make(Toy, warmup_steps=5), tmp_path / "run", callback, watching, merged, live, enable_checkpointing=True)
     losses = {step + 1: value for step, value in run.logged("merged/val_loss")}
     best = sorted(losses, key=losses.get)[:2]
-    assert sorted(os.listdir(tmp_path / "merged")) == sorted(f"{step}.ckpt" for step in best)
+    assert names_in(tmp_path / "merged") == sorted(f"{step}.ckpt" for step in best)
     assert merged.best_model_path == str(tmp_path / "merged" / f"{best[0]}.ckpt")
     for step in best:
         content = torch.load(tmp_path / "merged" / f"{step}.ckpt", weights_only=True)
