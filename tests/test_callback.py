@@ -11,24 +11,7 @@ from torch.nn import functional as F
 from merge_callback import MergeCallback, Window
 from merge_callback.rules import ema
 from tests import reference
-from tests.toys import BusyToy, Toy, assert_same_training, batches, fit, lightning, make, same
-
-
-class Tracker(Callback):
-    """Keeps the trainable parameters and the buffers after every optimizer step."""
-
-    def __init__(self):
-        self.parameters, self.buffers, self.live_losses = {}, {}, []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        step = trainer.global_step // len(trainer.optimizers)
-        named = {n: p for n, p in pl_module.named_parameters() if p.requires_grad}
-        self.parameters[step] = {name: tensor.detach().clone() for name, tensor in named.items()}
-        self.buffers[step] = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
-
-    def merged(self, coefficients):
-        return reference.merge([self.parameters[step] for step in coefficients], list(coefficients.values()))
-
+from tests.toys import BusyToy, Toy, Tracker, assert_same_training, batches, fit, lightning, make, same
 
 # What is merged
 

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from tests import reference
+
 NUM_CLASSES = 3
 
 # Lightning lives under two names whose classes know nothing of each other. Toys are written without a base class and
@@ -180,6 +182,24 @@ class Recorder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self.metrics.append({name: value.clone() for name, value in trainer.callback_metrics.items()})
+
+
+class Tracker(Callback):
+    """Keeps the trainable parameters and the buffers after every optimizer step."""
+
+    def __init__(self) -> None:
+        self.parameters: dict[int, dict[str, Tensor]] = {}
+        self.buffers: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        step = trainer.global_step // len(trainer.optimizers)
+        named = {name: tensor for name, tensor in pl_module.named_parameters() if tensor.requires_grad}
+        self.parameters[step] = {name: tensor.detach().clone() for name, tensor in named.items()}
+        self.buffers[step] = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
+
+    def merged(self, coefficients: dict[int, float]) -> dict[str, Tensor]:
+        """The float64 twin of a merge of these steps."""
+        return reference.merge([self.parameters[step] for step in coefficients], list(coefficients.values()))
 
 
 def fit(
