@@ -506,3 +506,48 @@ def test_bad_arguments_are_refused_by_name_and_value(arguments, error, message):
 def test_a_writable_directory_is_still_to_come(tmp_path):
     with pytest.raises(NotImplementedError, match="still to come"):
         MergeCallback(storage=tmp_path / "new" / "folder")
+
+
+def test_a_rule_that_fails_later_is_named_at_each_validation_and_the_run_goes_on(tmp_path):
+    def fragile(steps):
+        if steps[-1] >= 15:
+            raise ZeroDivisionError("too far")
+        return [1.0] * len(steps)
+
+    callback = MergeCallback(2, 3, merges={"fragile": fragile, "sma": "sma"})
+    without = fit(make(Toy), tmp_path / "without")
+    with pytest.warns(UserWarning, match="no merge 'fragile' at step") as said:
+        run = fit(make(Toy), tmp_path / "with", callback)
+    texts = [str(warning.message) for warning in said if "fragile" in str(warning.message)]
+    assert len(texts) == 3
+    assert (
+        "no merge 'fragile' at step 16: merge rule fragile failed for steps [12, 14, 16]: ZeroDivisionError" in texts[0]
+    )
+    assert_same_training(without, run)
+    assert [step for step, _ in run.logged("merged/val_loss")] == [3, 7, 11]
+    assert [step for step, _ in run.logged("merged_sma/val_loss")] == [3, 7, 11, 15, 19, 23]
+
+
+def test_a_snapshot_with_nan_is_refused_in_a_run_that_goes_on(tmp_path):
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 10:
+                self.kept = pl_module.out.bias.data.clone()
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 11:
+                pl_module.out.bias.data.fill_(torch.nan)
+            if trainer.global_step == 13:
+                pl_module.out.bias.data.copy_(self.kept)
+
+    class Plain(Toy):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return torch.nan_to_num(loss) * 0 if loss.isnan() else loss
+
+    callback = MergeCallback(2, 4)
+    with pytest.warns(UserWarning, match=r"No snapshot at step 12: .*out.bias|No snapshot at step 12: inner.weight"):
+        run = fit(make(Plain), tmp_path, Poison(), callback, max_steps=12, val_check_interval=6)
+    assert callback.snapshot_steps == [4, 6, 8, 10]
+    assert all(tensor.isfinite().all() for tensor in callback.merged_state_dict().values())
+    assert math.isfinite(run.logged("merged/val_loss")[-1][1])

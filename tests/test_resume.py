@@ -1,5 +1,8 @@
 """Interrupted equals uninterrupted, bit for bit."""
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -71,3 +74,127 @@ def test_a_checkpoint_loads_without_the_callback_and_gives_live_weights(tmp_path
     without = fit(seeded(), tmp_path / "without", train=ResumableBatches(), ckpt_path=path, max_steps=20)
     with_it = fit(seeded(), tmp_path / "again", merging(), train=ResumableBatches(), ckpt_path=path, max_steps=20)
     assert_same_training(without, with_it)
+
+
+# Checkpoints of other settings
+
+
+def checkpoint_of(tmp_path, callback, toy_class=Toy, max_steps=12):
+    module = make(toy_class)
+    stopped = fit(module, tmp_path / "stopped", *([callback] if callback else []), max_steps=max_steps)
+    stopped.trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    return stopped, str(tmp_path / "stopped.ckpt")
+
+
+def resumed_with(tmp_path, path, callback, toy_class=Toy, max_steps=13):
+    return fit(
+        make(toy_class), tmp_path / "resumed", callback, train=ResumableBatches(), ckpt_path=path, max_steps=max_steps
+    )
+
+
+def merge_warnings(warned):
+    return [str(warning.message) for warning in warned if "MergeCallback(" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "said"),
+    [
+        ({"num_snapshots": 2}, [10, 12], "the oldest 2 of 4 snapshots were dropped"),
+        ({"num_snapshots": 9}, [6, 8, 10, 12], None),
+        ({"every_n_train_steps": 7}, [6, 8, 10, 12], "the interval is now 7 instead of 2"),
+        ({"every_n_train_steps": None}, [8, 10, 12, 13], "the interval is now one that doubles instead of 2"),
+        ({"merges": "wma"}, [6, 8, 10, 12], None),
+        ({"dtype": "bfloat16"}, [6, 8, 10, 12], "snapshots in torch.float32 are now in torch.bfloat16"),
+        ({"save_state": "none"}, [6, 8, 10, 12], None),
+    ],
+)
+def test_a_checkpoint_of_other_settings_resumes_with_what_fits_and_says_what_changed(
+    tmp_path, recwarn, arguments, steps, said
+):
+    settings = {"every_n_train_steps": 2, "num_snapshots": 4, "merges": "sma"}
+    before = MergeCallback(**settings)
+    _, path = checkpoint_of(tmp_path, before)
+    callback = MergeCallback(**(settings | arguments))
+    recwarn.clear()
+    warnings.simplefilter("always")
+    resumed_with(tmp_path, path, callback)
+    assert callback.snapshot_steps == steps
+    assert merge_warnings(recwarn) == ([f"MergeCallback('merge'): resumed, but {said}"] if said else [])
+    if "every_n_train_steps" not in arguments:
+        oldest = dict.fromkeys(callback.snapshot_steps, 0.0) | {steps[0]: 1.0}
+        kept = dict.fromkeys(before.snapshot_steps, 0.0) | {steps[0]: 1.0}
+        ours = callback._ring.combine(list(oldest.values()))[0]
+        theirs = before._ring.combine(list(kept.values()))[0]
+        assert torch.equal(ours, theirs.to(callback.dtype or theirs.dtype).to(theirs.dtype))
+
+
+def test_without_saved_snapshots_the_window_starts_empty_and_says_so_once(tmp_path, recwarn):
+    before = MergeCallback(2, 4, save_state="none")
+    _, path = checkpoint_of(tmp_path, before)
+    content = torch.load(path, weights_only=True)["callbacks"][before.state_key]["capture"]
+    assert content["ring"] is None
+    assert content["buffers"] == {}
+    callback = MergeCallback(2, 4, save_state="none")
+    recwarn.clear()
+    resumed = resumed_with(tmp_path, path, callback, max_steps=20)
+    expected = "MergeCallback('merge'): resumed, but the 4 snapshots of the window were not saved: it starts empty"
+    assert merge_warnings(recwarn) == [expected]
+    assert callback.snapshot_steps == [14, 16, 18, 20]
+    assert len(resumed.logged("merged/val_loss")) == 2
+
+
+def test_a_checkpoint_without_the_callback_starts_an_empty_window_with_one_warning(tmp_path, recwarn):
+    _, path = checkpoint_of(tmp_path, None)
+    callback = MergeCallback(2, 4)
+    recwarn.clear()
+    resumed_with(tmp_path, path, callback, max_steps=16)
+    expected = "MergeCallback('merge'): the checkpoint holds no state of it, so the window starts empty"
+    assert merge_warnings(recwarn) == [expected]
+    assert callback.snapshot_steps == [14, 16]
+
+
+def test_a_checkpoint_with_other_trainable_parameters_drops_the_window_and_names_one(tmp_path, recwarn):
+    class Plain(Toy):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.05)
+
+    class Frozen(Plain):
+        def __init__(self):
+            super().__init__()
+            self.out.requires_grad_(False)
+
+    _, path = checkpoint_of(tmp_path, MergeCallback(2, 4), Plain)
+    callback = MergeCallback(2, 4)
+    recwarn.clear()
+    resumed_with(tmp_path, path, callback, Frozen, max_steps=16)
+    expected = (
+        "MergeCallback('merge'): resumed, but its window of 4 snapshots was dropped:"
+        " out.weight has shape None in the model and [3, 6] in the snapshots"
+    )
+    assert merge_warnings(recwarn) == [expected]
+    assert callback.snapshot_steps == [14, 16]
+
+
+def test_a_checkpoint_grows_by_the_ring_and_little_more(tmp_path):
+    class Large(Toy):
+        def __init__(self):
+            super().__init__()
+            self.large = torch.nn.Linear(6, 30_000, bias=False)
+
+        def forward(self, x):
+            return super().forward(x) + self.large(x)[:, :1]
+
+    sizes = {}
+    for label, arguments in {
+        "without": None,
+        "full": {},
+        "half": {"dtype": "bfloat16"},
+        "none": {"save_state": "none"},
+    }.items():
+        callback = None if arguments is None else MergeCallback(2, 5, **arguments)
+        _, path = checkpoint_of(tmp_path, callback, Large, max_steps=6)
+        sizes[label] = Path(path).stat().st_size
+    ring = 5 * 4 * 6 * 30_000
+    assert sizes["full"] - sizes["without"] == pytest.approx(ring, abs=30_000)
+    assert sizes["half"] - sizes["without"] == pytest.approx(ring / 2, abs=30_000)
+    assert sizes["none"] - sizes["without"] < 10_000

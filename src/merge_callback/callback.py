@@ -27,6 +27,7 @@ from merge_callback.evaluate import (
 )
 from merge_callback.export import provenance, save
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
+from merge_callback.snapshots import SnapshotRing
 from merge_callback.swap import swapped_weights
 from merge_callback.weights import tensors_by_name
 
@@ -37,8 +38,7 @@ class _Evaluation:
 
     merged: dict[str, dict[str, LoggedValue]]
     live: dict[str, LoggedValue] | None
-    spread: float
-    seconds: float
+    diagnostics: dict[str, float]
 
 
 class MergeCallback(Callback):
@@ -128,6 +128,8 @@ class MergeCallback(Callback):
         self._rates: list[float] = []
         self._num_validations = 0
         self._evaluation: _Evaluation | None = None
+        # Merges whose rule has given proper coefficients once.
+        self._worked: set[str] = set()
         self._said: set[str] = set()
 
     # What a user asks of it.
@@ -186,7 +188,8 @@ class MergeCallback(Callback):
             RuntimeError: If nothing was captured yet.
             ValueError: If there is no merge of that name, or the module has other tensors.
         """
-        with self._swapped_in(pl_module, self._merge(name)):
+        row = self._ring.combine(list(self.coefficients(name).values()))
+        with self._swapped_in(pl_module, row):
             yield
 
     def save_merged(self, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -218,7 +221,7 @@ class MergeCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         capture = self._capture.state_dict(with_snapshots=self.save_state == "full")
-        return {"capture": capture, "num_validations": self._num_validations}
+        return {"capture": capture, "num_validations": self._num_validations, "worked": sorted(self._worked)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Some strategies load before the model is on its device: kept until the fit begins.
@@ -235,12 +238,13 @@ class MergeCallback(Callback):
         if self._loaded_state is not None or not continues:
             self._capture = self._new_capture()
             self._capture.prepare(pl_module)
-            self._num_validations = 0
+            self._num_validations, self._worked = 0, set()
         self._said.clear()
         if self._loaded_state is not None:
             if changes := self._capture.load_state_dict(self._loaded_state["capture"]):
                 self._say(f"resumed, but {'; '.join(changes)}", topic="resumed", warn=True)
             self._num_validations = self._loaded_state["num_validations"]
+            self._worked = set(self._loaded_state["worked"])
             self._loaded_state = None
         elif not continues and step > 0:
             self._say("the checkpoint holds no state of it, so the window starts empty", topic="resumed", warn=True)
@@ -283,18 +287,27 @@ class MergeCallback(Callback):
             return
         began = time.perf_counter()
         num_batches, num_live_batches = num_limited_batches(trainer, self.limit_batches)
-        merged, spread = {}, 0.0
+        merged, diagnostics = {}, {}
         for name in self.merges:
-            row = self._merge(name)
+            try:
+                coefficients = self.coefficients(name)
+            except ValueError as error:
+                # A rule that never worked is a mistake to mend; one that worked before must not end a long run.
+                if name not in self._worked:
+                    raise
+                rank_zero_warn(f"MergeCallback({self.name!r}): no merge {name!r} at step {self._step}: {error}")
+                continue
+            row = self._ring.combine(list(coefficients.values()))
             if name == self._primary:
-                assert self._capture.ring is not None
-                spread = self._capture.ring.spread(list(self.coefficients(name).values()), row)
+                diagnostics = self._diagnostics(coefficients, row)
             with self._swapped_in(trainer.lightning_module, row):
                 merged[name] = evaluate(trainer, self.limit_batches)
+            self._worked.add(name)
             # Otherwise the next merge would be made while this one still takes its memory.
             del row
         live = evaluate(trainer, self.limit_batches) if num_batches < num_live_batches else None
-        self._evaluation = _Evaluation(merged, live, spread, time.perf_counter() - began)
+        diagnostics["seconds"] = time.perf_counter() - began
+        self._evaluation = _Evaluation(merged, live, diagnostics)
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """What to log beside the live values: merged values, gains and diagnostics."""
@@ -311,16 +324,9 @@ class MergeCallback(Callback):
                     gain = live[metric].value - merged.value
                     gain = -gain if self._is_higher_better(metric, merged) else gain
                     logged[f"merge_gain{label}/{metric}"] = LoggedValue(gain, logger=merged.logger)
-        used = [step for step, value in self.coefficients().items() if value != 0]
-        diagnostics = {
-            "num_snapshots": len(used),
-            "span_steps": used[-1] - used[0],
-            "spread": evaluation.spread,
-            "seconds": evaluation.seconds,
-        }
         device = trainer.lightning_module.device
-        for key, number in diagnostics.items():
-            logged[f"merge{self._label()}/{key}"] = LoggedValue(torch.tensor(float(number), device=device))
+        for key, number in evaluation.diagnostics.items():
+            logged[f"merge{self._label()}/{key}"] = LoggedValue(torch.tensor(number, device=device))
         return logged
 
     # How it does it.
@@ -334,6 +340,16 @@ class MergeCallback(Callback):
             self.every_n_train_steps, self.num_snapshots, self.merges.values(), self.start, self.dtype
         )
 
+    @property
+    def _ring(self) -> SnapshotRing:
+        assert self._capture.ring is not None
+        return self._capture.ring
+
+    def _diagnostics(self, coefficients: dict[int, float], row: list[Tensor]) -> dict[str, float]:
+        used = [step for step, value in coefficients.items() if value != 0]
+        spread = self._ring.spread(list(coefficients.values()), row)
+        return {"num_snapshots": float(len(used)), "span_steps": float(used[-1] - used[0]), "spread": spread}
+
     def _rule(self, name: str | None) -> Rule:
         if name is not None and name not in self.merges:
             raise ValueError(f"there is no merge called {name!r}; there are: {', '.join(self.merges)}")
@@ -344,15 +360,9 @@ class MergeCallback(Callback):
         parts = [self.name if self.name != "merge" else None, merge if merge != self._primary else None]
         return "".join(f"_{part}" for part in parts if part)
 
-    def _merge(self, name: str | None) -> list[Tensor]:
-        coefficients = self.coefficients(name)
-        assert self._capture.ring is not None
-        return self._capture.ring.combine(list(coefficients.values()))
-
     @contextmanager
     def _swapped_in(self, module: torch.nn.Module, row: list[Tensor]) -> Iterator[None]:
-        assert self._capture.ring is not None
-        merged = self._capture.ring.storage.layout.views(row) | self._capture.buffers
+        merged = self._ring.storage.layout.views(row) | self._capture.buffers
         live = tensors_by_name(module, merged)
         # Lightning takes the model off its device after a fit. Buffers are copied: a forward pass may write to them.
         merged = {k: v.to(live[k].device, copy=k in self._capture.buffers) for k, v in merged.items()}

@@ -203,13 +203,17 @@ def merge_coefficients(rule: str | Rule, steps: Sequence[int]) -> list[float]:
         As many coefficients as steps, oldest first; they may be zero or negative.
 
     Raises:
-        ValueError: If a rule gives another number of weights, a NaN or infinity, or weights that sum to zero.
+        ValueError: If a rule fails, or gives another number of weights, a NaN or infinity, or weights that sum to
+            zero; the message names the rule and the steps.
 
     >>> merge_coefficients(lambda steps: steps, [100, 300])
     [0.25, 0.75]
     """
-    weights = [float(weight) for weight in resolve_rule(rule)(steps)]
     label = rule_label(rule)
+    try:
+        weights = [float(weight) for weight in resolve_rule(rule)(steps)]
+    except Exception as error:
+        raise ValueError(f"merge rule {label} failed for steps {list(steps)}: {error!r}") from error
     if len(weights) != len(steps):
         raise ValueError(f"merge rule {label} gave {len(weights)} weights for {len(steps)} snapshots")
     if not all(map(math.isfinite, weights)):
