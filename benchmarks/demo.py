@@ -32,7 +32,7 @@ def run(seed: int) -> None:
         arguments = [f"demo.seed={seed}"]
         command = [sys.executable, "-m", "merge_callback.demo", *arguments, f"hydra.run.dir={folder}"]
         subprocess.run(command, check=True)
-        validations = read_validations(Path(folder) / "metrics.csv", METRIC)
+        validations = read_validations(Path(folder) / "csv" / "metrics.csv", METRIC)
     record = {
         "arguments": arguments,
         "seed": seed,

@@ -23,6 +23,7 @@ def demo(folder, *overrides):
     command = [sys.executable, "-m", "merge_callback.demo", f"hydra.run.dir={folder}", *overrides]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     return done.stdout + done.stderr
 
 
@@ -33,7 +34,7 @@ def weights(output):
 @pytest.mark.slow
 def test_the_merge_beats_the_live_model_on_real_text(tmp_path):
     output = demo(tmp_path / "run")
-    validations = read_validations(tmp_path / "run" / "metrics.csv", "val_loss")
+    validations = read_validations(tmp_path / "run" / "csv" / "metrics.csv", "val_loss")
     assert [validation.step for validation in validations] == list(range(75, 1501, 75))
     # Ten snapshots have been taken by the second validation: the warmup ends at step 100.
     full = [validation for validation in validations if validation.step >= 150]
@@ -53,7 +54,8 @@ def test_without_the_callback_the_demo_trains_the_same_weights(tmp_path):
     assert "up to 10 snapshots" in with_merge
     assert "MergeCallback" not in without
     live = [
-        [v.live for v in read_validations(tmp_path / run / "metrics.csv", "val_loss")] for run in ("with", "without")
+        [v.live for v in read_validations(tmp_path / run / "csv" / "metrics.csv", "val_loss")]
+        for run in ("with", "without")
     ]
     assert live[0] == live[1]
     assert len(live[0]) == 3

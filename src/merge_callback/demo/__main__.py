@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import warnings
 from pathlib import Path
 
 import hydra
@@ -21,6 +22,8 @@ METRIC = "val_loss"
 @hydra.main(version_base="1.3", config_path="pkg://merge_callback.conf", config_name="demo")
 def main(config: DictConfig) -> None:
     """Trains, prints the closing table, draws the picture, and says where everything is."""
+    # Lightning has not followed a deprecation in torch yet; nobody who tries the demo can do anything about it.
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
     # Hydra adds a handler of its own to the root logger; Lightning's lines would come twice.
     logging.getLogger("lightning.pytorch").propagate = False
     seed_everything(config.demo.seed)
@@ -39,7 +42,7 @@ def main(config: DictConfig) -> None:
     trainer.fit(model, data)
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    validations = read_validations(folder / "metrics.csv", METRIC)
+    validations = read_validations(folder / "csv" / "metrics.csv", METRIC)
     console.print(closing_table(validations))
     picture = folder / "live_and_merged.png"
     plot_validations(validations, f"{METRIC} (nats per byte)", data.corpus.description).savefig(picture)
