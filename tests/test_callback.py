@@ -304,6 +304,12 @@ def test_accumulated_batches_are_one_step(tmp_path, manual):
     assert callback.snapshot_steps == [2, 4, 6]
 
 
+def test_a_warmup_is_seen_through_accumulation(tmp_path):
+    callback = MergeCallback(1, 10)
+    fit(make(Toy, warmup_steps=5), tmp_path, callback, max_steps=8, accumulate_grad_batches=4)
+    assert callback.snapshot_steps == [6, 7, 8]
+
+
 def test_the_window_is_frozen_in_the_decay_and_still_evaluated(tmp_path, caplog):
     class Decaying(Toy):
         def configure_optimizers(self):

@@ -195,7 +195,8 @@ def test_a_module_without_trainable_parameters_is_refused():
 @given(st.integers(1, 12), st.one_of(st.none(), st.integers(1, 7)), st.integers(1, 200), st.integers(1, 200))
 @settings(deadline=None, max_examples=40)
 def test_an_interrupted_capture_goes_on_as_if_it_had_not_stopped(capacity, every, before, after):
-    rates = [*(i / 20 for i in range(1, 20)), *[1.0] * (before + after)]
+    # Two phases, so that it matters which one the window belongs to.
+    rates = [*(i / 20 for i in range(1, 20)), *[1.0] * after, *[0.5] * before, 0.25, *[0.125] * 5]
     whole, first, second = (SnapshotCapture(every, capacity, [Window(span=0.3)], "stable", None) for _ in range(3))
     list(run(whole, rates))
     list(run(first, rates[: before + 1]))

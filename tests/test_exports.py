@@ -1,6 +1,7 @@
 """What leaves the run: files of the merge, taken by whatever takes a checkpoint, written whole or not at all."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -211,3 +212,31 @@ def test_the_metadata_of_a_safetensors_file_is_readable_by_any_program(run, tmp_
     with safetensors.safe_open(tmp_path / "merge.safetensors", "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["steps"]) == [18, 20, 22, 24]
+    # What loaders of pre-trained models ask for.
+    assert metadata["format"] == "pt"
+
+
+def test_a_checkpoint_says_at_which_step_it_was_made_and_begins_at_epoch_zero(run, tmp_path):
+    _, callback = run
+    callback.save_merged(tmp_path / "merge.ckpt")
+    content = torch.load(tmp_path / "merge.ckpt", weights_only=True)
+    assert (content["epoch"], content["global_step"]) == (0, 24)
+
+
+def test_provenance_is_read_without_loading_foreign_code(tmp_path):
+    torch.save({"merge_callback": Path("anything")}, tmp_path / "merge.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        read_provenance(tmp_path / "merge.ckpt")
+
+
+def test_a_merged_checkpoint_of_another_merge_holds_that_one_and_is_saved_once_a_step(tmp_path):
+    callback = MergeCallback(2, 3, merges={"sma": "sma", "newest": Window(span_steps=1)})
+    merged = MergedCheckpoint(callback, "newest", dirpath=tmp_path / "merged", monitor="merged_newest/val_loss")
+    plain = MergedCheckpoint(callback, dirpath=tmp_path / "plain", monitor="merged/val_loss", every_n_train_steps=4)
+    assert len({merged.state_key, plain.state_key}) == 2
+    fit(make(Toy), tmp_path / "run", callback, merged, plain, enable_checkpointing=True)
+    assert read_provenance(merged.best_model_path)["coefficients"] == [0.0, 0.0, 1.0]
+    assert read_provenance(plain.best_model_path)["coefficients"] == [1 / 3] * 3
+    assert len(names_in(tmp_path / "plain")) == len(names_in(tmp_path / "merged")) == 1
+    assert merged._last_global_step_saved % 4 == 0
+    assert merged._last_checkpoint_saved == merged.best_model_path

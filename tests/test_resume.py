@@ -101,6 +101,7 @@ def merge_warnings(warned):
     [
         ({"num_snapshots": 2}, [10, 12], "the oldest 2 of 4 snapshots were dropped"),
         ({"num_snapshots": 9}, [6, 8, 10, 12], None),
+        ({"every_n_train_steps": 1}, [8, 10, 12, 13], "the interval is now 1 instead of 2"),
         ({"every_n_train_steps": 7}, [6, 8, 10, 12], "the interval is now 7 instead of 2"),
         ({"every_n_train_steps": None}, [8, 10, 12, 13], "the interval is now one that doubles instead of 2"),
         ({"merges": "wma"}, [6, 8, 10, 12], None),

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_callback.rules import (
+    DECAY_SHAPES,
     RULES,
     Window,
     coefficients_from_decay,
@@ -15,6 +16,8 @@ from merge_callback.rules import (
     ema,
     merge_coefficients,
     resolve_rule,
+    sma,
+    wma,
 )
 from tests import reference
 
@@ -43,6 +46,15 @@ def test_ten_even_snapshots_get_the_published_weights(rule, expected):
 @given(rule_names, uneven_steps)
 def test_every_rule_agrees_with_its_float64_twin(rule, steps):
     assert merge_coefficients(rule, steps) == pytest.approx(reference.coefficients(rule, steps), abs=1e-12)
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_the_rules_themselves_give_weights_that_sum_to_one(number):
+    steps = [3, 5, 6, 20, 21, 30, 31][:number]
+    made = {"sma": sma, "wma": wma, "ema": ema(), **{shape: decay(shape) for shape in DECAY_SHAPES}}
+    assert made.keys() == RULES.keys()
+    for name, rule in made.items():
+        assert list(rule(steps)) == pytest.approx(reference.coefficients(name, steps), abs=1e-12)
 
 
 @given(rule_names, uneven_steps)

@@ -155,14 +155,14 @@ class SnapshotCapture:
         Returns:
             What was dropped or changed on the way, in words; empty if the window goes on exactly.
         """
-        changes = []
+        changes: list[str] = []
         self.phase = StablePhase(**state["phase"])
         self._window_phase, self._is_outdated = state["window_phase"], state["is_outdated"]
         if state["ring"] is None or self.ring is None:
             if state["num_snapshots"]:
                 changes.append(f"the {state['num_snapshots']} snapshots of the window were not saved: it starts empty")
         else:
-            changes += self._load_ring(self.ring, state)
+            changes = self._load_ring(self.ring, state)
         if state["every_n_train_steps"] == self.every_n_train_steps and (self.steps or not state["num_snapshots"]):
             self.schedule = CaptureSchedule(**state["schedule"])
         elif self.steps:

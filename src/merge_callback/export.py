@@ -36,7 +36,8 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if path.suffix == ".safetensors":
         with _safetensors().safe_open(path, "pt") as file:
-            found = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            metadata = file.metadata() or {}
+        found = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
     else:
         _check_suffix(path)
         found = torch.load(path, weights_only=True, map_location="meta").get(PROVENANCE_KEY, {})
@@ -71,7 +72,8 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
                 # Tied tensors are written once for each name, so that every name can be loaded.
                 tensors = {key: _standalone(value) for key, value in checkpoint["state_dict"].items()}
                 metadata = {key: json.dumps(value) for key, value in origin.items()}
-                _safetensors().torch.save_file(tensors, unfinished, {"format": json.dumps("pt")} | metadata)
+                # Loaders of pre-trained models look for this format.
+                _safetensors().torch.save_file(tensors, unfinished, metadata | {"format": "pt"})
     # A full disk is a RuntimeError to torch, and to safetensors an error of its own.
     except (OSError, RuntimeError, _safetensors_error()) as error:
         raise OSError(f"the merge of steps {origin['steps']} was not saved to {path}: {error}") from error

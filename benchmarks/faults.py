@@ -1,0 +1,310 @@
+"""Would the tests notice? Faults that other implementations have, and others of their kind, are put in one at a time.
+
+Statistic: for each fault, whether the tests that are meant to catch it fail once it is in.
+Pass rule: every fault is caught, and without a fault the same tests pass.
+
+    python benchmarks/faults.py          # a few minutes; writes records/faults.json
+
+What stands in `FAULTS`: what goes wrong, the file, the code as it is, the code as it would be, the test.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "records" / "faults.json"
+
+FAULTS = [
+    (
+        "an exception in the merged validation leaves the merge in the model",
+        "swap.py",
+        "        yield\n    finally:\n",
+        "        yield\n    except ZeroDivisionError:\n        pass\n    else:\n",
+        "test_callback.py::test_an_exception_in_the_merged_validation_arrives_and_the_live_weights_are_back",
+    ),
+    (
+        "the average overwrites the trained model at the end of fit",
+        "callback.py",
+        "        self._explain_phase(trainer, is_end=True)\n",
+        "        self._explain_phase(trainer, True)\n        pl_module.load_state_dict(self.merged_state_dict())\n",
+        "test_observer.py::test_training_is_bit_identical_with_and_without_the_callback",
+    ),
+    (
+        "the merge is validated before anything was captured",
+        "callback.py",
+        "        if not self.snapshot_steps or self._num",
+        "        if self._num",
+        "test_callback.py::test_nothing_is_logged_before_the_first_snapshot",
+    ),
+    (
+        "a checkpoint kept by a merged metric holds live weights",
+        "checkpoint.py",
+        "                self.merge_callback.save_merged(filepath, self.merge)\n",
+        "                trainer.save_checkpoint(filepath)\n",
+        "test_exports.py::test_merged_checkpoints_keep_the_best_merges_and_live_checkpoints_live_weights",
+    ),
+    (
+        "steps of all optimizers are counted",
+        "callback.py",
+        "    return trainer.global_step // max(1, len(trainer.optimizers))",
+        "    return trainer.global_step",
+        "test_callback.py::test_a_step_of_several_optimizers_is_one_round_of_them",
+    ),
+    (
+        "integer buffers are taken from a snapshot",
+        "weights.py",
+        "        if buffer.is_floating_point() and leaf",
+        "        if leaf",
+        "test_weights.py::test_persistent_floating_buffers_come_from_the_snapshot_and_no_others",
+    ),
+    (
+        "tied weights are counted twice",
+        "weights.py",
+        "in module.named_parameters()\n        if parameter.requires_grad",
+        "in module.named_parameters(remove_duplicate=False)\n        if parameter.requires_grad",
+        "test_weights.py::test_trainable_floating_parameters_are_merged_once_each",
+    ),
+    (
+        "frozen parameters are averaged",
+        "weights.py",
+        "        if parameter.requires_grad and parameter.is_floating_point()",
+        "        if parameter.is_floating_point()",
+        "test_weights.py::test_trainable_floating_parameters_are_merged_once_each",
+    ),
+    (
+        "the callback goes on watching after fit",
+        "evaluate.py",
+        "        loop.run.observers.remove(observer)\n",
+        "",
+        "test_observer.py::test_the_callback_leaves_nothing_on_trainer_and_module",
+    ),
+    (
+        "the merge is summed in bfloat16",
+        "snapshots.py",
+        "    dtype = torch.promote_types(out.dtype, torch.float32)\n    accumulator",
+        "    dtype = torch.bfloat16\n    accumulator",
+        "test_snapshots.py::test_bfloat16_storage_keeps_what_a_bfloat16_sum_would_lose",
+    ),
+    (
+        "snapshots are taken per batch and not per optimizer step",
+        "callback.py",
+        "        step = optimizer_step(trainer)\n        if step == self._step:\n            return\n",
+        "        step = self._step + 1\n",
+        "test_callback.py::test_accumulated_batches_are_one_step",
+    ),
+    (
+        "batches without an optimizer step count as a constant learning rate",
+        "callback.py",
+        "        if step == self._step:\n            return\n",
+        "",
+        "test_callback.py::test_a_warmup_is_seen_through_accumulation",
+    ),
+    (
+        "resume loses the window",
+        "callback.py",
+        '            if changes := self._capture.load_state_dict(self._loaded_state["capture"]):',
+        "            if changes := []:",
+        "test_resume.py::test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on",
+    ),
+    (
+        "resume loses the schedule",
+        "capture.py",
+        '            self.schedule = CaptureSchedule(**state["schedule"])',
+        "            pass",
+        "test_capture.py::test_an_interrupted_capture_goes_on_as_if_it_had_not_stopped",
+    ),
+    (
+        "resume loses the phase",
+        "capture.py",
+        '        self.phase = StablePhase(**state["phase"])\n',
+        "",
+        "test_capture.py::test_an_interrupted_capture_goes_on_as_if_it_had_not_stopped",
+    ),
+    (
+        "resume loses the count of validations",
+        "callback.py",
+        '            self._num_validations = self._loaded_state["num_validations"]\n',
+        "",
+        "test_resume.py::test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on",
+    ),
+    (
+        "names of compiled modules are matched as they are",
+        "weights.py",
+        '    return _WRAPPERS.sub("", name)',
+        "    return name",
+        "test_weights.py::test_wrappers_leave_no_trace_in_names",
+    ),
+    (
+        "a snapshot with NaN is taken",
+        "capture.py",
+        "        if bad := nonfinite_names(parameters):",
+        "        if bad := nonfinite_names({k: v.nan_to_num() for k, v in parameters.items()}):",
+        "test_capture.py::test_a_snapshot_with_nan_is_refused_by_name_and_the_window_stays",
+    ),
+    (
+        "the budget of the merged validation is ignored",
+        "evaluate.py",
+        "    if limit_batches is None or num_batches == 0:",
+        "    if True:",
+        "test_callback.py::test_with_a_limit_both_sides_of_the_gain_are_taken_on_the_same_batches",
+    ),
+    (
+        "the gain compares some batches with all batches",
+        "callback.py",
+        "        live = evaluation.live or live\n",
+        "",
+        "test_callback.py::test_with_a_limit_both_sides_of_the_gain_are_taken_on_the_same_batches",
+    ),
+    (
+        "merged values take the live names",
+        "callback.py",
+        '                logged[f"merged{label}/{metric}"] = replace',
+        "                logged[metric] = replace",
+        "test_observer.py::test_training_is_bit_identical_with_and_without_the_callback",
+    ),
+    (
+        "the gain has the wrong sign where more is better",
+        "callback.py",
+        "gain = -gain if self._is_higher_better(metric, merged) else gain",
+        "gain = gain",
+        "test_callback.py::test_the_gain_is_positive_where_the_merge_is_better",
+    ),
+    (
+        "random states go on in the merged validation",
+        "evaluate.py",
+        "        stack.enter_context(preserved_rng())\n",
+        "",
+        "test_observer.py::test_training_is_bit_identical_with_and_without_the_callback",
+    ),
+    (
+        "metric objects are not emptied before the merged validation",
+        "preserve.py",
+        "            metric.reset()\n",
+        "            pass\n",
+        "test_preserve.py::test_whatever_a_module_keeps_is_as_before_and_in_the_same_objects",
+    ),
+    (
+        "what modules keep is not put back",
+        "evaluate.py",
+        "        stack.enter_context(preserved_attributes(module))\n",
+        "",
+        "test_observer.py::test_training_is_bit_identical_with_and_without_the_callback",
+    ),
+    (
+        "generators of loaders go on in the merged validation",
+        "evaluate.py",
+        "        stack.enter_context(preserved_loaders(loaders.flattened))\n",
+        "",
+        "test_observer.py::test_a_loader_with_a_generator_of_its_own_gives_the_live_validation_the_same_order",
+    ),
+    (
+        "merged values are written into the loggers under live names",
+        "evaluate.py",
+        "                loggers=[DummyLogger() for _ in trainer.loggers],\n",
+        "",
+        "test_observer.py::test_training_is_bit_identical_with_and_without_the_callback",
+    ),
+    (
+        "other callbacks' hooks run twice",
+        "evaluate.py",
+        '        return _do_nothing if name.startswith("on_") else getattr(self._callback, name)',
+        "        return getattr(self._callback, name)",
+        "test_observer.py::test_other_callbacks_are_there_in_the_merged_validation_but_their_hooks_are_not_called",
+    ),
+    (
+        "live values are overwritten in callback_metrics",
+        "evaluate.py",
+        "                _logger_connector=connector,\n",
+        "",
+        "test_observer.py::test_training_is_bit_identical_with_and_without_the_callback",
+    ),
+    (
+        "merged values come too late for monitors",
+        "evaluate.py",
+        "        with _called_after_epoch_end(self.trainer.lightning_module, self._publish):\n            return run()",
+        "        outputs = run()\n        self._publish()\n        return outputs",
+        "test_callback.py::test_early_stopping_and_checkpoints_monitor_merged_values_of_the_same_validation",
+    ),
+    (
+        "thinning loses the start of the window",
+        "snapshots.py",
+        "        self._keep(range(0, len(self.steps), 2))",
+        "        self._keep(range(1, len(self.steps), 2))",
+        "test_capture.py::test_without_arguments_the_ring_always_covers_the_last_tenth_of_training",
+    ),
+    (
+        "the window goes on in the decay",
+        "capture.py",
+        "            if not is_stable:\n                return False\n",
+        "",
+        "test_capture.py::test_nothing_is_captured_in_warmup_or_decay_and_the_window_is_frozen_and_kept",
+    ),
+    (
+        "1-sqrt is applied to the snapshots and not to the learning rate",
+        "rules.py",
+        "        return coefficients_from_decay(multipliers)",
+        "        return [m / sum(multipliers) for m in multipliers]",
+        "test_rules.py::test_ten_even_snapshots_get_the_published_weights",
+    ),
+    (
+        "the EMA over snapshots does not sum to one",
+        "rules.py",
+        "        return [(1 - alpha) ** (len(steps) - 1), *newer]",
+        "        return [alpha * (1 - alpha) ** (len(steps) - 1), *newer]",
+        "test_rules.py::test_the_ema_of_equal_values_is_that_value",
+    ),
+    (
+        "a half-written file takes the place of the old one",
+        "export.py",
+        '    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")',
+        "    unfinished = path",
+        "test_exports.py::test_a_full_disk_leaves_no_half_file_and_the_older_one_stays",
+    ),
+]
+
+
+def passes(folder: Path, tests: list[str]) -> bool:
+    """Whether these tests pass in a copy of the repository."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"the tests did not run: {done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def main() -> None:
+    """Puts every fault in, one at a time, and records which were noticed."""
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "copy"
+        shutil.copytree(
+            ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", ".*cache")
+        )
+        if not passes(folder, sorted({f"tests/{test}" for *_, test in FAULTS})):
+            sys.exit("the tests fail without any fault")
+        for what, file, code, fault, test in FAULTS:
+            path = folder / "src" / "merge_callback" / file
+            original = path.read_text()
+            if original.count(code) != 1:
+                sys.exit(f"{file} does not hold the code of the fault {what!r} once: {code!r}")
+            path.write_text(original.replace(code, fault))
+            caught = not passes(folder, [f"tests/{test}"])
+            path.write_text(original)
+            results.append({"fault": what, "file": file, "test": test, "caught": caught})
+            sys.stdout.write(f"{'caught' if caught else 'NOT CAUGHT'}: {what}\n")
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+    versions = {name: version(name) for name in ("torch", "lightning")}
+    RECORD.write_text(json.dumps({"commit": commit, "versions": versions, "faults": results}, indent=1) + "\n")
+    if not all(result["caught"] for result in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
