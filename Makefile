@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python -m merge_callback.demo $(ARGS)
 
 test: check package
-	$(PYTEST) $(ARGS)
+	$(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
 
 test-fast: .venv/installed
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -1,6 +1,7 @@
 """Which steps are in the window: intervals, thinning, phases. Hypothesis walks a scalar model through whole runs."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from merge_callback.capture import SnapshotCapture
+from merge_callback.capture import SnapshotCapture, learning_rates
 from merge_callback.rules import Window, resolve_rule
 
 
@@ -208,3 +209,28 @@ def test_an_interrupted_capture_goes_on_as_if_it_had_not_stopped(capacity, every
         coefficients = [1 / len(whole.steps)] * len(whole.steps)
         assert torch.equal(second.ring.combine(coefficients)[0], whole.ring.combine(coefficients)[0])
         assert torch.equal(second.buffers["statistics"], whole.buffers["statistics"])
+
+
+def test_a_schedule_free_optimizer_has_no_rate_that_one_could_call_constant():
+    class ScheduleFree(torch.optim.SGD):
+        """As the schedule-free optimizers do it: a mode in the group, and a rate that stays as it was given."""
+
+        def __init__(self, parameters):
+            super().__init__(parameters, lr=0.1)
+            self.param_groups[0]["train_mode"] = True
+
+    weight = nn.Parameter(torch.zeros(1))
+    assert learning_rates([torch.optim.SGD([weight], lr=0.1)]) == [0.1]
+    (rate,) = learning_rates([ScheduleFree([weight])])
+    assert math.isnan(rate)
+
+
+def test_lazy_parameters_are_captured_once_they_have_shapes():
+    module = nn.LazyLinear(2)
+    capture = SnapshotCapture(1, 3, [], "stable", None)
+    capture.prepare(module)
+    assert capture.describe().endswith("of parameters whose shapes are not known yet")
+    module(torch.zeros(1, 4))
+    capture.after_step(module, 1, [1.0], [1.0])
+    assert capture.steps == [1]
+    assert "in 0.0 MiB on cpu" in capture.describe()

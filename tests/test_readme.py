@@ -1,5 +1,6 @@
 """The README's code runs, and its numbers are those of the records."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -35,10 +36,22 @@ def test_the_table_is_the_one_made_from_the_records():
 
 
 def test_every_relative_link_leads_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/promises.md"):
         text = (ROOT / name).read_text()
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
             assert ((ROOT / name).parent / target).exists(), (name, target)
+
+
+def test_every_promise_names_tests_that_are_there_and_every_fault_was_caught():
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    promised = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "promises.md").read_text())
+    assert len(promised) > 20
+    for name in promised:
+        assert f"def {name}(" in tests, name
+    record = json.loads((ROOT / "benchmarks" / "records" / "faults.json").read_text())
+    faults = runpy.run_path(str(ROOT / "benchmarks" / "faults.py"))["FAULTS"]
+    assert [fault["fault"] for fault in record["faults"]] == [fault[0] for fault in faults]
+    assert all(fault["caught"] for fault in record["faults"])
 
 
 def test_the_map_of_the_house_names_every_file():

@@ -1,6 +1,5 @@
 """`MergeCallback`: Lightning's hooks, each handed to the file whose business it is."""
 
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,14 +8,13 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any, Literal
 
-import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from merge_callback.arguments import check_count, check_limit, check_storage, floating_dtype, named_rules
-from merge_callback.capture import SnapshotCapture
+from merge_callback.capture import SnapshotCapture, learning_rates
 from merge_callback.evaluate import (
     LoggedValue,
     evaluate,
@@ -25,7 +23,7 @@ from merge_callback.evaluate import (
     stop_observing_validations,
     validation_follows,
 )
-from merge_callback.export import provenance, save
+from merge_callback.export import provenance, save, weights_checkpoint
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
 from merge_callback.snapshots import SnapshotRing
 from merge_callback.swap import swapped_weights
@@ -248,14 +246,14 @@ class MergeCallback(Callback):
             self._loaded_state = None
         elif not continues and step > 0:
             self._say("the checkpoint holds no state of it, so the window starts empty", topic="resumed", warn=True)
-        self._say(self._description(), topic="start")
+        self._say(f"{self._capture.describe()}; merges: {', '.join(self.merges)}", topic="start")
         if trainer.enable_validation:
             observe_validations(trainer, self)
         else:
             self._say("there is no validation, so merges are kept for export but not evaluated", topic="validation")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._rates = learning_rates(trainer)
+        self._rates = learning_rates(trainer.optimizers)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -265,7 +263,7 @@ class MergeCallback(Callback):
         if step == self._step:
             return
         self._step = step
-        self._capture.after_step(pl_module, step, self._rates, learning_rates(trainer))
+        self._capture.after_step(pl_module, step, self._rates, learning_rates(trainer.optimizers))
         self._explain_phase(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -378,20 +376,8 @@ class MergeCallback(Callback):
             self._said.add(topic)
             (rank_zero_warn if warn else rank_zero_info)(f"MergeCallback({self.name!r}): {text}")
 
-    def _description(self) -> str:
-        when = f"every {self.every_n_train_steps} steps" if self.every_n_train_steps else "at an interval that doubles"
-        while_ = "while the learning rate is constant" if self.start == "stable" else f"from step {self.start} on"
-        if (ring := self._capture.ring) is None:
-            return f"a snapshot {when} {while_}; the parameters' shapes are not known yet"
-        (_, device), *_ = ring.storage.layout.groups
-        return (
-            f"up to {self.num_snapshots} snapshots, {when} {while_}, in {ring.storage.size_bytes / 2**20:.1f} MiB on"
-            f" {device}; merges: {', '.join(self.merges)}"
-        )
-
     def _explain_phase(self, trainer: Trainer, is_end: bool = False) -> None:
-        phase = self._capture.phase
-        if self.start != "stable" or phase.is_stable:
+        if self._capture.phase.is_stable or self.start != "stable":
             return
         if self.snapshot_steps:
             self._say(
@@ -399,9 +385,9 @@ class MergeCallback(Callback):
                 f" to step {self.snapshot_steps[-1]} stays as it is until the rate is constant again",
                 topic="frozen",
             )
-        elif phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):
+        elif self._capture.phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):
             self._say(
-                f"the learning rate was not constant in {phase.num_unsettled_steps} steps (a cosine"
+                f"the learning rate was not constant in {self._capture.phase.num_unsettled_steps} steps (a cosine"
                 " schedule? a schedule-free optimizer?), so nothing was captured. MergeCallback(start=STEP) captures"
                 " from a step on whatever the rate does; what its merge says about annealing then is less certain",
                 topic="unsettled",
@@ -412,30 +398,3 @@ class MergeCallback(Callback):
 def optimizer_step(trainer: Trainer) -> int:
     """Rounds of optimizer steps so far; Lightning counts the steps of all optimizers."""
     return trainer.global_step // max(1, len(trainer.optimizers))
-
-
-def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: int) -> dict[str, Any]:
-    """A Lightning checkpoint of weights alone, from which a new fit starts as from any initialisation."""
-    checkpoint: dict[str, Any] = {
-        "state_dict": state,
-        "pytorch-lightning_version": lightning.__version__,
-        "epoch": 0,
-        "global_step": step,
-        # Lightning wants both to be there before a fit, and restores as many as there are.
-        "optimizer_states": [],
-        "lr_schedulers": [],
-    }
-    if module.hparams:
-        checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams)
-    module.on_save_checkpoint(checkpoint)
-    return checkpoint
-
-
-def learning_rates(trainer: Trainer) -> list[float]:
-    """The rates of all parameter groups; NaN for a schedule-free optimizer, which keeps its real rate to itself."""
-    return [
-        math.nan if "train_mode" in group else float(group["lr"])
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-        if "lr" in group
-    ]

@@ -1,5 +1,6 @@
 """When and what is captured: joins the learning rate's phase, the schedule, the model's tensors and the ring."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -74,6 +75,17 @@ class SnapshotCapture:
         layout = RowLayout(parameters)
         refuse_if_too_large(DeviceStorage.required_bytes(layout, self.num_snapshots, self.dtype), self.num_snapshots)
         self.ring = SnapshotRing(DeviceStorage(layout, self.num_snapshots, self.dtype), self.num_snapshots)
+
+    def describe(self) -> str:
+        """What will be captured, when and where, and how many bytes it takes."""
+        every = self.every_n_train_steps
+        when = f"every {every} steps" if every else "at an interval that doubles"
+        when += " while the learning rate is constant" if self.start == "stable" else f" from step {self.start} on"
+        if self.ring is None:
+            return f"up to {self.num_snapshots} snapshots, {when}, of parameters whose shapes are not known yet"
+        devices = ", ".join(sorted({str(device) for _, device in self.ring.storage.layout.groups}))
+        size = self.ring.storage.size_bytes / 2**20
+        return f"up to {self.num_snapshots} snapshots, {when}, in {size:.1f} MiB on {devices}"
 
     def after_step(self, module: nn.Module, step: int, used: Sequence[float], following: Sequence[float]) -> bool:
         """Takes note of an optimizer step, and a snapshot where one is due; returns whether one was taken.
@@ -181,3 +193,13 @@ class SnapshotCapture:
         device = ring.storage.layout.groups[0][1]
         self.buffers = {name: buffer.to(device, copy=True) for name, buffer in state["buffers"].items()}
         return changes
+
+
+def learning_rates(optimizers: Iterable[torch.optim.Optimizer]) -> list[float]:
+    """The rates of all parameter groups; NaN for a schedule-free optimizer, which keeps its real rate to itself."""
+    return [
+        math.nan if "train_mode" in group else float(group["lr"])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if "lr" in group
+    ]

@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 # Under this key a `.ckpt` holds its provenance; a `.safetensors` holds the same entries as metadata.
@@ -25,6 +27,23 @@ def provenance(rule: str, coefficients: Mapping[int, float], multipliers: list[f
         "coefficients": list(coefficients.values()),
         "implied_decay": multipliers,
     }
+
+
+def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: int) -> dict[str, Any]:
+    """A Lightning checkpoint of weights alone, from which a new fit starts as from any initialisation."""
+    checkpoint: dict[str, Any] = {
+        "state_dict": state,
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": 0,
+        "global_step": step,
+        # Lightning wants both to be there before a fit, and restores as many as there are.
+        "optimizer_states": [],
+        "lr_schedulers": [],
+    }
+    if module.hparams:
+        checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
