@@ -56,6 +56,21 @@ def test_the_state_dict_loads_strictly_into_a_new_module_and_is_a_copy(tmp_path)
     assert same(dict(run.module.state_dict()), before)
 
 
+def test_what_is_no_tensor_in_a_state_dict_is_kept(tmp_path):
+    class Extra(Toy):
+        def get_extra_state(self):
+            return {"note": "kept"}
+
+        def set_extra_state(self, state):
+            self.note = state["note"]
+
+    callback = MergeCallback(2, 3)
+    fit(make(Extra), tmp_path, callback)
+    other = make(Extra)
+    other.load_state_dict(callback.merged_state_dict(), strict=True)
+    assert other.note == "kept"
+
+
 def test_a_window_of_one_is_the_latest_snapshot(tmp_path):
     callback = MergeCallback(1, 1)
     run = fit(make(Toy), tmp_path, callback)

@@ -202,7 +202,7 @@ def test_an_interrupted_capture_goes_on_as_if_it_had_not_stopped(capacity, every
     list(run(whole, rates))
     list(run(first, rates[: before + 1]))
     second.prepare(Position())
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(first.state_dict(with_snapshots=True))
     list(run(second, rates[before:], first_step=before + 1))
     assert second.steps == whole.steps
     if whole.steps:

@@ -94,6 +94,21 @@ class Counting(Callback):
         self.hooks.append("end")
 
 
+def test_what_is_written_to_the_logger_directly_is_the_live_validation_s_and_nothing_is_printed(tmp_path, capfd):
+    class Direct(Toy):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.logger.log_metrics({"direct": float(self(batch[0]).mean())}, step=1000 + self.global_step)
+            self.logger.experiment.log_hparams({"anything": 1})
+
+    without = fit(make(Direct), tmp_path / "without")
+    watched = fit(make(Direct), tmp_path / "with", MergeCallback(2, 3))
+    assert_same_training(without, watched)
+    # Three batches in each of six validations, and two in the sanity check.
+    assert len(watched.logged("direct")) == 3 * 6 + 2
+    assert "Validate metric" not in capfd.readouterr().out
+
+
 def test_the_callback_leaves_nothing_on_trainer_and_module(tmp_path):
     callback = MergeCallback(2, 3)
     run = fit(make(Toy), tmp_path, callback)

@@ -142,6 +142,10 @@ def test_a_window_by_share_is_a_window_by_steps_of_that_share(steps, span):
     assert merge_coefficients(Window(span=span), steps) == pytest.approx(expected)
 
 
+def test_a_share_of_no_training_is_the_newest_snapshot():
+    assert Window(span=0.1)([0]) == [1.0]
+
+
 def test_a_span_of_n_intervals_holds_n_snapshots():
     assert [c > 0 for c in Window(span_steps=500)(EVEN)] == [False] * 5 + [True] * 5
 

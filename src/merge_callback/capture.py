@@ -144,7 +144,7 @@ class SnapshotCapture:
         required = max((window.required_span(step) for window in self._windows), default=0.0)
         return needs_thinning(self.steps, step, required)
 
-    def state_dict(self, with_snapshots: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, with_snapshots: bool) -> dict[str, Any]:
         """All that is needed to go on as if there had been no interruption; the ring's rows by reference.
 
         Args:
