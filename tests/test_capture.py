@@ -234,3 +234,17 @@ def test_lazy_parameters_are_captured_once_they_have_shapes():
     capture.after_step(module, 1, [1.0], [1.0])
     assert capture.steps == [1]
     assert "in 0.0 MiB on cpu" in capture.describe()
+
+
+def test_a_cosine_leaves_no_window_behind_its_top():
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 100_000)) for step in range(400)]
+    capture = SnapshotCapture(1, 10, [], "stable", None)
+    windows = dict(run(capture, [*([i / 10 for i in range(1, 11)]), *cosine]))
+    assert windows[20] == windows[400] == []
+
+
+def test_a_slow_decay_after_a_real_phase_keeps_its_window():
+    falling = [1 - step / 10_000_000 for step in range(1, 200)]
+    capture = SnapshotCapture(10, 10, [], "stable", None)
+    *_, (_, steps) = run(capture, [1.0] * 55 + falling)
+    assert steps == [10, 20, 30, 40, 50]

@@ -11,6 +11,8 @@ import safetensors
 import safetensors.torch
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import OmegaConf
 
 from merge_callback import MergeCallback, MergedCheckpoint, Window
 from merge_callback.export import read_provenance
@@ -34,6 +36,10 @@ class Saved(Toy):
 
 def names_in(folder):
     return sorted(file.name for file in folder.iterdir())
+
+
+def beside(tmp_path):
+    return ModelCheckpoint(tmp_path / "live")
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +178,7 @@ def test_saving_merges_changes_nothing_of_the_training(tmp_path):
     without = fit(make(Toy), tmp_path / "without")
     callback = MergeCallback(2, 3)
     merged = MergedCheckpoint(callback, dirpath=tmp_path / "merged", monitor="merged/val_loss")
-    run = fit(make(Toy), tmp_path / "with", callback, merged, enable_checkpointing=True)
+    run = fit(make(Toy), tmp_path / "with", callback, merged, beside(tmp_path), enable_checkpointing=True)
     assert merged.best_model_path
     assert_same_training(without, run)
 
@@ -194,7 +200,7 @@ def test_a_folder_that_vanished_is_made_anew_and_one_that_cannot_be_is_named_whi
     callback = MergeCallback(2, 3)
     merged = MergedCheckpoint(callback, dirpath=tmp_path / "merged", save_top_k=-1, monitor="merged/val_loss")
     with pytest.warns(UserWarning, match="was not saved to .*merged.*Training goes on"):
-        run = fit(make(Toy), tmp_path / "run", callback, Vandal(), merged, enable_checkpointing=True)
+        run = fit(make(Toy), tmp_path / "run", callback, Vandal(), merged, beside(tmp_path), enable_checkpointing=True)
     assert run.trainer.global_step == 24
     assert [step for step, _ in run.logged("merged/val_loss")] == [3, 7, 11, 15, 19, 23]
 
@@ -234,9 +240,77 @@ def test_a_merged_checkpoint_of_another_merge_holds_that_one_and_is_saved_once_a
     merged = MergedCheckpoint(callback, "newest", dirpath=tmp_path / "merged", monitor="merged_newest/val_loss")
     plain = MergedCheckpoint(callback, dirpath=tmp_path / "plain", monitor="merged/val_loss", every_n_train_steps=4)
     assert len({merged.state_key, plain.state_key}) == 2
-    fit(make(Toy), tmp_path / "run", callback, merged, plain, enable_checkpointing=True)
+    fit(make(Toy), tmp_path / "run", callback, merged, plain, beside(tmp_path), enable_checkpointing=True)
     assert read_provenance(merged.best_model_path)["coefficients"] == [0.0, 0.0, 1.0]
     assert read_provenance(plain.best_model_path)["coefficients"] == [1 / 3] * 3
     assert len(names_in(tmp_path / "plain")) == len(names_in(tmp_path / "merged")) == 1
     assert merged._last_global_step_saved % 4 == 0
     assert merged._last_checkpoint_saved == merged.best_model_path
+
+
+def test_hyperparameters_that_are_one_object_load_as_lightning_loads_them(tmp_path):
+    class Configured(Toy):
+        def __init__(self, config):
+            super().__init__()
+            self.save_hyperparameters(config)
+            self.config = config
+
+    callback = MergeCallback(2, 3)
+    for config in ({"width": 3}, OmegaConf.create({"width": 3})):
+        run = fit(make(Configured, config=config), tmp_path / "run", callback)
+        callback.save_merged(tmp_path / "merge.ckpt")
+        run.trainer.save_checkpoint(tmp_path / "live.ckpt")
+        for name in ("live.ckpt", "merge.ckpt"):
+            loaded = type(run.module).load_from_checkpoint(tmp_path / name, weights_only=False)
+            assert loaded.config["width"] == 3
+            assert type(loaded.hparams) is type(run.module.hparams)
+
+
+def test_what_is_no_tensor_is_named_where_the_format_takes_none(tmp_path):
+    class Extra(Toy):
+        def get_extra_state(self):
+            return {"note": "kept"}
+
+        def set_extra_state(self, state):
+            pass
+
+    callback = MergeCallback(2, 3)
+    fit(make(Extra), tmp_path / "run", callback)
+    callback.save_merged(tmp_path / "merge.ckpt")
+    with pytest.raises(ValueError, match="takes tensors only, and _extra_state is none; save the merge as"):
+        callback.save_merged(tmp_path / "merge.safetensors")
+
+
+def test_the_last_checkpoint_of_a_run_is_never_a_merge(tmp_path):
+    callback = MergeCallback(2, 3)
+    merged = MergedCheckpoint(callback, dirpath=tmp_path / "both", monitor="merged/val_loss", save_last=True)
+    live = ModelCheckpoint(tmp_path / "both", save_last=True)
+    run = fit(make(Toy), tmp_path / "run", callback, merged, live, enable_checkpointing=True)
+    assert "merged-last.ckpt" in names_in(tmp_path / "both")
+    assert run.trainer._checkpoint_connector._select_ckpt_path(
+        run.trainer.state.fn, "last", model_provided=True, model_connected=True
+    ) == str(tmp_path / "both" / "last.ckpt")
+    assert "merge_callback" not in torch.load(tmp_path / "both" / "last.ckpt", weights_only=True)
+    assert all(
+        name.startswith("merged-") for name in names_in(tmp_path / "both") if "last" not in name and "-v" in name
+    )
+
+
+def test_alone_it_says_that_nothing_can_be_resumed(tmp_path):
+    callback = MergeCallback(2, 3)
+    merged = MergedCheckpoint(callback, dirpath=tmp_path / "merged")
+    with pytest.warns(UserWarning, match=r"which no run can be resumed from; add a ModelCheckpoint\(\)"):
+        fit(make(Toy), tmp_path / "run", callback, merged, enable_checkpointing=True)
+
+
+def test_only_merges_that_were_evaluated_in_this_validation_are_kept_by_their_value(tmp_path):
+    callback = MergeCallback(2, 3, evaluate_every_n_validations=2)
+    arguments = {"monitor": "merged/val_loss", "save_top_k": -1, "filename": "{step}", "auto_insert_metric_name": False}
+    merged = MergedCheckpoint(callback, dirpath=tmp_path / "merged", **arguments)
+    fit(make(Toy), tmp_path / "run", callback, merged, beside(tmp_path), enable_checkpointing=True)
+    assert names_in(tmp_path / "merged") == ["16.ckpt", "24.ckpt", "8.ckpt"]
+
+
+def test_a_merge_that_is_not_there_is_refused_at_once():
+    with pytest.raises(ValueError, match="no merge called 'latest'; there are: sma"):
+        MergedCheckpoint(MergeCallback(), "latest")

@@ -1,12 +1,16 @@
 """The observer rule: training with the callback is bit-identical to training without it."""
 
+import copy
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from merge_callback import MergeCallback, Window
-from tests.toys import BusyToy, Toy, assert_same_training, batches, fit, lightning, make
+from tests.toys import BusyToy, Toy, assert_same_training, batches, fit, lightning, make, same
 
 pytestmark = pytest.mark.usefixtures("both_lightnings")
 
@@ -115,3 +119,109 @@ def test_the_callback_leaves_nothing_on_trainer_and_module(tmp_path):
     assert "run" not in vars(run.trainer.fit_loop.epoch_loop.val_loop)
     assert "on_validation_epoch_end" not in vars(run.module)
     assert callback in run.trainer.callbacks
+
+
+def test_a_checkpoint_that_a_signal_handler_saves_in_the_merged_validation_is_the_live_one(tmp_path):
+    class Interrupted(Toy):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            is_merged = type(self.trainer.fit_loop.epoch_loop.val_loop.run).__name__ != "_ObservedRun"
+            if self.handler is not None and is_merged and self.global_step == 12 and batch_idx == 1:
+                self.handler(self.trainer)
+
+        handler = None
+
+    def handler(trainer):
+        # What a handler does, at the moment at which it would.
+        trainer.save_checkpoint(tmp_path / "interrupted.ckpt")
+
+    class Saving(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            if trainer.global_step == 12:
+                trainer.save_checkpoint(tmp_path / "before.ckpt")
+
+    callback = MergeCallback(2, 3)
+    without = fit(make(Interrupted), tmp_path / "without")
+    module = make(Interrupted)
+    module.handler = handler
+    watched = fit(module, tmp_path / "with", callback, Saving())
+    assert_same_training(without, watched)
+    expected, saved = (torch.load(tmp_path / name, weights_only=True) for name in ("before.ckpt", "interrupted.ckpt"))
+    assert same(dict(saved["state_dict"]), dict(expected["state_dict"]))
+    assert saved["callbacks"].keys() == expected["callbacks"].keys()
+    assert saved["global_step"] == 12
+    assert [step for step, _ in watched.logged("merged/val_loss")] == [3, 7, 11, 15, 19, 23]
+
+
+@pytest.mark.slow
+def test_workers_that_persist_draw_for_the_live_validation_as_they_would_alone(tmp_path):
+    def run(folder, *callbacks):
+        loader = DataLoader(batches(24).dataset, 4, num_workers=1, persistent_workers=True)
+        return fit(
+            make(BusyToy), tmp_path / folder, *callbacks, validation=loader, num_sanity_val_steps=0, max_steps=12
+        )
+
+    without, watched = run("without"), run("with", MergeCallback(2, 3))
+    assert watched.logged("merged/val_loss")
+    assert_same_training(without, watched)
+
+
+def test_folders_of_the_logger_can_be_used_in_the_merged_validation(tmp_path):
+    class Writing(Toy):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            assert Path(self.trainer.log_dir).parent.name == "lightning_logs"
+            assert Path(self.logger.log_dir) == Path(self.trainer.log_dir)
+            assert isinstance(self.logger, lightning(".loggers").CSVLogger)
+
+    assert fit(make(Writing), tmp_path, MergeCallback(2, 3)).logged("merged/val_loss")
+
+
+def test_the_module_can_be_pickled_and_copied_at_the_end_of_a_validation(tmp_path):
+    class Copying(Callback):
+        copies = 0
+
+        def on_validation_end(self, trainer, pl_module):
+            assert "on_validation_epoch_end" not in vars(pl_module)
+            copy.deepcopy(pl_module)
+            self.copies += 1
+
+    copying = Copying()
+    fit(make(Toy), tmp_path, MergeCallback(2, 3), copying)
+    assert copying.copies == 7
+
+
+def test_what_a_validation_changes_in_objects_and_buffers_is_the_live_validation_s_alone(tmp_path):
+    class Meter:
+        def __init__(self):
+            self.sum, self.history = 0.0, []
+
+    class Keeping(Toy):
+        def __init__(self):
+            super().__init__()
+            self.meter = Meter()
+            self.counts = np.zeros(3)
+            self.register_buffer("count", torch.zeros(()))
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.meter.sum += 1.0
+            self.meter.history.append(batch_idx)
+            self.counts[batch_idx] += 1
+            self.count = self.count + 1
+            self.log_dict({"sum": self.meter.sum, "counts": self.counts.sum(), "buffer": self.count.clone()})
+
+    without = fit(make(Keeping), tmp_path / "without")
+    watched = fit(make(Keeping), tmp_path / "with", MergeCallback(2, 3))
+    assert_same_training(without, watched)
+    assert watched.module.meter.sum == watched.module.count == watched.module.counts.sum() == 20
+    assert len(watched.module.meter.history) == 20
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")
+def test_a_barebones_trainer_is_left_alone(tmp_path):
+    callback = MergeCallback(2, 3)
+    trainer = lightning().Trainer(barebones=True, max_steps=6, callbacks=[callback], accelerator="cpu")
+    trainer.fit(make(Toy), batches(), batches(24, 8, shuffle=False))
+    assert callback.snapshot_steps == [2, 4, 6]
+    assert not any(name.startswith("merge") for name in trainer.callback_metrics)

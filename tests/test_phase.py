@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 from hypothesis import given
@@ -34,18 +35,36 @@ def test_a_rate_that_changes_every_epoch_is_stable_within_each():
     assert phase.is_stable
 
 
-def test_a_long_linear_decay_never_looks_constant():
+def test_a_long_linear_decay_ends_the_phase_at_once():
     length = 10_000_000
-    rates = [1.0] * 10 + [1 - step / length for step in range(1, 3000)]
-    assert max(stable_steps(rates)) <= 10 + 1e-6 * length + 1
+    rates = [1.0] * 20 + [1 - step / length for step in range(1, 3000)]
+    assert max(stable_steps(rates)) <= 20 + 4
     phase = StablePhase()
     for used, following in itertools.pairwise(rates):
         phase.observe([used], [following])
     assert phase.num_begun == 1
+    assert not phase.was_spurious
+
+
+@pytest.mark.parametrize("length", [10_000, 100_000, 1_000_000, 10_000_000])
+def test_a_cosine_never_settles_however_long_it_is(length):
+    warmup = [(step + 1) / 101 for step in range(101)]
+    rates = [*warmup, *(0.5 * (1 + math.cos(math.pi * step / length)) for step in range(3000))]
+    phase = StablePhase()
+    for used, following in itertools.pairwise(rates):
+        phase.observe([used], [following])
+    assert len(stable_steps(rates)) < 10
+    assert phase.num_begun == 0
+    assert phase.never_settled(1000)
 
 
 def test_rounding_of_a_rate_does_not_end_the_phase():
-    assert stable_steps([0.1, 0.1 * (1 + 1e-12), 0.1 * (1 - 1e-12)] * 5)[-1] == 14
+    assert stable_steps([0.1, 0.1 * (1 + 2e-16), 0.1 * (1 - 2e-16)] * 5)[-1] == 14
+
+
+def test_a_single_small_change_does_not_end_the_phase():
+    rates = [1.0] * 5 + [1.0 + 1e-7] * 20
+    assert stable_steps(rates) == list(range(1, 25))
 
 
 def test_every_group_has_to_be_constant():

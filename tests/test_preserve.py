@@ -46,6 +46,7 @@ class Keeper(nn.Module):
         self.generator = torch.Generator().manual_seed(2)
         self.python_random = random.Random(3)
         self.numpy_random = np.random.default_rng(4)
+        self.old_numpy_random = np.random.RandomState(5)
         self.mean = MeanMetric()
         self.kept = CatMetric()
         self.unregistered = {"mean": MeanMetric()}
@@ -76,6 +77,7 @@ def test_whatever_a_module_keeps_is_as_before_and_in_the_same_objects():
         torch.rand(2, generator=module.generator)
         module.python_random.random()
         module.numpy_random.random()
+        module.old_numpy_random.rand()
         for metric in (module.mean, module.kept, module.unregistered["mean"]):
             metric.update(torch.tensor([100.0]))
         module.collection.update(logits, labels.flip(0))
@@ -95,9 +97,41 @@ def test_whatever_a_module_keeps_is_as_before_and_in_the_same_objects():
     assert torch.rand(2, generator=module.generator).tolist() == torch.rand(2, generator=drawn[0]).tolist()
     assert module.python_random.random() == drawn[1].random()
     assert module.numpy_random.random() == drawn[2].random()
+    assert module.old_numpy_random.rand() == np.random.RandomState(5).rand()
     assert module.mean.compute() == module.unregistered["mean"].compute() == 2
     assert module.kept.compute().tolist() == [1, 3]
     assert module.collection.compute()["a"] == pytest.approx(2 / 3)
+
+
+class FrozenDict(dict):
+    """A config as some libraries keep it: a dict that allows no change."""
+
+    def update(self, *args, **kwargs):
+        raise RuntimeError("frozen")
+
+    clear = pop = update
+
+
+def test_a_dict_that_allows_no_change_is_left_alone():
+    module = nn.Module()
+    module.config = FrozenDict({"width": 3})
+    with preserved_attributes(module):
+        pass
+    assert module.config == {"width": 3}
+
+
+def test_all_is_put_back_even_where_one_thing_cannot_be():
+    class Stubborn(list):
+        def clear(self):
+            raise RuntimeError("stubborn")
+
+    module = nn.Module()
+    module.before, module.stubborn, module.after = [1], Stubborn(), [2]
+    with pytest.raises(RuntimeError, match="stubborn"), preserved_attributes(module):
+        module.before.append(0)
+        module.stubborn.append(0)
+        module.after.append(0)
+    assert (module.before, module.after) == ([1], [2])
 
 
 def test_a_metric_in_the_middle_of_an_epoch_goes_on_as_if_nothing_had_been():
@@ -131,6 +165,17 @@ class Counting(torch.utils.data.IterableDataset):
             yield self.position
 
 
+class Noisy(torch.utils.data.Dataset):
+    def __init__(self):
+        self.random = random.Random(0)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.random.random()
+
+
 def test_loaders_with_generators_and_positions_are_rewound():
     dataset = TensorDataset(torch.arange(8))
     generator = torch.Generator().manual_seed(0)
@@ -138,6 +183,7 @@ def test_loaders_with_generators_and_positions_are_rewound():
         DataLoader(dataset, 2, shuffle=True, generator=torch.Generator().manual_seed(1)),
         DataLoader(dataset, 2, sampler=RandomSampler(dataset, generator=generator)),
         DataLoader(Counting(), 2),
+        DataLoader(torch.utils.data.ConcatDataset([torch.utils.data.Subset(Noisy(), [0, 1]), dataset]), 1),
         [torch.zeros(1)],
     ]
 

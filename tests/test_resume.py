@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from merge_callback import MergeCallback, Window
@@ -199,3 +200,20 @@ def test_a_checkpoint_grows_by_the_ring_and_little_more(tmp_path):
     assert sizes["full"] - sizes["without"] == pytest.approx(ring, abs=30_000)
     assert sizes["half"] - sizes["without"] == pytest.approx(ring / 2, abs=30_000)
     assert sizes["none"] - sizes["without"] < 10_000
+
+
+def test_a_checkpoint_saved_by_a_callback_earlier_in_the_list_resumes_with_the_snapshot_of_its_step(tmp_path):
+    class SaveAt(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 12:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    def run(folder, *callbacks, **arguments):
+        merging = MergeCallback(2, 3)
+        fit(make(Toy), tmp_path / folder, *callbacks, merging, train=ResumableBatches(), max_steps=16, **arguments)
+        return merging
+
+    whole = run("whole", SaveAt())
+    resumed = run("resumed", ckpt_path=str(tmp_path / "early.ckpt"))
+    assert resumed.snapshot_steps == whole.snapshot_steps == [12, 14, 16]
+    assert resumed.state_dict()["capture"]["schedule"] == whole.state_dict()["capture"]["schedule"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from merge_callback.swap import swapped_weights
+from merge_callback.swap import live_weights, swapped_weights
 
 
 def test_values_change_inside_and_come_back_with_their_storage():
@@ -56,3 +56,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_exchanged(other, messag
     with pytest.raises(ValueError, match=message), swapped_weights({"first": first, "weight": weight}, replacements):
         pass
     assert torch.equal(first, torch.zeros(2))
+
+
+def test_live_values_can_be_had_in_between():
+    weight, other = torch.zeros(1), torch.zeros(1)
+    with swapped_weights({"w": weight}, {"w": torch.ones(1)}), swapped_weights({"o": other}, {"o": torch.ones(1)}):
+        with pytest.raises(ZeroDivisionError), live_weights():
+            assert weight == other == 0
+            raise ZeroDivisionError
+        assert weight == other == 1
+    with live_weights():
+        assert weight == other == 0

@@ -64,8 +64,8 @@ class MergeCallback(Callback):
         limit_batches: How much of each validation loader the merged validation takes: a number of batches or a share;
             None for as much as the live validation. With a limit the gain compares the same batches, for which the live
             model is evaluated on them once more.
-        higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``;
-            torchmetrics objects know it themselves.
+        higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``.
+            torchmetrics objects that are logged know it themselves; of numbers and tensors nobody knows it.
         save_state: What checkpoints hold: ``"full"`` is all that a resumed run needs to go on exactly (the ring);
             ``"none"`` leaves the snapshots out, and the window starts empty after a resume.
         name: Distinguishes two callbacks in one Trainer, in checkpoints and in logged names.
@@ -219,7 +219,13 @@ class MergeCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         capture = self._capture.state_dict(with_snapshots=self.save_state == "full")
-        return {"capture": capture, "num_validations": self._num_validations, "worked": sorted(self._worked)}
+        return {
+            "capture": capture,
+            "step": self._step,
+            "rates": self._rates,
+            "num_validations": self._num_validations,
+            "worked": sorted(self._worked),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Some strategies load before the model is on its device: kept until the fit begins.
@@ -243,11 +249,18 @@ class MergeCallback(Callback):
                 self._say(f"resumed, but {'; '.join(changes)}", topic="resumed", warn=True)
             self._num_validations = self._loaded_state["num_validations"]
             self._worked = set(self._loaded_state["worked"])
+            if self._loaded_state["step"] < step:
+                # Saved by a callback earlier in the list, before this one had seen the step.
+                self._capture.after_step(
+                    pl_module, step, self._loaded_state["rates"], learning_rates(trainer.optimizers)
+                )
             self._loaded_state = None
         elif not continues and step > 0:
             self._say("the checkpoint holds no state of it, so the window starts empty", topic="resumed", warn=True)
         self._say(f"{self._capture.describe()}; merges: {', '.join(self.merges)}", topic="start")
-        if trainer.enable_validation:
+        if trainer.barebones:
+            self._say("a barebones trainer logs nothing, so merges are kept for export but not evaluated", topic="bare")
+        elif trainer.enable_validation:
             observe_validations(trainer, self)
         else:
             self._say("there is no validation, so merges are kept for export but not evaluated", topic="validation")
@@ -277,6 +290,11 @@ class MergeCallback(Callback):
         stop_observing_validations(trainer, self)
 
     # What `evaluate.observe_validations` calls.
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the latest validation has evaluated the primary merge."""
+        return self._evaluation is not None and self._primary in self._evaluation.merged
 
     def before_validation(self, trainer: Trainer) -> None:
         """Validates every merge, and the live weights on the same batches where these are fewer."""
@@ -368,7 +386,11 @@ class MergeCallback(Callback):
             yield
 
     def _is_higher_better(self, metric: str, merged: LoggedValue) -> bool:
-        return any(fnmatch(metric, pattern) for pattern in self.higher_is_better) or bool(merged.higher_is_better)
+        # A pattern for `acc` also means what Lightning makes of it: `acc_epoch`, `acc/dataloader_idx_0`.
+        plain = metric.partition("/dataloader_idx_")[0].removesuffix("_epoch")
+        names = (metric, plain)
+        by_pattern = any(fnmatch(name, pattern) for name in names for pattern in self.higher_is_better)
+        return by_pattern or bool(merged.higher_is_better)
 
     def _say(self, text: str, topic: str, warn: bool = False) -> None:
         """Once a fit."""

@@ -99,6 +99,8 @@ class SnapshotCapture:
         is_stable = self.phase.observe(used, following)
         if self.start == "stable":
             if not is_stable:
+                if self.phase.was_spurious and self._window_phase > self.phase.num_begun:
+                    self._drop_spurious_window()
                 return False
             if self._window_phase != self.phase.num_begun:
                 # The old window stays until the new one has its first snapshot.
@@ -107,6 +109,11 @@ class SnapshotCapture:
         elif step < self.start:
             return False
         return self.schedule.take(step) and self._take_snapshot(module, step)
+
+    def _drop_spurious_window(self) -> None:
+        self._window_phase = self.phase.num_begun
+        if self.ring is not None and not self._is_outdated:
+            self.ring.clear()
 
     def _take_snapshot(self, module: nn.Module, step: int) -> bool:
         parameters = merged_parameters(module)
@@ -118,6 +125,8 @@ class SnapshotCapture:
                 " not fit them any more, and a new one begins.",
                 stacklevel=2,
             )
+            # Otherwise both rings would take their memory at once.
+            self.ring = None
             self.prepare(module)
         assert self.ring is not None
         if bad := nonfinite_names(parameters):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -27,8 +27,13 @@ class MergedCheckpoint(ModelCheckpoint):
     >>> callbacks = [merging, MergedCheckpoint(merging, monitor="merged/val_loss", filename="merged-{step}")]
     """
 
+    # A name of its own: `ckpt_path="last"` must never find a merge.
+    CHECKPOINT_NAME_LAST = "merged-last"
+
     def __init__(self, merge_callback: MergeCallback, merge: str | None = None, **arguments: Any) -> None:
-        super().__init__(**arguments)
+        if merge is not None and merge not in merge_callback.merges:
+            raise ValueError(f"there is no merge called {merge!r}; there are: {', '.join(merge_callback.merges)}")
+        super().__init__(**({"filename": "merged-{epoch}-{step}"} | arguments))
         self.merge_callback = merge_callback
         self.merge = merge
 
@@ -36,8 +41,16 @@ class MergedCheckpoint(ModelCheckpoint):
     def state_key(self) -> str:
         return f"{super().state_key}[{self.merge_callback.state_key}{self.merge or ''}]"
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and all(isinstance(callback, MergedCheckpoint) for callback in trainer.checkpoint_callbacks):
+            rank_zero_warn(
+                "MergedCheckpoint saves merges, which no run can be resumed from; add a ModelCheckpoint() for that."
+            )
+
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        if self.monitor is None or self.monitor in monitor_candidates:
+        # A value of an earlier validation says nothing about the merge of now.
+        if self.monitor is None or (self.monitor in monitor_candidates and self.merge_callback.is_evaluated):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -46,8 +59,11 @@ class MergedCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             try:
                 self.merge_callback.save_merged(filepath, self.merge)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 rank_zero_warn(f"MergedCheckpoint: {error}. Training goes on.")
                 return
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        return set()

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import DummyExperiment, Logger
 from torch import Tensor
 
 from merge_callback.preserve import preserved_attributes, preserved_loaders, preserved_rng
-from merge_callback.swap import swapped_weights
+from merge_callback.swap import live_weights, swapped_weights
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,23 @@ class _SilentCallback:
         return _do_nothing if name.startswith("on_") else getattr(self._callback, name)
 
 
+class _SilentLogger:
+    """Stands in for a logger: what is logged goes nowhere; names, folders and the class are the logger's own."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+        self.experiment = DummyExperiment()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._logger)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._logger, name)
+        is_action = name.startswith("log_") or name in ("save", "finalize", "after_save_checkpoint", "watch")
+        return _do_nothing if is_action and callable(value) else value
+
+
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
@@ -126,13 +143,16 @@ def _called_after_epoch_end(module: LightningModule, function: Callable[[], None
 
     The hook of the same name that callbacks have runs before the module's, too early to see what the module logs there.
     """
-    own_hook = module.on_validation_epoch_end
+    with ExitStack() as replaced:
+        own_hook = module.on_validation_epoch_end
 
-    def hook() -> None:
-        own_hook()
-        function()
+        def hook() -> None:
+            # Gone before anyone could copy or pickle the module with it.
+            replaced.close()
+            own_hook()
+            function()
 
-    with _replaced(module, on_validation_epoch_end=hook):
+        replaced.enter_context(_replaced(module, on_validation_epoch_end=hook))
         yield
 
 
@@ -165,6 +185,12 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
     loop._last_val_dl_reload_epoch = live_loop._last_val_dl_reload_epoch
     connector = type(trainer._logger_connector)(trainer)
     module = trainer.lightning_module
+    live = {name: getattr(trainer, name) for name in ("callbacks", "loggers", "_logger_connector", "save_checkpoint")}
+
+    def save_live_checkpoint(*arguments: Any, **options: Any) -> None:
+        # A signal handler, such as that of a cluster that is about to stop the job, may save at any moment.
+        with live_weights(), _replaced(trainer.fit_loop.epoch_loop, val_loop=live_loop), _replaced(trainer, **live):
+            trainer.save_checkpoint(*arguments, **options)
 
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
@@ -177,9 +203,9 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
             _replaced(
                 trainer,
                 callbacks=[_SilentCallback(callback) for callback in trainer.callbacks],  # type: ignore[attr-defined]
-                # Code that calls `self.logger.experiment.add_image` still runs; what it logs goes nowhere.
-                loggers=[DummyLogger() for _ in trainer.loggers],
+                loggers=[_SilentLogger(logger) for logger in trainer.loggers],
                 _logger_connector=connector,
+                save_checkpoint=save_live_checkpoint,
             )
         )
         loop.run()

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import LightningModule
+from omegaconf import Container
 from torch import Tensor
 
 # Under this key a `.ckpt` holds its provenance; a `.safetensors` holds the same entries as metadata.
@@ -41,7 +42,14 @@ def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: 
         "lr_schedulers": [],
     }
     if module.hparams:
-        checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams)
+        # As Lightning writes them: the name of the argument that took them all, and the class of a config object.
+        if hasattr(module, "_hparams_name"):
+            checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module._hparams_name
+        if isinstance(module.hparams, Container):
+            checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = module.hparams
+            checkpoint[module.CHECKPOINT_HYPER_PARAMS_TYPE] = type(module.hparams)
+        else:
+            checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams)
     module.on_save_checkpoint(checkpoint)
     return checkpoint
 
@@ -77,11 +85,14 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
         origin: As `provenance` makes it.
 
     Raises:
-        ValueError: If the path ends otherwise.
+        ValueError: If the path ends otherwise, or the state dict holds what the format does not take.
         OSError: If it cannot be written; the message says what was not saved.
     """
     path = Path(path)
     _check_suffix(path)
+    others = [key for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
+    if others and path.suffix == ".safetensors":
+        raise ValueError(f"a .safetensors file takes tensors only, and {others[0]} is none; save the merge as .ckpt")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _complete_or_absent(path) as unfinished:

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 # A stable phase is over when a rate has moved by more than this from where it stood when the phase began.
 DRIFT_TOLERANCE = 1e-6
-# It begins when two neighbouring steps agree much more closely, so that a slow decay does not look constant.
-SETTLED_TOLERANCE = 1e-9
+# Neighbouring steps agree when their rates do to the last digits: near its top a long cosine moves by very little.
+SAME_TOLERANCE = 1e-15
+# So many steps in a row that do not agree with the next are a decay, however slow.
+MAX_DRIFTING_STEPS = 3
+# A phase that ends by drifting after fewer steps was none, but the top of a schedule that never settles.
+MIN_PHASE_STEPS = 10
 # A warmup is rarely longer than this share of a run, or this many steps; a rate that still moves then never settles.
 SETTLING_SHARE = 0.2
 SETTLING_STEPS = 10_000
@@ -19,9 +23,9 @@ MIN_SETTLING_STEPS = 100
 class StablePhase:
     """Follows the learning rates and knows whether they are constant.
 
-    An optimizer step belongs to the stable phase when its rates equal those of the step before or after it, and stay
-    within a relative 1e-6 of the phase's first rates. So the last step of a warmup that reached the full rate counts,
-    and so does the last one before a decay.
+    A phase begins at an optimizer step whose rates equal those of the step before or after it. It is over when they
+    have moved by more than a relative 1e-6 from its first rates, or keep on moving step by step, however little. So the
+    last step of a warmup that reached the full rate belongs to it, and so does the last one before a decay.
 
     >>> phase = StablePhase()
     >>> rates = [0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
@@ -32,7 +36,10 @@ class StablePhase:
     anchor: list[float] | None = None
     previous: list[float] | None = None
     num_begun: int = 0
+    num_steps: int = 0
+    num_drifting_steps: int = 0
     num_unsettled_steps: int = 0
+    was_spurious: bool = False
 
     @property
     def is_stable(self) -> bool:
@@ -47,12 +54,21 @@ class StablePhase:
             following: Learning rates as the scheduler left them for the next step.
         """
         rates = list(used)
-        if self.anchor is None or not _close(rates, self.anchor, DRIFT_TOLERANCE):
-            agrees = _close(rates, following, SETTLED_TOLERANCE) or (
-                self.previous is not None and _close(rates, self.previous, SETTLED_TOLERANCE)
+        self.num_drifting_steps = 0 if _close(rates, following, SAME_TOLERANCE) else self.num_drifting_steps + 1
+        if self.anchor is not None and self.num_drifting_steps > MAX_DRIFTING_STEPS:
+            # What looked like a phase at the top of a cosine is taken back.
+            self.was_spurious = self.num_steps < MIN_PHASE_STEPS
+            self.num_begun -= self.was_spurious
+            self.anchor = None
+        elif self.anchor is None or not _close(rates, self.anchor, DRIFT_TOLERANCE):
+            agrees = self.num_drifting_steps == 0 or (
+                self.previous is not None and _close(rates, self.previous, SAME_TOLERANCE)
             )
             self.anchor = rates if agrees else None
             self.num_begun += agrees
+            self.num_steps = 0
+            self.was_spurious = False
+        self.num_steps += self.is_stable
         self.num_unsettled_steps += not self.is_stable
         self.previous = rates
         return self.is_stable

@@ -1,11 +1,11 @@
 """What an extra validation would leave behind, remembered before and put back after: random states, metric objects, the
 lists and numbers that modules keep as attributes, and the generators of loaders."""
 
+import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ MAX_TENSOR_BYTES = 2**20
 MAX_DEPTH = 4
 # What every module has: parameters, buffers, submodules and hooks are not the business of this file.
 _MODULE_MACHINERY = frozenset(vars(nn.Module()))
+_ABSENT = object()
 
 
 @contextmanager
@@ -37,50 +38,46 @@ def preserved_rng() -> Iterator[None]:
 def preserved_attributes(module: nn.Module) -> Iterator[None]:
     """Metric objects of the module are empty inside; they and its plain attributes are afterwards as before.
 
-    Covers what people keep on modules, also nested: numbers, lists, dicts, sets, tensors up to 1 MiB, random
-    generators, metric objects in the module tree or in plain lists.
+    Covers what people keep on modules, also nested: numbers, lists, dicts, sets, arrays and tensors up to 1 MiB, random
+    generators, buffers that are replaced by others, metric objects in the module tree or in plain lists, and objects of
+    classes from the module's own package, such as a meter. Objects of other packages are left alone.
     """
-    memory = _Memory()
-    memory.remember(module)
-    try:
+    with ExitStack() as undo:
+        memory = _Memory(undo, own_package=_package(type(module)))
+        memory.remember(module)
         for metric in memory.metrics:
             metric.reset()
         yield
-    finally:
-        memory.put_back()
 
 
 @contextmanager
 def preserved_loaders(loaders: Iterable[Any]) -> Iterator[None]:
     """Numbers and generators of loaders, their samplers and datasets, in this process, are rewound afterwards."""
-    memory = _Memory()
-    for loader in loaders:
-        for part in (loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset"))):
-            # Lists and tensors of a dataset are its data; the iterator of a loader's persistent workers goes on.
-            memory.remember_numbers(part)
-    try:
+    with ExitStack() as undo:
+        memory = _Memory(undo)
+        for loader in loaders:
+            # Lists and tensors of a dataset are its data.
+            for part in _parts(loader):
+                memory.remember_numbers(part)
+            if getattr(loader, "_iterator", _ABSENT) is None:
+                # Workers that persist would be those of the extra pass: the live one starts its own, with its own seed.
+                undo.callback(_stop_workers, loader)
         yield
-    finally:
-        memory.put_back()
 
 
 class _Memory:
-    """What some objects hold, and how to bring the same objects back to it."""
+    """What some objects hold; leaving the stack brings the same objects back to it, all of them, whatever fails."""
 
-    def __init__(self) -> None:
+    def __init__(self, undo: ExitStack, own_package: str | None = None) -> None:
         self.metrics: list[Metric | MetricCollection] = []
-        self._undo: list[Callable[[], object]] = []
+        self._undo = undo
+        self._own_package = own_package
         self._seen: set[int] = set()
 
-    def put_back(self) -> None:
-        for undo in self._undo:
-            undo()
-
     def remember(self, value: Any, depth: int = MAX_DEPTH) -> None:
-        if isinstance(value, list | dict | set | deque | tuple | nn.Module | Tensor):
-            if depth == 0 or id(value) in self._seen:
-                return
-            self._seen.add(id(value))
+        if value is None or isinstance(value, int | float | str) or depth == 0 or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
         if isinstance(value, nn.Module):
             self._remember_module(value, depth)
         elif isinstance(value, list | deque | dict | set | tuple):
@@ -88,15 +85,20 @@ class _Memory:
         elif isinstance(value, Tensor):
             # Inference tensors and those with a graph cannot be written in place by a validation either.
             if value.nbytes <= MAX_TENSOR_BYTES and not value.is_inference() and not value.requires_grad:
-                self._undo.append(partial(_set_tensor, value, value.clone(), value._version))
+                self._undo.callback(_set_tensor, value, value.clone(), value._version)
+        elif isinstance(value, np.ndarray):
+            if value.nbytes <= MAX_TENSOR_BYTES and value.flags.writeable:
+                self._undo.callback(np.copyto, value, value.copy())
+        elif hasattr(value, "__dict__") and self._own_package == _package(type(value)):
+            self._undo.callback(_set_attributes, value, dict(vars(value)))
+            for attribute in list(vars(value).values()):
+                self.remember(attribute, depth - 1)
         else:
             self._remember_generator(value)
 
     def remember_numbers(self, owner: object) -> None:
         attributes = getattr(owner, "__dict__", {})
-        self._undo.append(
-            partial(attributes.update, {k: v for k, v in attributes.items() if isinstance(v, int | float)})
-        )
+        self._undo.callback(attributes.update, {k: v for k, v in attributes.items() if isinstance(v, int | float)})
         for attribute in attributes.values():
             self._remember_generator(attribute)
 
@@ -104,7 +106,9 @@ class _Memory:
         if isinstance(module, Metric | MetricCollection):
             self.metrics.append(module)
         own = {name: attribute for name, attribute in vars(module).items() if name not in _MODULE_MACHINERY}
-        self._undo.append(partial(_set_attributes, module, own))
+        self._undo.callback(_set_attributes, module, own)
+        # Which tensors the buffers are; what these hold is the business of whoever swaps them.
+        self._undo.callback(_refill, module._buffers, dict(module._buffers))
         for child in module.children():
             self.remember(child)
         # A metric's states are replaced and not written to when it is reset, so only its lists need care.
@@ -113,29 +117,70 @@ class _Memory:
             self.remember(attribute, inner_depth)
 
     def _remember_container(self, value: Any, depth: int) -> None:
-        if isinstance(value, list | deque):
-            self._undo += [value.clear, partial(value.extend, list(value))]
-        elif isinstance(value, dict | set):
-            self._undo += [value.clear, partial(value.update, value.copy())]
-        for item in value.values() if isinstance(value, dict) else value:
+        if not isinstance(value, tuple):
+            self._undo.callback(_refill, value, _content(value))
+        for item in list(value.values()) if isinstance(value, dict) else value:
             self.remember(item, depth - 1)
 
     def _remember_generator(self, value: Any) -> None:
-        if isinstance(value, torch.Generator):
-            self._undo.append(partial(value.set_state, value.get_state()))
+        if isinstance(value, (torch.Generator, np.random.RandomState)):
+            set_state: Callable[[Any], object] = value.set_state
+            self._undo.callback(set_state, value.get_state())
         elif isinstance(value, random.Random):
-            self._undo.append(partial(value.setstate, value.getstate()))
+            self._undo.callback(value.setstate, value.getstate())
         elif isinstance(value, np.random.Generator):
-            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+            self._undo.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
 
 
-def _set_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
-    for name in vars(module).keys() - attributes.keys() - _MODULE_MACHINERY:
-        del vars(module)[name]
-    vars(module).update(attributes)
+def _content(container: Any) -> Any:
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Puts the content back, unless it is what the container holds: some dicts allow no change."""
+    if isinstance(container, dict):
+        same = list(container) == list(content) and all(container[key] is content[key] for key in content)
+    elif isinstance(container, set):
+        same = container == content
+    else:
+        same = len(container) == len(content) and all(map(operator.is_, container, content))
+    if not same:
+        container.clear()
+        (container.extend if isinstance(container, list | deque) else container.update)(content)
+
+
+def _set_attributes(owner: Any, attributes: dict[str, Any]) -> None:
+    machinery = _MODULE_MACHINERY if isinstance(owner, nn.Module) else frozenset()
+    for name in vars(owner).keys() - attributes.keys() - machinery:
+        del vars(owner)[name]
+    vars(owner).update(attributes)
 
 
 def _set_tensor(tensor: Tensor, content: Tensor, version: int) -> None:
     if tensor._version != version:
         with torch.no_grad():
             tensor.copy_(content)
+
+
+def _package(owner: type) -> str:
+    return owner.__module__.partition(".")[0]
+
+
+def _parts(loader: Any) -> Iterator[Any]:
+    """A loader, its samplers, and its dataset with the datasets inside it."""
+    yield loader
+    found = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+    for part in found:
+        yield part
+        inner = getattr(part, "datasets", None)
+        found += list(inner) if isinstance(inner, list | tuple) else []
+        if (wrapped := getattr(part, "dataset", None)) is not None:
+            found.append(wrapped)
+
+
+def _stop_workers(loader: Any) -> None:
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()
+        loader._iterator = None

@@ -124,7 +124,8 @@ class Window:
 
     A snapshot counts when it lies less than the span behind the newest one, so a span of ``N * V`` steps holds ``N``
     snapshots ``V`` steps apart. When the ring is full and covers less than the span, it is thinned (every second
-    snapshot is dropped, the interval doubles), so a share of training keeps its meaning in a run of unknown length.
+    snapshot is dropped, the interval doubles), so a share of training keeps its meaning in a run of unknown length. The
+    other merges of the same callback then use the thinned ring too.
 
     Args:
         rule: Name of a rule, or a rule, applied to the snapshots inside the window.

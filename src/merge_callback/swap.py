@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+# What is swapped at the moment, outermost first: the live tensors and their own values.
+_swaps: list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]] = []
+
 
 @contextmanager
 def swapped_weights(live: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Iterator[None]:
@@ -37,6 +40,7 @@ def swapped_weights(live: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
             if ours != theirs:
                 raise ValueError(f"{name} has {attribute} {ours} in the model, but {theirs} in what should replace it")
     saved = {name: tensor.data for name, tensor in live.items()}
+    _swaps.append((live, saved))
     try:
         for name, tensor in live.items():
             tensor.data = other[name]
@@ -44,3 +48,23 @@ def swapped_weights(live: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
     finally:
         for name, tensor in live.items():
             tensor.data = saved[name]
+        _swaps.pop()
+
+
+@contextmanager
+def live_weights() -> Iterator[None]:
+    """Inside the context all that `swapped_weights` holds swapped has its live values; afterwards the others again.
+
+    For whoever comes in between, such as a signal handler that saves the run.
+    """
+    exchanged = []
+    try:
+        for live, saved in reversed(_swaps):
+            exchanged.append((live, {name: tensor.data for name, tensor in live.items()}))
+            for name, tensor in live.items():
+                tensor.data = saved[name]
+        yield
+    finally:
+        for live, others in reversed(exchanged):
+            for name, tensor in live.items():
+                tensor.data = others[name]
