@@ -199,11 +199,12 @@ def test_an_interrupted_capture_goes_on_as_if_it_had_not_stopped(capacity, every
     # Two phases, so that it matters which one the window belongs to.
     rates = [*(i / 20 for i in range(1, 20)), *[1.0] * after, *[0.5] * before, 0.25, *[0.125] * 5]
     whole, first, second = (SnapshotCapture(every, capacity, [Window(span=0.3)], "stable", None) for _ in range(3))
-    list(run(whole, rates))
+    windows = dict(run(whole, rates))
     list(run(first, rates[: before + 1]))
     second.prepare(Position())
     second.load_state_dict(first.state_dict(with_snapshots=True))
-    list(run(second, rates[before:], first_step=before + 1))
+    resumed = dict(run(second, rates[before:], first_step=before + 1))
+    assert resumed == {step: windows[step] for step in resumed}
     assert second.steps == whole.steps
     if whole.steps:
         coefficients = [1 / len(whole.steps)] * len(whole.steps)
