@@ -238,6 +238,30 @@ def test_with_a_limit_both_sides_of_the_gain_are_taken_on_the_same_batches(tmp_p
             assert ours[name] != theirs[name] or name == "val_accuracy"
 
 
+def test_a_small_share_of_a_loader_is_one_batch(tmp_path):
+    loader = batches(32, 8, shuffle=False, seed=1)
+    small = fit(make(Toy), tmp_path / "small", MergeCallback(2, 3, limit_batches=0.01), validation=loader)
+    one = fit(make(Toy), tmp_path / "one", MergeCallback(2, 3, limit_batches=1), validation=loader)
+    assert small.logged("merged/val_loss") == one.logged("merged/val_loss")
+
+
+def test_the_progress_bar_shows_the_primary_merge_of_what_it_shows_live_and_no_more(tmp_path):
+    run = fit(make(Toy), tmp_path, MergeCallback(2, 3, merges={"sma": "sma", "wma": "wma"}))
+    shown = {name for name in run.trainer.progress_bar_metrics if name.startswith("merge")}
+    assert shown == {"merged/val_loss"}
+
+
+def test_a_metric_logged_by_step_alone_has_no_merged_value_and_hides_no_other(tmp_path):
+    class ByStep(Toy):
+        def validation_step(self, batch, batch_idx):
+            self.log("by_step", 1.0, on_step=True, on_epoch=False)
+            super().validation_step(batch, batch_idx)
+
+    run = fit(make(ByStep), tmp_path, MergeCallback(2, 3))
+    assert "merged/val_loss" in run.epoch_metrics[-1]
+    assert "merged/by_step" not in run.epoch_metrics[-1]
+
+
 def test_a_share_of_a_loader_without_length_is_refused_by_name(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

@@ -217,3 +217,11 @@ def test_a_checkpoint_saved_by_a_callback_earlier_in_the_list_resumes_with_the_s
     resumed = run("resumed", ckpt_path=str(tmp_path / "early.ckpt"))
     assert resumed.snapshot_steps == whole.snapshot_steps == [12, 14, 16]
     assert resumed.state_dict()["capture"]["schedule"] == whole.state_dict()["capture"]["schedule"]
+
+
+def test_another_interval_counts_from_the_newest_snapshot(tmp_path, recwarn):
+    _, path = checkpoint_of(tmp_path, MergeCallback(2, 4))
+    callback = MergeCallback(7, 4)
+    resumed_with(tmp_path, path, callback, max_steps=20)
+    assert callback.snapshot_steps == [8, 10, 12, 19]
+    assert len(merge_warnings(recwarn)) == 1
