@@ -145,6 +145,7 @@ def test_a_full_disk_leaves_no_half_file_and_the_older_one_stays(tmp_path, name)
     assert f"refused: the merge of steps [20, 22, 24] was not saved to {tmp_path / name}" in done.stdout
 
 
+@pytest.mark.usefixtures("both_lightnings")
 def test_merged_checkpoints_keep_the_best_merges_and_live_checkpoints_live_weights(tmp_path):
     class Watching(Callback):
         def __init__(self, callback):

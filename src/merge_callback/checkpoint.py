@@ -17,6 +17,8 @@ class MergedCheckpoint(ModelCheckpoint):
     to resume from, stay the business of a plain `ModelCheckpoint` beside it. Nothing is saved, and nothing is wrong,
     while there is no merge yet; a file that cannot be written is named in a warning, and training goes on.
 
+    List it after its `MergeCallback`; `lightning.pytorch` puts it there by itself, `pytorch_lightning` does not.
+
     Args:
         merge_callback: Whose merge is saved.
         merge: Which of its merges; None is the primary one.
