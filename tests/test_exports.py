@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from merge_callback import MergeCallback, MergedCheckpoint, Window
 from merge_callback.export import read_provenance
-from tests.toys import Toy, assert_same_training, fit, lightning, make, same
+from tests.toys import Toy, assert_same_training, batches, fit, lightning, make, same
 
 
 class Saved(Toy):
@@ -88,6 +88,28 @@ def test_a_fit_from_a_merged_checkpoint_is_a_fit_from_these_weights(tmp_path):
     from_weights = fit(module, tmp_path / "weights", MergeCallback(2, 4))
     assert_same_training(from_file, from_weights)
     assert from_file.trainer.global_step == 24
+
+
+def test_a_fit_takes_a_merged_checkpoint_with_weights_only(run, tmp_path):
+    _, callback = run
+    callback.save_merged(tmp_path / "merge.ckpt")
+
+    class First(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.weights = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+
+    first = First()
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = lightning().Trainer(max_steps=2, accelerator="cpu", callbacks=[first], **quiet)
+    loader = batches(24, shuffle=False)
+    trainer.fit(make(Saved), batches(), loader, ckpt_path=str(tmp_path / "merge.ckpt"), weights_only=True)
+    assert same(first.weights, callback.merged_state_dict())
+    assert trainer.global_step == 2
 
 
 def test_a_merged_file_loads_without_unpickling_foreign_code(run, tmp_path):

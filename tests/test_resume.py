@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from merge_callback import MergeCallback, Window
-from tests.toys import ResumableBatches, Toy, assert_same_training, fit, make, same
+from tests.toys import ResumableBatches, Toy, assert_same_training, fit, lightning, make, same
 
 # Lightning's advice; these runs leave callbacks out on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -29,13 +28,16 @@ def seeded(**arguments):
     return module
 
 
+@pytest.mark.usefixtures("both_lightnings")
 @pytest.mark.parametrize("every", [None, 3])
 def test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on(tmp_path, every):
     whole = merging(every_n_train_steps=every)
-    checkpoints = ModelCheckpoint(
+    checkpoints = lightning(".callbacks").ModelCheckpoint(
         tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}", auto_insert_metric_name=False
     )
-    validated = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, filename="{step}-validated")
+    validated = lightning(".callbacks").ModelCheckpoint(
+        tmp_path / "checkpoints", save_top_k=-1, filename="{step}-validated"
+    )
     uninterrupted = fit(
         seeded(warmup_steps=3),
         tmp_path / "whole",
