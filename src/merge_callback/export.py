@@ -81,7 +81,7 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
     Args:
         path: Ends in ``.ckpt`` (the whole checkpoint, for Lightning) or ``.safetensors`` (its ``state_dict`` alone).
             Missing folders are made.
-        checkpoint: A Lightning checkpoint whose ``state_dict`` holds the merge.
+        checkpoint: A Lightning checkpoint whose ``state_dict`` holds the merge, a tensor of its own for every name.
         origin: As `provenance` makes it.
 
     Raises:
@@ -99,8 +99,8 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
             if path.suffix == ".ckpt":
                 torch.save({**checkpoint, PROVENANCE_KEY: dict(origin)}, unfinished)
             else:
-                # Tied tensors are written once for each name, so that every name can be loaded.
-                tensors = {key: _standalone(value) for key, value in checkpoint["state_dict"].items()}
+                # The format takes contiguous tensors that share nothing; a merged state dict is made of copies already.
+                tensors = {key: value.contiguous() for key, value in checkpoint["state_dict"].items()}
                 metadata = {key: json.dumps(value) for key, value in origin.items()}
                 # Loaders of pre-trained models look for this format.
                 _safetensors().torch.save_file(tensors, unfinished, metadata | {"format": "pt"})
@@ -119,10 +119,6 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _standalone(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _check_suffix(path: Path) -> None:
