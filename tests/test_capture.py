@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from merge_callback.capture import SnapshotCapture, learning_rates
+from merge_callback.capture import SnapshotCapture
+from merge_callback.rates import learning_rates
 from merge_callback.rules import Window, resolve_rule
 
 

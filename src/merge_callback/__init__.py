@@ -2,9 +2,10 @@
 
 from importlib.metadata import version
 
+from merge_callback.anneal import AnnealBranch
 from merge_callback.callback import MergeCallback
 from merge_callback.checkpoint import MergedCheckpoint
 from merge_callback.rules import Window
 
-__all__ = ["MergeCallback", "MergedCheckpoint", "Window"]
+__all__ = ["AnnealBranch", "MergeCallback", "MergedCheckpoint", "Window"]
 __version__ = version("merge-callback")

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from merge_callback.arguments import check_count, check_limit, check_storage, floating_dtype, named_rules
-from merge_callback.capture import SnapshotCapture, learning_rates
+from merge_callback.capture import SnapshotCapture
 from merge_callback.evaluate import (
     LoggedValue,
     evaluate,
@@ -24,6 +24,8 @@ from merge_callback.evaluate import (
     validation_follows,
 )
 from merge_callback.export import provenance, save, weights_checkpoint
+from merge_callback.rates import learning_rates, optimizer_step
+from merge_callback.records import TrunkValues
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
 from merge_callback.snapshots import SnapshotRing
 from merge_callback.swap import swapped_weights
@@ -126,6 +128,8 @@ class MergeCallback(Callback):
         self._rates: list[float] = []
         self._num_validations = 0
         self._evaluation: _Evaluation | None = None
+        # Every validation of the primary merge: what real anneals are compared with.
+        self._history: list[TrunkValues] = []
         # Merges whose rule has given proper coefficients once.
         self._worked: set[str] = set()
         self._said: set[str] = set()
@@ -225,6 +229,7 @@ class MergeCallback(Callback):
             "rates": self._rates,
             "num_validations": self._num_validations,
             "worked": sorted(self._worked),
+            "history": [asdict(values) for values in self._history],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -242,13 +247,14 @@ class MergeCallback(Callback):
         if self._loaded_state is not None or not continues:
             self._capture = self._new_capture()
             self._capture.prepare(pl_module)
-            self._num_validations, self._worked = 0, set()
+            self._num_validations, self._worked, self._history = 0, set(), []
         self._said.clear()
         if self._loaded_state is not None:
             if changes := self._capture.load_state_dict(self._loaded_state["capture"]):
                 self._say(f"resumed, but {'; '.join(changes)}", topic="resumed", warn=True)
             self._num_validations = self._loaded_state["num_validations"]
             self._worked = set(self._loaded_state["worked"])
+            self._history = [TrunkValues(**values) for values in self._loaded_state["history"]]
             if self._loaded_state["step"] < step:
                 # Saved by a callback earlier in the list, before this one had seen the step.
                 self._capture.after_step(
@@ -329,6 +335,7 @@ class MergeCallback(Callback):
         """What to log beside the live values: merged values, gains and diagnostics."""
         if (evaluation := self._evaluation) is None:
             return {}
+        self._remember(evaluation, live)
         live = evaluation.live or live
         logged = {}
         for name, values in evaluation.merged.items():
@@ -365,6 +372,18 @@ class MergeCallback(Callback):
         used = [step for step, value in coefficients.items() if value != 0]
         spread = self._ring.spread(list(coefficients.values()), row)
         return {"num_snapshots": float(len(used)), "span_steps": float(used[-1] - used[0]), "spread": spread}
+
+    def _remember(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue]) -> None:
+        if (primary := evaluation.merged.get(self._primary)) is None:
+            return
+        values = {name: float(live[name].value) for name in primary if name in live}
+        merged = {name: float(primary[name].value) for name in values}
+        if evaluation.live is not None:
+            # The merge was evaluated on fewer batches, and there it is the difference that counts.
+            gains = {name: float(evaluation.live[name].value) - merged[name] for name in values}
+            merged = {name: values[name] - gain for name, gain in gains.items()}
+        span_steps = int(evaluation.diagnostics["span_steps"])
+        self._history.append(TrunkValues(self._step, span_steps, values, merged))
 
     def _rule(self, name: str | None) -> Rule:
         if name is not None and name not in self.merges:
@@ -415,8 +434,3 @@ class MergeCallback(Callback):
                 topic="unsettled",
                 warn=True,
             )
-
-
-def optimizer_step(trainer: Trainer) -> int:
-    """Rounds of optimizer steps so far; Lightning counts the steps of all optimizers."""
-    return trainer.global_step // max(1, len(trainer.optimizers))

@@ -1,6 +1,5 @@
 """When and what is captured: joins the learning rate's phase, the schedule, the model's tensors and the ring."""
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from merge_callback.phase import CaptureSchedule, StablePhase, needs_thinning
-from merge_callback.rules import Rule, Window
+from merge_callback.rules import Rule, Window, required_span
 from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing, refuse_if_too_large
 from merge_callback.weights import has_lazy_parameters, merged_parameters, nonfinite_names, snapshot_buffers
 
@@ -46,9 +45,7 @@ class SnapshotCapture:
         self.ring: SnapshotRing | None = None
         # Floating buffers at the newest snapshot: batch-norm statistics are taken over, not averaged.
         self.buffers: dict[str, Tensor] = {}
-        self._windows = [rule for rule in rules if isinstance(rule, Window)]
-        if every_n_train_steps is None:
-            self._windows.append(Window(span=DEFAULT_SPAN))
+        self._rules = [*rules, *([Window(span=DEFAULT_SPAN)] if every_n_train_steps is None else [])]
         # The phase that the schedule belongs to, and whether the ring's snapshots are of an earlier one.
         self._window_phase = 0
         self._is_outdated = False
@@ -150,7 +147,7 @@ class SnapshotCapture:
         return True
 
     def _needs_thinning(self, step: int) -> bool:
-        required = max((window.required_span(step) for window in self._windows), default=0.0)
+        required = max((required_span(rule, step) for rule in self._rules), default=0.0)
         return needs_thinning(self.steps, step, required)
 
     def state_dict(self, *, with_snapshots: bool) -> dict[str, Any]:
@@ -202,13 +199,3 @@ class SnapshotCapture:
         device = ring.storage.layout.groups[0][1]
         self.buffers = {name: buffer.to(device, copy=True) for name, buffer in state["buffers"].items()}
         return changes
-
-
-def learning_rates(optimizers: Iterable[torch.optim.Optimizer]) -> list[float]:
-    """The rates of all parameter groups; NaN for a schedule-free optimizer, which keeps its real rate to itself."""
-    return [
-        math.nan if "train_mode" in group else float(group["lr"])
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        if "lr" in group
-    ]

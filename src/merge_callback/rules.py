@@ -165,6 +165,65 @@ class Window:
         return [0.0] * (len(steps) - len(inside)) + merge_coefficients(self.rule, inside)
 
 
+@dataclass(frozen=True)
+class Extrapolate:
+    """A step further along the line from an older merge to the newest: ``m_t + amount (m_t - m_(t-gap))``.
+
+    Successive merges lie nearly on a line (Extra-Merge, arXiv 2605.26484). Nothing uses it by default: what it gave is
+    in ``benchmarks/README.md``. The older merge is the same rule over those snapshots that were there a gap before the
+    newest; as long as there are none, this is the rule itself.
+
+    Args:
+        rule: Name of a rule, or a rule; with a `Window` both merges are as wide.
+        amount: How far to go, as a share of the way from the older merge to the newest.
+        gap: How far the older merge lies back, as a share of the steps trained so far, in (0, 1).
+        gap_steps: The same in optimizer steps. Give exactly one of the two.
+
+    Raises:
+        ValueError: If neither or both gaps are given, one is out of its range, or the rule is unknown.
+
+    >>> Extrapolate(Window(span_steps=200), amount=0.5, gap_steps=200)([100, 200, 300, 400])
+    [-0.25, -0.25, 0.75, 0.75]
+    """
+
+    rule: str | Rule = "sma"
+    amount: float = 0.25
+    gap: float | None = None
+    gap_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        resolve_rule(self.rule)
+        if (self.gap_steps is None) == (self.gap is None):
+            raise ValueError(
+                f"Extrapolate takes exactly one of gap and gap_steps, got gap={self.gap}, gap_steps={self.gap_steps}"
+            )
+        if self.gap_steps is not None and self.gap_steps < 1:
+            raise ValueError(f"gap_steps must be >= 1, got {self.gap_steps}")
+        if self.gap is not None and not 0 < self.gap < 1:
+            raise ValueError(f"gap must be a share of training in (0, 1), got {self.gap}")
+        if not math.isfinite(self.amount):
+            raise ValueError(f"amount must be finite, got {self.amount}")
+
+    def required_span(self, step: int) -> float:
+        """Steps behind ``step`` that the buffer has to cover for both merges."""
+        gap_steps = self.gap_steps or (self.gap or 0.0) * step
+        return gap_steps + required_span(self.rule, round(step - gap_steps))
+
+    def __call__(self, steps: Sequence[int]) -> list[float]:
+        newest = merge_coefficients(self.rule, steps)
+        older = [step for step in steps if step <= steps[-1] - (self.gap_steps or (self.gap or 0.0) * steps[-1])]
+        if not older:
+            return newest
+        before = [*merge_coefficients(self.rule, older), *[0.0] * (len(steps) - len(older))]
+        return [c + self.amount * (c - earlier) for c, earlier in zip(newest, before, strict=True)]
+
+
+def required_span(rule: str | Rule, step: int) -> float:
+    """Steps behind ``step`` that the buffer has to cover for a rule; zero if the rule takes what there is."""
+    method: Callable[[int], float] | None = getattr(rule, "required_span", None)
+    return method(step) if method is not None else 0.0
+
+
 def resolve_rule(rule: str | Rule) -> Rule:
     """The rule of that name, or the rule itself.
 

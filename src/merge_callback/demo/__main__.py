@@ -2,18 +2,17 @@
 
 import hashlib
 import logging
-import warnings
 from pathlib import Path
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from merge_callback.demo.training import prepare
 from merge_callback.report import Validation, plot_validations, read_validations
 
 METRIC = "val_loss"
@@ -22,31 +21,24 @@ METRIC = "val_loss"
 @hydra.main(version_base="1.3", config_path="pkg://merge_callback.conf", config_name="demo")
 def main(config: DictConfig) -> None:
     """Trains, prints the closing table, draws the picture, and says where everything is."""
-    # Lightning has not followed a deprecation in torch yet; nobody who tries the demo can do anything about it.
-    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
     # Hydra adds a handler of its own to the root logger; Lightning's lines would come twice.
     logging.getLogger("lightning.pytorch").propagate = False
-    seed_everything(config.demo.seed)
-    data = instantiate(config.data)
-    model = instantiate(config.model)
-    # Entries without a target, such as overrides of a callback that is switched off, are left out.
-    callbacks = [instantiate(entry) for entry in config.callbacks.values() if entry and "_target_" in entry]
-    loggers = [instantiate(entry) for entry in config.logger.values()]
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
-
     console = Console()
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_train, num_validation = len(data.corpus.train), len(data.corpus.validation)
-    console.print(f"Corpus: {data.corpus.description}", highlight=False)
-    console.print(f"{num_train:,} bytes to train on, {num_validation:,} kept back; {num_parameters:,} parameters")
-    trainer.fit(model, data)
+    run = prepare(config)
+    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    corpus = run.data.corpus
+    console.print(f"Corpus: {corpus.description}", highlight=False)
+    console.print(
+        f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} kept back; {num_parameters:,} parameters"
+    )
+    run.fit()
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     validations = read_validations(folder / "csv" / "metrics.csv", METRIC)
     console.print(closing_table(validations))
     picture = folder / "live_and_merged.png"
-    plot_validations(validations, f"{METRIC} (nats per byte)", data.corpus.description).savefig(picture)
-    console.print(f"Fingerprint of the trained weights: {fingerprint(model)}", highlight=False)
+    plot_validations(validations, f"{METRIC} (nats per byte)", corpus.description).savefig(picture)
+    console.print(f"Fingerprint of the trained weights: {fingerprint(run.model)}", highlight=False)
     console.print(f"Picture: {picture}", highlight=False, soft_wrap=True)
     console.print(f"Charts: tensorboard --logdir {folder / 'tensorboard'}", highlight=False, soft_wrap=True)
 

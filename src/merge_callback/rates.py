@@ -1,0 +1,92 @@
+"""Learning rates as optimizer steps use them, also where a decay lies over what the schedulers set."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+_overlays: WeakKeyDictionary[Optimizer, "RateOverlay"] = WeakKeyDictionary()
+
+
+class RateOverlay:
+    """Multiplies the rates of some optimizers during their steps, and only then.
+
+    Outside ``optimizer.step`` the rates are the schedulers' own, so that schedulers which go on from the current rate
+    are not disturbed, and nothing is left behind in checkpoints or after `remove`.
+
+    Args:
+        optimizers: Whose rates.
+        multiplier: Called at every step of each of them.
+
+    Raises:
+        ValueError: If an optimizer has no rate to multiply, or takes no hooks around its steps.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer], multiplier: Callable[[], float]) -> None:
+        self.optimizers = list(optimizers)
+        self.multiplier = multiplier
+        self.num_steps = 0
+        self._set_aside: dict[Optimizer, list[Any]] = {}
+        for optimizer in self.optimizers:
+            name = type(optimizer).__name__
+            if not isinstance(optimizer, Optimizer) or any(group.get("lr") is None for group in optimizer.param_groups):
+                raise ValueError(f"the optimizer {name} has no learning rate that could be multiplied")
+        self._handles = [
+            handle
+            for optimizer in self.optimizers
+            for handle in (
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            )
+        ]
+        for optimizer in self.optimizers:
+            _overlays[optimizer] = self
+
+    def remove(self) -> None:
+        """From here on the rates are the schedulers' own again; after a step that failed, too."""
+        for handle in self._handles:
+            handle.remove()
+        for optimizer in self.optimizers:
+            self._after_step(optimizer)
+            if _overlays.get(optimizer) is self:
+                del _overlays[optimizer]
+
+    def _before_step(self, optimizer: Optimizer, *arguments: Any) -> None:
+        self.num_steps += 1
+        multiplier = self.multiplier()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        # A rate may be a tensor whose address is in use: it is written in place, and put back exactly.
+        self._set_aside[optimizer] = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate.mul_(multiplier) if isinstance(rate, Tensor) else rate * multiplier
+
+    def _after_step(self, optimizer: Optimizer, *arguments: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self._set_aside.pop(optimizer, []), strict=False):
+            group["lr"] = group["lr"].copy_(rate) if isinstance(rate, Tensor) else rate
+
+
+def optimizer_step(trainer: Trainer) -> int:
+    """Rounds of optimizer steps so far; Lightning counts the steps of all optimizers."""
+    return trainer.global_step // max(1, len(trainer.optimizers))
+
+
+def learning_rates(optimizers: Iterable[Optimizer]) -> list[float]:
+    """The rates of all parameter groups, as a step now would use them.
+
+    NaN for a schedule-free optimizer, which keeps its real rate to itself.
+    """
+    return [
+        math.nan if "train_mode" in group else float(group["lr"]) * _multiplier(optimizer)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if "lr" in group
+    ]
+
+
+def _multiplier(optimizer: Optimizer) -> float:
+    overlay = _overlays.get(optimizer)
+    return overlay.multiplier() if overlay is not None else 1.0
