@@ -203,7 +203,7 @@ def test_an_interrupted_capture_goes_on_as_if_it_had_not_stopped(capacity, every
     windows = dict(run(whole, rates))
     list(run(first, rates[: before + 1]))
     second.prepare(Position())
-    second.load_state_dict(first.state_dict(with_snapshots=True))
+    second.load_state_dict(first.state_dict(with_snapshots=True), Position())
     resumed = dict(run(second, rates[before:], first_step=before + 1))
     assert resumed == {step: windows[step] for step in resumed}
     assert second.steps == whole.steps

@@ -127,8 +127,8 @@ def test_a_checkpoint_of_other_settings_resumes_with_what_fits_and_says_what_cha
     if "every_n_train_steps" not in arguments:
         oldest = dict.fromkeys(callback.snapshot_steps, 0.0) | {steps[0]: 1.0}
         kept = dict.fromkeys(before.snapshot_steps, 0.0) | {steps[0]: 1.0}
-        ours = callback._ring.combine(list(oldest.values()))[0]
-        theirs = before._ring.combine(list(kept.values()))[0]
+        ours = callback._capture.ring.combine(list(oldest.values()))[0]
+        theirs = before._capture.ring.combine(list(kept.values()))[0]
         assert torch.equal(ours, theirs.to(callback.dtype or theirs.dtype).to(theirs.dtype))
 
 

@@ -5,7 +5,8 @@ from importlib.metadata import version
 from merge_callback.anneal import AnnealBranch
 from merge_callback.callback import MergeCallback
 from merge_callback.checkpoint import MergedCheckpoint
-from merge_callback.rules import Window
+from merge_callback.rules import Extrapolate, Window
+from merge_callback.shadow import Ema, PowerEma
 
-__all__ = ["AnnealBranch", "MergeCallback", "MergedCheckpoint", "Window"]
+__all__ = ["AnnealBranch", "Ema", "Extrapolate", "MergeCallback", "MergedCheckpoint", "PowerEma", "Window"]
 __version__ = version("merge-callback")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from merge_callback.rules import Rule, resolve_rule
+from merge_callback.shadow import Average, is_average
 
 
 def check_count(argument: str, value: Any, minimum: int = 1) -> None:
@@ -50,14 +51,18 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return resolved
 
 
-def named_rules(merges: Any) -> dict[str, Rule]:
-    """Merges by name, from a rule or a mapping of names to rules."""
+def named_merges(merges: Any) -> dict[str, Rule | Average]:
+    """Merges by name, from one of them or a mapping of names to them."""
     if not isinstance(merges, Mapping):
         label = merges if isinstance(merges, str) else getattr(merges, "__name__", type(merges).__name__.lower())
-        return {label: resolve_rule(merges)}
+        return {label: _merge(merges)}
     if not merges:
         raise ValueError("merges must name at least one merge, got an empty mapping")
     for name in merges:
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(f"merges must be named by non-empty strings without a slash, got {name!r}")
-    return {name: resolve_rule(rule) for name, rule in merges.items()}
+    return {name: _merge(merge) for name, merge in merges.items()}
+
+
+def _merge(merge: Any) -> Rule | Average:
+    return merge if is_average(merge) else resolve_rule(merge)

@@ -13,21 +13,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from merge_callback.arguments import check_count, check_limit, check_storage, floating_dtype, named_rules
+from merge_callback.arguments import check_count, check_limit, check_storage, floating_dtype, named_merges
+from merge_callback.calibration import PRIOR, AnnealCalibration
 from merge_callback.capture import SnapshotCapture
 from merge_callback.evaluate import (
     LoggedValue,
     evaluate,
+    is_last_validation,
     num_limited_batches,
     observe_validations,
     stop_observing_validations,
     validation_follows,
 )
 from merge_callback.export import provenance, save, weights_checkpoint
+from merge_callback.prediction import Prediction
 from merge_callback.rates import learning_rates, optimizer_step
 from merge_callback.records import TrunkValues
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
-from merge_callback.snapshots import SnapshotRing
+from merge_callback.shadow import Average, is_average
 from merge_callback.swap import swapped_weights
 from merge_callback.weights import tensors_by_name
 
@@ -55,8 +58,8 @@ class MergeCallback(Callback):
             tenth of training.
         num_snapshots: Capacity of the rolling buffer.
         merges: The merge to evaluate: a rule's name (``"sma"``, ``"wma"``, ``"ema"``, ``"linear"``, ``"1-sqrt"``,
-            ``"cosine"``), a `Window`, or a function of the snapshots' steps. Or several, as a mapping of names to any
-            of these; the first is the primary one.
+            ``"cosine"``), a `Window`, an `Extrapolate`, or a function of the snapshots' steps; or an `Ema` or a
+            `PowerEma` over every step. Or several, as a mapping of names to any of these; the first is the primary one.
         start: ``"stable"`` captures while the learning rate is constant, and begins a new window when it is constant
             again at another value; an int captures from that optimizer step on, whatever the rate does.
         storage: Where snapshots live: ``"device"`` is the memory of the model's device.
@@ -66,6 +69,10 @@ class MergeCallback(Callback):
         limit_batches: How much of each validation loader the merged validation takes: a number of batches or a share;
             None for as much as the live validation. With a limit the gain compares the same batches, for which the live
             model is evaluated on them once more.
+        calibration: What real anneals said, to predict the next: the file that `AnnealBranch` adds its records to,
+            which may grow while this run goes on, or not be there yet; or ``"prior"``, for what the benchmark of this
+            project found, with its spread as interval. From two branches on, ``annealed/m`` is logged, with
+            ``annealed/m/low`` and ``annealed/m/high``; see `merge_callback.prediction`. None predicts nothing.
         higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``.
             torchmetrics objects that are logged know it themselves; of numbers and tensors nobody knows it.
         save_state: What checkpoints hold: ``"full"`` is all that a resumed run needs to go on exactly (the ring);
@@ -88,12 +95,13 @@ class MergeCallback(Callback):
         every_n_train_steps: int | None = None,
         num_snapshots: int = 10,
         *,
-        merges: str | Rule | Mapping[str, str | Rule] = "sma",
+        merges: str | Rule | Average | Mapping[str, str | Rule | Average] = "sma",
         start: Literal["stable"] | int = "stable",
         storage: str | os.PathLike[str] = "device",
         dtype: torch.dtype | str | None = None,
         evaluate_every_n_validations: int = 1,
         limit_batches: int | float | None = None,
+        calibration: str | os.PathLike[str] | None = None,
         higher_is_better: str | Sequence[str] = (),
         save_state: Literal["full", "none"] = "full",
         name: str = "merge",
@@ -112,11 +120,14 @@ class MergeCallback(Callback):
             raise ValueError(f"name must be a non-empty string, got {name!r}")
         self.every_n_train_steps = every_n_train_steps
         self.num_snapshots = num_snapshots
-        self.merges = named_rules(merges)
+        self.merges = named_merges(merges)
         self.start = start
         self.dtype = floating_dtype(dtype)
         self.evaluate_every_n_validations = evaluate_every_n_validations
         self.limit_batches = limit_batches
+        if calibration is not None and not isinstance(calibration, str | os.PathLike):
+            raise TypeError(f"calibration must be a file of records, 'prior' or None, got {calibration!r}")
+        self.calibration = calibration
         self.higher_is_better = (higher_is_better,) if isinstance(higher_is_better, str) else tuple(higher_is_better)
         self.save_state = save_state
         self.name = name
@@ -128,8 +139,11 @@ class MergeCallback(Callback):
         self._rates: list[float] = []
         self._num_validations = 0
         self._evaluation: _Evaluation | None = None
-        # Every validation of the primary merge: what real anneals are compared with.
+        # Every validation of the primary merge at a constant rate: what real anneals are compared with.
         self._history: list[TrunkValues] = []
+        self._anneals = AnnealCalibration(calibration) if calibration is not None else None
+        # The latest at a constant rate; kept while the rate decays.
+        self._predictions: dict[str, Prediction] = {}
         # Merges whose rule has given proper coefficients once.
         self._worked: set[str] = set()
         self._said: set[str] = set()
@@ -149,12 +163,13 @@ class MergeCallback(Callback):
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If there is no merge of that name, or its rule gives no proper coefficients.
+            ValueError: If there is no merge of that name, its rule gives no proper coefficients, or it is an average
+                over all steps, which has none.
         """
-        rule = self._rule(name)
-        if not self.snapshot_steps:
-            begins = "once the learning rate is constant" if self.start == "stable" else f"at step {self.start}"
-            raise RuntimeError(f"nothing was captured yet, so there is no merge: capturing begins {begins}")
+        rule = self._merge(name)
+        if is_average(rule):
+            raise ValueError(f"the merge {name or self._primary!r} is an average over every step, not over snapshots")
+        self._check_captured(bool(self.snapshot_steps))
         return dict(zip(self.snapshot_steps, merge_coefficients(rule, self.snapshot_steps), strict=True))
 
     def implied_decay(self, name: str | None = None) -> list[tuple[int, float]]:
@@ -170,13 +185,35 @@ class MergeCallback(Callback):
         """The merge as a state dict of the LightningModule, which takes it with ``strict=True``.
 
         Trainable parameters are merged; floating-point buffers are those of the newest snapshot; frozen parameters and
-        integer buffers are the live ones. The tensors are copies. Raises as `coefficients` does.
+        integer buffers are the live ones. The tensors are copies. Raises as `merged_weights` does.
         """
-        self.coefficients(name)
+        self._check_captured(self._is_captured(name))
         assert self._module is not None
         with self.merged_weights(self._module, name):
             state = self._module.state_dict()
             return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+
+    def forecast(self, metric: str, span_steps: int) -> Prediction:
+        """What a metric will be after a linear decay that begins now, with an interval.
+
+        Extrapolates the merged values so far; see `merge_callback.prediction.forecast` for what it assumes.
+
+        Args:
+            metric: Name of a metric that validations log, such as ``"val_loss"``.
+            span_steps: Length of the decay in optimizer steps.
+
+        Raises:
+            RuntimeError: If there are no records of real anneals, or too few, or too few validations so far.
+        """
+        check_count("span_steps", span_steps)
+        found = self._anneals.forecast(self._history, metric, span_steps) if self._anneals and self._history else None
+        if found is None:
+            raise RuntimeError(
+                f"no forecast of {metric!r} after {span_steps} steps: it needs two real anneals in calibration="
+                f"{self.calibration!r} and four validations of the merge in the last half of the steps,"
+                f" of which there are {len(self._history)} in all"
+            )
+        return found
 
     @contextmanager
     def merged_weights(self, pl_module: torch.nn.Module, name: str | None = None) -> Iterator[None]:
@@ -188,10 +225,11 @@ class MergeCallback(Callback):
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If there is no merge of that name, or the module has other tensors.
+            ValueError: If there is no merge of that name, its rule gives no proper coefficients, or the module has
+                other tensors.
         """
-        row = self._ring.combine(list(self.coefficients(name).values()))
-        with self._swapped_in(pl_module, row):
+        self._check_captured(self._is_captured(name))
+        with self._swapped_in(pl_module, self._row(name), self._buffers(name)):
             yield
 
     def save_merged(self, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -209,11 +247,15 @@ class MergeCallback(Callback):
             ValueError: If the path ends otherwise, or there is no merge of that name.
             OSError: If the file cannot be written; the message says what was not saved.
         """
-        coefficients = self.coefficients(name)
-        multipliers = decay_from_coefficients(list(coefficients.values()))
+        state, merge = self.merged_state_dict(name), self._merge(name)
         assert self._module is not None
-        checkpoint = weights_checkpoint(self._module, self.merged_state_dict(name), self._step)
-        save(path, checkpoint, provenance(rule_label(self._rule(name)), coefficients, multipliers))
+        checkpoint = weights_checkpoint(self._module, state, self._step)
+        if is_average(merge):
+            step = self._capture.shadows[name or self._primary].step
+            save(path, checkpoint, provenance(repr(merge), step=step))
+        else:
+            coefficients = self.coefficients(name)
+            save(path, checkpoint, provenance(rule_label(merge), coefficients))
 
     # What Lightning calls.
 
@@ -230,6 +272,7 @@ class MergeCallback(Callback):
             "num_validations": self._num_validations,
             "worked": sorted(self._worked),
             "history": [asdict(values) for values in self._history],
+            "predictions": {metric: asdict(prediction) for metric, prediction in self._predictions.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -247,14 +290,15 @@ class MergeCallback(Callback):
         if self._loaded_state is not None or not continues:
             self._capture = self._new_capture()
             self._capture.prepare(pl_module)
-            self._num_validations, self._worked, self._history = 0, set(), []
+            self._num_validations, self._worked, self._history, self._predictions = 0, set(), [], {}
         self._said.clear()
         if self._loaded_state is not None:
-            if changes := self._capture.load_state_dict(self._loaded_state["capture"]):
+            if changes := self._capture.load_state_dict(self._loaded_state["capture"], pl_module):
                 self._say(f"resumed, but {'; '.join(changes)}", topic="resumed", warn=True)
             self._num_validations = self._loaded_state["num_validations"]
             self._worked = set(self._loaded_state["worked"])
             self._history = [TrunkValues(**values) for values in self._loaded_state["history"]]
+            self._predictions = {m: Prediction(**kept) for m, kept in self._loaded_state["predictions"].items()}
             if self._loaded_state["step"] < step:
                 # Saved by a callback earlier in the list, before this one had seen the step.
                 self._capture.after_step(
@@ -263,6 +307,8 @@ class MergeCallback(Callback):
             self._loaded_state = None
         elif not continues and step > 0:
             self._say("the checkpoint holds no state of it, so the window starts empty", topic="resumed", warn=True)
+        if self._anneals is not None:
+            self._anneals.read()
         self._say(f"{self._capture.describe()}; merges: {', '.join(self.merges)}", topic="start")
         if trainer.barebones:
             self._say("a barebones trainer logs nothing, so merges are kept for export but not evaluated", topic="bare")
@@ -305,24 +351,24 @@ class MergeCallback(Callback):
     def before_validation(self, trainer: Trainer) -> None:
         """Validates every merge, and the live weights on the same batches where these are fewer."""
         self._evaluation = None
-        if not self.snapshot_steps or self._num_validations % self.evaluate_every_n_validations:
+        captured = [name for name in self.merges if self._is_captured(name)]
+        if not captured or self._num_validations % self.evaluate_every_n_validations:
             return
         began = time.perf_counter()
         num_batches, num_live_batches = num_limited_batches(trainer, self.limit_batches)
         merged, diagnostics = {}, {}
-        for name in self.merges:
+        for name in captured:
             try:
-                coefficients = self.coefficients(name)
+                row = self._row(name)
             except ValueError as error:
                 # A rule that never worked is a mistake to mend; one that worked before must not end a long run.
                 if name not in self._worked:
                     raise
                 rank_zero_warn(f"MergeCallback({self.name!r}): no merge {name!r} at step {self._step}: {error}")
                 continue
-            row = self._ring.combine(list(coefficients.values()))
             if name == self._primary:
-                diagnostics = self._diagnostics(coefficients, row)
-            with self._swapped_in(trainer.lightning_module, row):
+                diagnostics = self._diagnostics(row)
+            with self._swapped_in(trainer.lightning_module, row, self._buffers(name)):
                 merged[name] = evaluate(trainer, self.limit_batches)
             self._worked.add(name)
             # Otherwise the next merge would be made while this one still takes its memory.
@@ -333,11 +379,10 @@ class MergeCallback(Callback):
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """What to log beside the live values: merged values, gains and diagnostics."""
+        logged = self._predicted(trainer, live)
         if (evaluation := self._evaluation) is None:
-            return {}
-        self._remember(evaluation, live)
+            return logged
         live = evaluation.live or live
-        logged = {}
         for name, values in evaluation.merged.items():
             label = self._label(name)
             for metric, merged in values.items():
@@ -360,32 +405,98 @@ class MergeCallback(Callback):
 
     def _new_capture(self) -> SnapshotCapture:
         return SnapshotCapture(
-            self.every_n_train_steps, self.num_snapshots, self.merges.values(), self.start, self.dtype
+            self.every_n_train_steps,
+            self.num_snapshots,
+            [merge for merge in self.merges.values() if not is_average(merge)],
+            self.start,
+            self.dtype,
+            averages={name: merge for name, merge in self.merges.items() if is_average(merge)},
         )
 
-    @property
-    def _ring(self) -> SnapshotRing:
-        assert self._capture.ring is not None
-        return self._capture.ring
+    def _is_captured(self, name: str | None) -> bool:
+        if is_average(self._merge(name)):
+            return self._capture.shadows[name or self._primary].step is not None
+        return bool(self.snapshot_steps)
 
-    def _diagnostics(self, coefficients: dict[int, float], row: list[Tensor]) -> dict[str, float]:
+    def _check_captured(self, is_captured: bool) -> None:
+        if not is_captured:
+            begins = "once the learning rate is constant" if self.start == "stable" else f"at step {self.start}"
+            raise RuntimeError(f"nothing was captured yet, so there is no merge: capturing begins {begins}")
+
+    def _row(self, name: str | None) -> list[Tensor]:
+        """The merge of that name, made anew."""
+        if not is_average(self._merge(name)):
+            assert self._capture.ring is not None
+            return self._capture.ring.combine(list(self.coefficients(name).values()))
+        shadow, layout = self._capture.shadows[name or self._primary], self._capture.layout
+        if not shadow.is_finite:
+            raise ValueError(f"the average over every step, {shadow.average}, holds NaN or inf")
+        assert layout is not None
+        return shadow.row(layout)
+
+    def _buffers(self, name: str | None) -> dict[str, Tensor]:
+        return self._capture.shadow_buffers if is_average(self._merge(name)) else self._capture.buffers
+
+    def _diagnostics(self, row: list[Tensor]) -> dict[str, float]:
+        """Of the primary merge."""
+        merge = self._merge(None)
+        if is_average(merge):
+            return {"span_steps": merge.span_steps(self._step)}
+        assert self._capture.ring is not None
+        coefficients = self.coefficients()
         used = [step for step, value in coefficients.items() if value != 0]
-        spread = self._ring.spread(list(coefficients.values()), row)
+        spread = self._capture.ring.spread(list(coefficients.values()), row)
         return {"num_snapshots": float(len(used)), "span_steps": float(used[-1] - used[0]), "spread": spread}
 
+    def _predicted(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
+        """What real anneals make of this validation; at the end of a decay, how wrong the last prediction was."""
+        evaluation = self._evaluation
+        if evaluation is not None and self._primary in evaluation.merged and self._capture.is_active:
+            self._remember(evaluation, live)
+            if self._anneals is not None:
+                if problem := self._anneals.update(self._history, may_write=trainer.is_global_zero):
+                    self._say(f"the records of anneals were left alone: {problem}", topic="records", warn=True)
+                self._predictions = self._predict(self._anneals, evaluation.merged[self._primary])
+        logged: dict[str, LoggedValue] = {}
+        if evaluation is None and self._capture.is_active:
+            return logged
+        is_end = not self._capture.is_active and is_last_validation(trainer)
+        for metric, prediction in self._predictions.items():
+            numbers = {f"annealed{self._label()}/{metric}": prediction.value}
+            numbers[f"annealed{self._label()}/{metric}/low"] = prediction.low
+            numbers[f"annealed{self._label()}/{metric}/high"] = prediction.high
+            if is_end and metric in live:
+                numbers[f"annealed_error{self._label()}/{metric}"] = prediction.value - float(live[metric].value)
+            logged |= {name: LoggedValue(torch.tensor(number)) for name, number in numbers.items()}
+        return logged
+
+    def _predict(self, anneals: AnnealCalibration, merged: Mapping[str, LoggedValue]) -> dict[str, Prediction]:
+        predictions = {}
+        for metric in self._history[-1].merged:
+            # The prior is about losses.
+            if anneals.source == PRIOR and self._is_higher_better(metric, merged[metric]):
+                continue
+            if (prediction := anneals.predict(self._history, metric)) is not None:
+                predictions[metric] = prediction
+                text = f"annealed{self._label()}/{metric} predicts {anneals.basis(self._history, metric)}"
+                self._say(text, topic=f"annealed {metric}")
+        if not predictions:
+            self._say(f"uncalibrated: {self.calibration} holds too few anneals to predict one", topic="uncalibrated")
+        return predictions
+
     def _remember(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue]) -> None:
-        if (primary := evaluation.merged.get(self._primary)) is None:
-            return
+        primary, merge = evaluation.merged[self._primary], self._merge(None)
         values = {name: float(live[name].value) for name in primary if name in live}
         merged = {name: float(primary[name].value) for name in values}
         if evaluation.live is not None:
             # The merge was evaluated on fewer batches, and there it is the difference that counts.
             gains = {name: float(evaluation.live[name].value) - merged[name] for name in values}
             merged = {name: values[name] - gain for name, gain in gains.items()}
-        span_steps = int(evaluation.diagnostics["span_steps"])
-        self._history.append(TrunkValues(self._step, span_steps, values, merged))
+        span_steps = round(evaluation.diagnostics["span_steps"])
+        rule = repr(merge) if is_average(merge) else rule_label(merge)
+        self._history.append(TrunkValues(self._step, span_steps, values, merged, rule))
 
-    def _rule(self, name: str | None) -> Rule:
+    def _merge(self, name: str | None) -> Rule | Average:
         if name is not None and name not in self.merges:
             raise ValueError(f"there is no merge called {name!r}; there are: {', '.join(self.merges)}")
         return self.merges[name or self._primary]
@@ -396,11 +507,12 @@ class MergeCallback(Callback):
         return "".join(f"_{part}" for part in parts if part)
 
     @contextmanager
-    def _swapped_in(self, module: torch.nn.Module, row: list[Tensor]) -> Iterator[None]:
-        merged = self._ring.storage.layout.views(row) | self._capture.buffers
+    def _swapped_in(self, module: torch.nn.Module, row: list[Tensor], buffers: dict[str, Tensor]) -> Iterator[None]:
+        assert self._capture.layout is not None
+        merged = self._capture.layout.views(row) | buffers
         live = tensors_by_name(module, merged)
         # Lightning takes the model off its device after a fit. Buffers are copied: a forward pass may write to them.
-        merged = {k: v.to(live[k].device, copy=k in self._capture.buffers) for k, v in merged.items()}
+        merged = {k: v.to(live[k].device, copy=k in buffers) for k, v in merged.items()}
         with swapped_weights(live, merged):
             yield
 
@@ -420,10 +532,13 @@ class MergeCallback(Callback):
     def _explain_phase(self, trainer: Trainer, is_end: bool = False) -> None:
         if self._capture.phase.is_stable or self.start != "stable":
             return
-        if self.snapshot_steps:
+        if any(map(self._is_captured, self.merges)):
+            window = (
+                f"the window of {len(self.snapshot_steps)} snapshots up to step {max(self.snapshot_steps, default=0)}"
+            )
             self._say(
-                f"the learning rate moved at step {self._step}: the window of {len(self.snapshot_steps)} snapshots up"
-                f" to step {self.snapshot_steps[-1]} stays as it is until the rate is constant again",
+                f"the learning rate moved at step {self._step}: {window if self.snapshot_steps else 'the average'}"
+                " stays as it is until the rate is constant again",
                 topic="frozen",
             )
         elif self._capture.phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):

@@ -1,4 +1,4 @@
-"""When and what is captured: joins the learning rate's phase, the schedule, the model's tensors and the ring."""
+"""When and what is captured: joins the learning rate's phase, the schedule, the model's tensors, ring and shadows."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from merge_callback.phase import CaptureSchedule, StablePhase, needs_thinning
 from merge_callback.rules import Rule, Window, required_span
+from merge_callback.shadow import Average, Shadow, shadow_bytes
 from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing, refuse_if_too_large
 from merge_callback.weights import has_lazy_parameters, merged_parameters, nonfinite_names, snapshot_buffers
 
@@ -18,7 +19,7 @@ DEFAULT_SPAN = 0.1
 
 
 class SnapshotCapture:
-    """Takes the snapshots of a run, step by step, and keeps the window that the merges are made of.
+    """Follows a run step by step, and keeps what merges are made of: a window of snapshots, and shadows.
 
     Args:
         every_n_train_steps: Optimizer steps between two snapshots; None starts at one and doubles.
@@ -26,6 +27,7 @@ class SnapshotCapture:
         rules: The rules of the merges; their `Window`s say how far back the ring has to reach.
         start: ``"stable"``, or the optimizer step from which on to capture.
         dtype: Dtype in which snapshots are kept; None keeps each parameter's own.
+        averages: Name -> profile of every shadow. With shadows and no rules no snapshots are taken.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class SnapshotCapture:
         rules: Iterable[Rule],
         start: Literal["stable"] | int,
         dtype: torch.dtype | None,
+        *,
+        averages: Mapping[str, Average] | None = None,
     ) -> None:
         self.every_n_train_steps = every_n_train_steps
         self.num_snapshots = num_snapshots
@@ -42,13 +46,25 @@ class SnapshotCapture:
         self.dtype = dtype
         self.phase = StablePhase()
         self.schedule = CaptureSchedule(every_n_train_steps or 1)
+        self.layout: RowLayout | None = None
         self.ring: SnapshotRing | None = None
         # Floating buffers at the newest snapshot: batch-norm statistics are taken over, not averaged.
         self.buffers: dict[str, Tensor] = {}
-        self._rules = [*rules, *([Window(span=DEFAULT_SPAN)] if every_n_train_steps is None else [])]
+        self.shadows = {name: Shadow(average) for name, average in (averages or {}).items()}
+        # Floating buffers when the shadows were last updated.
+        self.shadow_buffers: dict[str, Tensor] = {}
+        self._rules = list(rules)
+        self._takes_snapshots = bool(self._rules) or not self.shadows
+        if every_n_train_steps is None:
+            self._rules.append(Window(span=DEFAULT_SPAN))
         # The phase that the schedule belongs to, and whether the ring's snapshots are of an earlier one.
         self._window_phase = 0
         self._is_outdated = False
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the latest step belonged to the time in which to capture."""
+        return self.phase.is_stable or self.start != "stable"
 
     @property
     def steps(self) -> list[int]:
@@ -69,20 +85,30 @@ class SnapshotCapture:
             raise ValueError(
                 f"{type(module).__name__} has no trainable floating-point parameters, so there is nothing to merge"
             )
-        layout = RowLayout(parameters)
-        refuse_if_too_large(DeviceStorage.required_bytes(layout, self.num_snapshots, self.dtype), self.num_snapshots)
-        self.ring = SnapshotRing(DeviceStorage(layout, self.num_snapshots, self.dtype), self.num_snapshots)
+        self.layout = layout = RowLayout(parameters)
+        num_snapshots = self.num_snapshots if self._takes_snapshots else 0
+        required = DeviceStorage.required_bytes(layout, num_snapshots, self.dtype)
+        for device, size in shadow_bytes(layout).items():
+            required[device] += size * len(self.shadows)
+        refuse_if_too_large(required, num_snapshots, len(self.shadows))
+        if self._takes_snapshots:
+            self.ring = SnapshotRing(DeviceStorage(layout, num_snapshots, self.dtype), num_snapshots)
 
     def describe(self) -> str:
         """What will be captured, when and where, and how many bytes it takes."""
         every = self.every_n_train_steps
-        when = f"every {every} steps" if every else "at an interval that doubles"
-        when += " while the learning rate is constant" if self.start == "stable" else f" from step {self.start} on"
-        if self.ring is None:
-            return f"up to {self.num_snapshots} snapshots, {when}, of parameters whose shapes are not known yet"
-        devices = ", ".join(sorted({str(device) for _, device in self.ring.storage.layout.groups}))
-        size = self.ring.storage.size_bytes / 2**20
-        return f"up to {self.num_snapshots} snapshots, {when}, in {size:.1f} MiB on {devices}"
+        during = "while the learning rate is constant" if self.start == "stable" else f"from step {self.start} on"
+        parts = [f"{len(self.shadows)} averages over every step {during}"] if self.shadows else []
+        if self._takes_snapshots:
+            interval = f"every {every} steps" if every else "at an interval that doubles"
+            parts.insert(0, f"up to {self.num_snapshots} snapshots, {interval} {during}")
+        what = ", and ".join(parts)
+        if self.layout is None:
+            return f"{what}, of parameters whose shapes are not known yet"
+        devices = ", ".join(sorted({str(device) for _, device in self.layout.groups}))
+        size = self.ring.storage.size_bytes if self.ring is not None else 0
+        size += len(self.shadows) * sum(shadow_bytes(self.layout).values())
+        return f"{what}, in {size / 2**20:.1f} MiB on {devices}"
 
     def after_step(self, module: nn.Module, step: int, used: Sequence[float], following: Sequence[float]) -> bool:
         """Takes note of an optimizer step, and a snapshot where one is due; returns whether one was taken.
@@ -103,14 +129,28 @@ class SnapshotCapture:
                 # The old window stays until the new one has its first snapshot.
                 self._window_phase, self._is_outdated = self.phase.num_begun, True
                 self.schedule = CaptureSchedule(self.every_n_train_steps or 1)
+                for shadow in self.shadows.values():
+                    shadow.clear()
         elif step < self.start:
             return False
-        return self.schedule.take(step) and self._take_snapshot(module, step)
+        if self.shadows:
+            self._update_shadows(module, step)
+        return self._takes_snapshots and self.schedule.take(step) and self._take_snapshot(module, step)
+
+    def _update_shadows(self, module: nn.Module, step: int) -> None:
+        live = merged_parameters(module)
+        if self.layout is None or not self.layout.fits(live):
+            self.prepare(module)
+        for shadow in self.shadows.values():
+            shadow.update(step, live)
+        self.shadow_buffers = {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}
 
     def _drop_spurious_window(self) -> None:
         self._window_phase = self.phase.num_begun
         if self.ring is not None and not self._is_outdated:
             self.ring.clear()
+        for shadow in self.shadows.values():
+            shadow.clear()
 
     def _take_snapshot(self, module: nn.Module, step: int) -> bool:
         parameters = merged_parameters(module)
@@ -165,10 +205,16 @@ class SnapshotCapture:
             "num_snapshots": len(self.steps),
             "ring": self.ring.state_dict() if self.ring is not None and with_snapshots else None,
             "buffers": self.buffers if with_snapshots else {},
+            "shadows": {name: shadow.state_dict() for name, shadow in self.shadows.items()} if with_snapshots else {},
+            "shadow_buffers": self.shadow_buffers if with_snapshots else {},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+    def load_state_dict(self, state: Mapping[str, Any], module: nn.Module) -> list[str]:
         """Takes over a saved state, as much of it as fits; call `prepare` before.
+
+        Args:
+            state: As `state_dict` made it.
+            module: The live model.
 
         Returns:
             What was dropped or changed on the way, in words; empty if the window goes on exactly.
@@ -189,7 +235,20 @@ class SnapshotCapture:
                 f" {state['every_n_train_steps'] or 'one that doubles'}"
             )
             self.schedule.next_step = self.steps[-1] + self.schedule.interval
-        return changes
+        return changes + self._load_shadows(state, module)
+
+    def _load_shadows(self, state: Mapping[str, Any], module: nn.Module) -> list[str]:
+        live = merged_parameters(module)
+        lost = [
+            name
+            for name, shadow in self.shadows.items()
+            if name not in state["shadows"] or not shadow.load_state_dict(state["shadows"][name], live)
+        ]
+        if len(lost) < len(self.shadows):
+            buffers = snapshot_buffers(module)
+            saved = state["shadow_buffers"].items()
+            self.shadow_buffers = {name: buffer.to(buffers[name].device, copy=True) for name, buffer in saved}
+        return [f"there is nothing of the average {name!r} to go on from: it starts anew" for name in lost]
 
     def _load_ring(self, ring: SnapshotRing, state: Mapping[str, Any]) -> list[str]:
         try:

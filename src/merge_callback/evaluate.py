@@ -107,6 +107,8 @@ class _ObservedRun:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.observers: list[ValidationObserver] = []
+        # Lightning's results keep a name from one validation to the next.
+        self.published: set[str] = set()
 
     def __call__(self) -> Any:
         loop = self.trainer.fit_loop.epoch_loop.val_loop
@@ -121,17 +123,19 @@ class _ObservedRun:
 
     def _publish(self) -> None:
         results = self.trainer.fit_loop.epoch_loop.val_loop._results
-        live = _epoch_values(results, self.trainer.callback_metrics)
+        logged = _epoch_values(results, self.trainer.callback_metrics)
+        live = {name: value for name, value in logged.items() if name not in self.published}
         for observer in self.observers:
-            for name, logged in observer.after_validation(self.trainer, live).items():
+            for name, value in observer.after_validation(self.trainer, live).items():
+                self.published.add(name)
                 # Not through `self.log`, which refuses the names of values that belong to one of several loaders. The
                 # values are reduced over ranks already: asking for a reduction that does nothing keeps them so.
                 results.log(
                     "on_validation_epoch_end",
                     name,
-                    logged.value,
-                    prog_bar=logged.prog_bar,
-                    logger=logged.logger,
+                    value.value,
+                    prog_bar=value.prog_bar,
+                    logger=value.logger,
                     sync_dist=True,
                     batch_size=1,
                 )
@@ -220,6 +224,14 @@ def validation_follows(trainer: Trainer) -> bool:
     """
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def is_last_validation(trainer: Trainer) -> bool:
+    """Whether the fit ends with the validation that runs now."""
+    is_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    has_all_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return trainer.should_stop or has_all_steps or (is_last_epoch and is_last_batch)
 
 
 def num_limited_batches(trainer: Trainer, limit_batches: int | float | None) -> tuple[int | float, int | float]:

@@ -15,19 +15,23 @@ from lightning.pytorch import LightningModule
 from omegaconf import Container
 from torch import Tensor
 
+from merge_callback.rules import decay_from_coefficients
+
 # Under this key a `.ckpt` holds its provenance; a `.safetensors` holds the same entries as metadata.
 PROVENANCE_KEY = "merge_callback"
 
 
-def provenance(rule: str, coefficients: Mapping[int, float], multipliers: list[float]) -> dict[str, Any]:
-    """Where a merge comes from: package version, rule, snapshot steps, coefficients and implied decay."""
-    return {
-        "version": version("merge-callback"),
-        "rule": rule,
-        "steps": list(coefficients),
-        "coefficients": list(coefficients.values()),
-        "implied_decay": multipliers,
-    }
+def provenance(rule: str, coefficients: Mapping[int, float] | None = None, step: int | None = None) -> dict[str, Any]:
+    """Where a merge comes from: package version, rule, snapshot steps, coefficients and implied decay.
+
+    An average over every step has its last step instead of coefficients.
+    """
+    origin: dict[str, Any] = {"version": version("merge-callback"), "rule": rule}
+    if coefficients is None:
+        return {**origin, "steps": [step]}
+    values = list(coefficients.values())
+    decay = decay_from_coefficients(values)
+    return {**origin, "steps": list(coefficients), "coefficients": values, "implied_decay": decay}
 
 
 def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: int) -> dict[str, Any]:
@@ -68,7 +72,7 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
     else:
         _check_suffix(path)
         found = torch.load(path, weights_only=True, map_location="meta").get(PROVENANCE_KEY, {})
-    if "coefficients" not in found:
+    if "rule" not in found:
         raise ValueError(f"{path} holds no merge")
     return found
 

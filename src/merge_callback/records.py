@@ -20,12 +20,14 @@ class TrunkValues:
         live: Metric -> value of the live model.
         merged: Metric -> value of the primary merge. Where the merge was evaluated on fewer batches: the live value
             minus the gain on the same batches.
+        rule: What the primary merge is, in words.
     """
 
     step: int
     span_steps: int
     live: dict[str, float]
     merged: dict[str, float]
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def append_record(path: str | os.PathLike[str], record: AnnealRecord) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if _ends_in_half_a_line(path):
+            line = b"\n" + line
         descriptor = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
         try:
             written = os.write(descriptor, line)
@@ -87,7 +91,7 @@ def append_record(path: str | os.PathLike[str], record: AnnealRecord) -> None:
 def read_records(path: str | os.PathLike[str]) -> list[AnnealRecord]:
     """The records in the file, one a branch, in the order in which the branches ended; none if there is no file yet.
 
-    A last line that is still being written is left for the next time.
+    A last line that is still being written is left for the next time; half a line of a writer that died is left out.
 
     Raises:
         ValueError: If a line is no record; the message says which.
@@ -98,7 +102,8 @@ def read_records(path: str | os.PathLike[str]) -> list[AnnealRecord]:
     complete, _, _ = path.read_text().rpartition("\n")
     records: dict[tuple[str, int, int, str], AnnealRecord] = {}
     for number, line in enumerate(complete.splitlines(), start=1):
-        if line.strip():
+        is_torn = line.startswith("{") and not line.endswith("}")
+        if line.strip() and not is_torn:
             try:
                 record = _parse(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
@@ -130,7 +135,8 @@ def trunk_at(history: Sequence[TrunkValues], step: int, max_gap_steps: int) -> T
         return {name: earlier[name] + share * (later[name] - earlier[name]) for name in earlier if name in later}
 
     span_steps = round(before.span_steps + share * (after.span_steps - before.span_steps))
-    return TrunkValues(step, span_steps, between(before.live, after.live), between(before.merged, after.merged))
+    live, merged = between(before.live, after.live), between(before.merged, after.merged)
+    return TrunkValues(step, span_steps, live, merged, after.rule)
 
 
 def completed(record: AnnealRecord, history: Sequence[TrunkValues]) -> AnnealRecord:
@@ -162,6 +168,14 @@ def trunk_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str | None, list
             history = [TrunkValues(**values) for values in state["history"]]
             return run_identity(history), history
     return None, []
+
+
+def _ends_in_half_a_line(path: Path) -> bool:
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _parse(line: Mapping[str, Any]) -> AnnealRecord:

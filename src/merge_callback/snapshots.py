@@ -270,8 +270,8 @@ class SnapshotRing:
         return changes
 
 
-def refuse_if_too_large(required: Mapping[torch.device, int], num_snapshots: int) -> None:
-    """Checks that rings of these sizes fit into the memory that is free on each device.
+def refuse_if_too_large(required: Mapping[torch.device, int], num_snapshots: int, num_shadows: int = 0) -> None:
+    """Checks that rings and shadows of these sizes fit into the memory that is free on each device.
 
     Raises:
         MemoryError: If one does not; the message says how much is needed, how much is there, and what to change.
@@ -279,8 +279,9 @@ def refuse_if_too_large(required: Mapping[torch.device, int], num_snapshots: int
     for device, needed in required.items():
         free = free_bytes(device)
         if free is not None and needed > free:
+            what = f"num_snapshots={num_snapshots} snapshots" + (f" and {num_shadows} averages" if num_shadows else "")
             raise MemoryError(
-                f"num_snapshots={num_snapshots} snapshots need {needed / 2**30:.2f} GiB on {device}, but only"
+                f"{what} need {needed / 2**30:.2f} GiB on {device}, but only"
                 f" {free / 2**30:.2f} GiB are free; keep fewer of them or keep them in dtype=torch.bfloat16"
             )
 

@@ -1,0 +1,164 @@
+"""What real anneals say about a run's merges: their records joined with the run's own validations, into predictions."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+from merge_callback.prediction import Calibration, Comparison, Prediction, calibrate, forecast
+from merge_callback.records import AnnealRecord, TrunkValues, append_record, completed, read_records, run_identity
+
+PRIOR = "prior"
+# Decays whose spans differ by less than this factor are of one kind.
+SAME_SPAN_FACTOR = 1.25
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a prediction stands on: decays of one kind, by a few words."""
+
+    span: float
+    shape: str
+    source: str
+    calibration: Calibration
+    offset: Calibration | None
+
+    def __str__(self) -> str:
+        ratio = f"rho = {self.calibration.coefficient:.3f}"
+        return f"a {self.shape} decay over the last {self.span:.0%} of the steps, by {self.source} ({ratio})"
+
+
+class AnnealCalibration:
+    """Predicts what a run would be if it were annealed now, from records of real anneals.
+
+    Branches of the run itself count, as far as they have ended, where there are two of a kind; otherwise those of other
+    runs in the same file that merged by the same rule. The kind is the one whose span is nearest to that of the merge.
+
+    Args:
+        source: File of records, which may grow while the run goes on, or not be there yet; ``"prior"`` for what this
+            project's own benchmark found, with the spread over its runs as interval.
+    """
+
+    def __init__(self, source: str | os.PathLike[str]) -> None:
+        self.source = source
+        self.records: list[AnnealRecord] = []
+
+    def read(self) -> None:
+        """Reads the file as it is now.
+
+        Raises:
+            ValueError: If a line is no record; what was read before stays.
+        """
+        if self.source != PRIOR:
+            self.records = read_records(self.source)
+
+    def update(self, history: Sequence[TrunkValues], may_write: bool) -> str | None:
+        """Reads the file again, and adds to the records of this run's branches what its validations know by now.
+
+        Args:
+            history: Validations of this run.
+            may_write: Whether this process is the one that writes.
+
+        Returns:
+            What went wrong, in words; a run goes on without.
+        """
+        if self.source == PRIOR:
+            return None
+        try:
+            found, run = read_records(self.source), run_identity(history)
+            self.records = [completed(record, history) if record.run == run else record for record in found]
+            for record, old in zip(self.records, found, strict=True):
+                if record != old and may_write:
+                    append_record(self.source, record)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
+
+    def basis(self, history: Sequence[TrunkValues], metric: str) -> Basis | None:
+        """What a prediction at the newest validation can stand on; None while uncalibrated."""
+        now, run = history[-1], run_identity(history)
+        if self.source == PRIOR:
+            return _nearest(_prior(), now)
+        known = [record for record in self.records if record.matched is not None]
+        own = [record for record in known if record.run == run and record.step <= now.step]
+        others = [r for r in known if r.run != run and r.matched is not None and r.matched.rule == now.rule]
+        for source, records in (("of this run", own), ("of other runs", others)):
+            bases = [basis for kind in _kinds(records) if (basis := _basis(kind, metric, source)) is not None]
+            if nearest := _nearest(bases, now):
+                return nearest
+        return None
+
+    def predict(self, history: Sequence[TrunkValues], metric: str) -> Prediction | None:
+        """The annealed value at the newest validation, matched; None while uncalibrated."""
+        now = history[-1]
+        basis = self.basis(history, metric)
+        if basis is None or metric not in now.merged:
+            return None
+        return basis.calibration.predict(now.live[metric], now.merged[metric])
+
+    def forecast(self, history: Sequence[TrunkValues], metric: str, span_steps: int) -> Prediction | None:
+        """The value at the end of a decay over so many steps that begins now; None while there is too little to go by.
+
+        Stands on the offset between merge and anneal of earlier branches, and on merges of the last half of the run.
+        """
+        basis = self.basis(history, metric)
+        known = [values for values in history if metric in values.merged]
+        if basis is None or basis.offset is None or not known:
+            return None
+        steps, merged = [values.step for values in known], [values.merged[metric] for values in known]
+        return forecast(steps, merged, basis.offset, history[-1].step + span_steps)
+
+
+def _kinds(records: Iterable[AnnealRecord]) -> list[list[AnnealRecord]]:
+    kinds: list[list[AnnealRecord]] = []
+    for record in records:
+        for kind in kinds:
+            if kind[0].shape == record.shape and _is_same_span(kind[0].span, record.span):
+                kind.append(record)
+                break
+        else:
+            kinds.append([record])
+    return kinds
+
+
+def _basis(kind: Sequence[AnnealRecord], metric: str, source: str) -> Basis | None:
+    comparisons = _comparisons(kind, metric)
+    calibration = calibrate(comparisons)
+    if calibration is None:
+        return None
+    span = math.exp(math.fsum(math.log(record.span) for record in kind) / len(kind))
+    return Basis(
+        span,
+        kind[0].shape,
+        f"{calibration.num_branches} real anneals {source}",
+        calibration,
+        calibrate(comparisons, "offset"),
+    )
+
+
+def _comparisons(records: Iterable[AnnealRecord], metric: str) -> list[Comparison]:
+    return [
+        Comparison(record.matched.live[metric], record.matched.merged[metric], record.annealed[metric])
+        for record in records
+        if record.matched is not None and metric in record.matched.merged and metric in record.annealed
+    ]
+
+
+def _nearest(bases: Sequence[Basis], now: TrunkValues) -> Basis | None:
+    """By span, on a scale of factors; among shapes the linear one, which is what a uniform merge stands for."""
+    share = max(now.span_steps, 1) / now.step
+    return min(bases, key=lambda b: (round(abs(math.log(b.span / share)), 1), b.shape != "linear"), default=None)
+
+
+def _is_same_span(span: float, other: float) -> bool:
+    return max(span, other) / min(span, other) < SAME_SPAN_FACTOR
+
+
+def _prior() -> list[Basis]:
+    kinds = json.loads((files("merge_callback") / "prior.json").read_text())["kinds"]
+    return [
+        Basis(kind["span"], kind["shape"], "the prior", Calibration(form="relative", **kind["relative"]), None)
+        for kind in kinds
+    ]
