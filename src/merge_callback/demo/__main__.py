@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import warnings
 from pathlib import Path
 
 import hydra
@@ -12,7 +13,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from merge_callback.demo.training import prepare
+from merge_callback.demo.training import Run, prepare, run_with_anneals
+from merge_callback.records import AnnealRecord, read_records
 from merge_callback.report import Validation, plot_validations, read_validations
 
 METRIC = "val_loss"
@@ -20,40 +22,90 @@ METRIC = "val_loss"
 
 @hydra.main(version_base="1.3", config_path="pkg://merge_callback.conf", config_name="demo")
 def main(config: DictConfig) -> None:
-    """Trains, prints the closing table, draws the picture, and says where everything is."""
+    """Trains, prints the closing tables, draws the picture, and says where everything is."""
     # Hydra adds a handler of its own to the root logger; Lightning's lines would come twice.
     logging.getLogger("lightning.pytorch").propagate = False
-    console = Console()
-    run = prepare(config)
-    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    corpus = run.data.corpus
-    console.print(f"Corpus: {corpus.description}", highlight=False)
-    console.print(
-        f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} kept back; {num_parameters:,} parameters"
-    )
-    run.fit()
-
+    # Said at every start of a fit, of which the demo has several, and of no use to whoever tries it.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_of_use)
+    console = Console(highlight=False, soft_wrap=True)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if config.anneal["from"] is not None:
+        branch(config, folder, console)
+        return
+    run, anneals = trunk(config, folder, console)
     validations = read_validations(folder / "csv" / "metrics.csv", METRIC)
     console.print(closing_table(validations))
+    if anneals:
+        console.print(anneal_table(validations, anneals[-1]))
+    description = run.data.corpus.description
     picture = folder / "live_and_merged.png"
-    plot_validations(validations, f"{METRIC} (nats per byte)", corpus.description).savefig(picture)
-    console.print(f"Fingerprint of the trained weights: {fingerprint(run.model)}", highlight=False)
-    console.print(f"Picture: {picture}", highlight=False, soft_wrap=True)
-    console.print(f"Charts: tensorboard --logdir {folder / 'tensorboard'}", highlight=False, soft_wrap=True)
+    plot_validations(validations, f"{METRIC} (nats per byte)", description, anneals).savefig(picture)
+    console.print(f"Fingerprint of the trained weights: {fingerprint(run.model)}")
+    console.print(f"Picture: {picture}")
+    console.print(f"Charts: tensorboard --logdir {folder / 'tensorboard'}")
+    if anneals:
+        start = folder / "checkpoints" / f"step-{anneals[-1].start_step}.ckpt"
+        console.print(f"Another branch: python -m merge_callback.demo anneal.from={start} anneal.span=0.2")
+
+
+def trunk(config: DictConfig, folder: Path, console: Console) -> tuple[Run, list[AnnealRecord]]:
+    """The run itself; with the callback and at least three places to anneal at, also its branches."""
+    run = prepare(config, loggers=())
+    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    num_train, num_validation = len(run.data.corpus.train), len(run.data.corpus.validation)
+    console.print(f"Corpus: {run.data.corpus.description}")
+    console.print(f"{num_train:,} bytes to train on, {num_validation:,} kept back; {num_parameters:,} parameters")
+    merging = config.callbacks.get("merge")
+    if merging and "_target_" in merging and len(config.demo.anneal_at) > 2:
+        return run_with_anneals(config, folder, console.print)
+    run = prepare(config, checkpoint=config.resume_from)
+    run.fit()
+    return run, []
+
+
+def branch(config: DictConfig, folder: Path, console: Console) -> None:
+    """A real anneal from a checkpoint of an earlier run."""
+    record = Path(config.anneal.record or folder / "anneals.jsonl")
+    config.anneal.record = str(record)
+    with warnings.catch_warnings():
+        prepare(config).fit()
+    done = read_records(record)[-1]
+    console.print(
+        f"{done.shape} decay from step {done.start_step} to step {done.step}: {METRIC} {done.annealed[METRIC]:.4f}"
+    )
+    console.print(f"Record: {record}")
 
 
 def closing_table(validations: list[Validation]) -> Table:
-    """Step, live and merged loss, and the gain, one row a validation."""
-    table = Table("step", "live", "merged", "gain", title=f"{METRIC}, nats per byte")
+    """Step, live and merged loss, the gain, and the prediction, one row a validation."""
+    table = Table("step", "live", "merged", "gain", "annealed (predicted)", title=f"{METRIC}, nats per byte")
     for column in table.columns:
         column.justify = "right"
-    for validation in validations:
-        numbers = (validation.live, validation.merged, validation.gain)
-        formats = ("{:.4f}", "{:.4f}", "{:+.4f}")
-        cells = ["-" if number is None else form.format(number) for form, number in zip(formats, numbers, strict=True)]
-        table.add_row(str(validation.step), *cells)
+    for v in validations:
+        predicted = "-" if v.predicted is None else f"{v.predicted.value:.4f}"
+        numbers = [("{:.4f}", v.live), ("{:.4f}", v.merged), ("{:+.4f}", v.gain)]
+        cells = ["-" if number is None else form.format(number) for form, number in numbers]
+        table.add_row(str(v.step), *cells, predicted)
     return table
+
+
+def anneal_table(validations: list[Validation], anneal: AnnealRecord) -> Table:
+    """The last branch, which the prediction had not seen, beside the trunk at the same step."""
+    (at_end,) = [validation for validation in validations if validation.step == anneal.step]
+    title = f"A real anneal over steps {anneal.start_step}-{anneal.step}, unseen by the prediction"
+    table = Table("live", "merged", "predicted", "interval", "annealed", "error", title=title)
+    predicted, annealed = at_end.predicted, anneal.annealed[METRIC]
+    assert predicted is not None
+    interval = f"{predicted.low:.4f} - {predicted.high:.4f}"
+    numbers = [f"{number:.4f}" for number in (at_end.live, at_end.merged, predicted.value)]
+    table.add_row(*numbers, interval, f"{annealed:.4f}", f"{predicted.value - annealed:+.4f}")
+    return table
+
+
+def is_of_use(line: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's says something about this run."""
+    text = line.getMessage()
+    return not any(part in text for part in ("available: ", "Tip:", "Restor", "stopped: `max_steps"))
 
 
 def fingerprint(model: LightningModule) -> str:

@@ -1,14 +1,38 @@
-"""A run as a config describes it, and a branch of one: what every program that trains the demo's model shares."""
+"""A run as a config describes it: a trunk at a constant rate with real anneals branching off, or one such branch."""
 
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from omegaconf import DictConfig
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
 
 from merge_callback.anneal import AnnealBranch
+from merge_callback.evaluate import validation_follows
+from merge_callback.records import AnnealRecord, read_records
+
+
+class CheckpointAt(Callback):
+    """Saves a checkpoint after certain optimizer steps, as ``step-<number>.ckpt``; with the validation that is due."""
+
+    def __init__(self, folder: Path, steps: Iterable[int]) -> None:
+        self.folder = folder
+        self.steps = set(steps)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        if not validation_follows(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt", weights_only=False)
 
 
 @dataclass(frozen=True)
@@ -18,17 +42,26 @@ class Run:
     trainer: Trainer
     model: LightningModule
     data: Any
-    checkpoint: str | None
+    checkpoint: str | Path | None
 
     def fit(self) -> None:
         """Trains to the end."""
-        # Lightning has not followed a deprecation in torch yet; nobody who tries the demo can do anything about it.
         with warnings.catch_warnings():
+            # Lightning has not followed a deprecation in torch yet; nobody who tries the demo can do anything about it.
             warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
+            # Batches are made in no time here, and both loaders are resumed exactly.
+            warnings.filterwarnings("ignore", "The '.*' does not have many workers")
             self.trainer.fit(self.model, self.data, ckpt_path=self.checkpoint)
 
 
-def prepare(config: DictConfig, callbacks: list[Callback] | None = None) -> Run:
+def prepare(
+    config: DictConfig,
+    callbacks: Sequence[Callback] = (),
+    *,
+    loggers: Sequence[Logger] | None = None,
+    checkpoint: str | Path | None = None,
+    **trainer_options: Any,
+) -> Run:
     """Makes a run out of the config's entries.
 
     ``anneal.from`` makes it a branch: resumed from that checkpoint, with a decay to zero over ``anneal.span``.
@@ -36,18 +69,62 @@ def prepare(config: DictConfig, callbacks: list[Callback] | None = None) -> Run:
     Args:
         config: As ``conf/demo.yaml``.
         callbacks: More callbacks than the config's.
+        loggers: Instead of the config's.
+        checkpoint: To go on from.
+        **trainer_options: Instead of the config's for the trainer.
     """
     seed_everything(config.demo.seed, verbose=False)
     data = instantiate(config.data)
     model = instantiate(config.model)
     # Entries without a target, such as overrides of a callback that is switched off, are left out.
     listed = [instantiate(entry) for entry in config.callbacks.values() if entry and "_target_" in entry]
-    checkpoint, options = config.resume_from, {}
     if (start := config.anneal["from"]) is not None:
-        settings = {name: value for name, value in config.anneal.items() if name != "from"}
-        listed.append(AnnealBranch(**settings))
+        listed.append(AnnealBranch(**{name: value for name, value in config.anneal.items() if name != "from"}))
         # The branch stops by itself.
-        checkpoint, options = start, {"max_steps": -1, "max_epochs": -1}
-    loggers = [instantiate(entry) for entry in config.logger.values()]
-    trainer = instantiate(config.trainer, callbacks=listed + (callbacks or []), logger=loggers, **options)
+        checkpoint, trainer_options = start, {"max_steps": -1, "max_epochs": -1, **trainer_options}
+    if loggers is None:
+        loggers = [instantiate(entry) for entry in config.logger.values()]
+    trainer = instantiate(config.trainer, callbacks=[*listed, *callbacks], logger=list(loggers), **trainer_options)
     return Run(trainer, model, data, checkpoint)
+
+
+def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None]) -> tuple[Run, list[AnnealRecord]]:
+    """Trains a trunk, and really anneals branches of it that end where ``demo.anneal_at`` says.
+
+    All but the last branch run before the trunk gets there, and calibrate what it predicts from then on. The last one
+    runs when the trunk is done, and shows how good the prediction was.
+
+    Args:
+        config: As ``conf/demo.yaml``.
+        folder: For checkpoints and records.
+        say: Takes lines for the user.
+
+    Returns:
+        The trunk, and the records of its branches.
+    """
+    ends = {int(end): max(1, round(end * config.demo.anneal_span)) for end in sorted(config.demo.anneal_at)}
+    *earlier, last = ends
+    record, checkpoints = folder / "anneals.jsonl", folder / "checkpoints"
+    keeper = CheckpointAt(checkpoints, (end - span_steps for end, span_steps in ends.items()))
+
+    def anneal(end: int) -> None:
+        branch = config.copy()
+        start = checkpoints / f"step-{end - ends[end]}.ckpt"
+        settings = {"from": str(start), "span_steps": ends[end], "span": None, "record": str(record)}
+        OmegaConf.update(branch, "anneal", settings, force_add=True)
+        branch.callbacks.progress_bar = None
+        say(f"Annealing for real: from step {end - ends[end]} to step {end}")
+        prepare(branch, loggers=(), enable_progress_bar=False, val_check_interval=10**9).fit()
+
+    keeper.steps.add(earlier[-1])
+    trunk = prepare(config, [keeper], max_steps=earlier[-1])
+    trunk.fit()
+    for end in earlier:
+        anneal(end)
+    say(f"The trunk goes on from step {earlier[-1]}, with a calibrated prediction")
+    trunk = prepare(
+        config, [keeper], loggers=trunk.trainer.loggers, checkpoint=checkpoints / f"step-{earlier[-1]}.ckpt"
+    )
+    trunk.fit()
+    anneal(last)
+    return trunk, read_records(record)
