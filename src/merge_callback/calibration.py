@@ -12,7 +12,7 @@ from merge_callback.records import AnnealRecord, TrunkValues, append_record, com
 
 PRIOR = "prior"
 # Decays whose spans differ by less than this factor are of one kind.
-SAME_SPAN_FACTOR = 1.25
+SAME_SPAN_FACTOR = 1.5
 
 
 @dataclass(frozen=True)

@@ -468,6 +468,8 @@ class MergeCallback(Callback):
             if is_end and metric in live:
                 numbers[f"annealed_error{self._label()}/{metric}"] = prediction.value - float(live[metric].value)
             logged |= {name: LoggedValue(torch.tensor(number)) for name, number in numbers.items()}
+        if self._predictions and self.calibration == PRIOR:
+            logged[f"merge{self._label()}/is_prior"] = LoggedValue(torch.tensor(1.0))
         return logged
 
     def _predict(self, anneals: AnnealCalibration, merged: Mapping[str, LoggedValue]) -> dict[str, Prediction]:
