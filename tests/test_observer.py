@@ -9,12 +9,13 @@ import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
-from merge_callback import MergeCallback, Window
+from merge_callback import Ema, MergeCallback, PowerEma, Window
+from tests.test_calibration import prefilled
 from tests.toys import BusyToy, Toy, assert_same_training, batches, fit, lightning, make, same
 
 pytestmark = pytest.mark.usefixtures("both_lightnings")
 
-MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt"}
+MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt", "ema": Ema(half_life_steps=3), "edm": PowerEma(0.1)}
 
 
 @pytest.mark.parametrize("module_class", [Toy, BusyToy])
@@ -34,9 +35,10 @@ MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt"}
 )
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, module_class, arguments, callback_arguments):
     without = fit(make(module_class), tmp_path / "without", **arguments)
-    callback = MergeCallback(num_snapshots=4, merges=MERGES, **callback_arguments)
+    records = prefilled(tmp_path / "anneals.jsonl")
+    callback = MergeCallback(num_snapshots=4, merges=MERGES, calibration=records, **callback_arguments)
     watched = fit(make(module_class), tmp_path / "with", callback, **arguments)
-    assert watched.logged("merged/val_loss")
+    assert all(watched.logged(f"{name}/val_loss") for name in ("merged", "merged_ema", "merged_edm", "annealed"))
     assert_same_training(without, watched)
     if module_class is BusyToy:
         assert torch.equal(torch.stack(without.module.seen), torch.stack(watched.module.seen))

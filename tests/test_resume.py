@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from merge_callback import MergeCallback, Window
+from merge_callback import Ema, MergeCallback, PowerEma, Window
 from tests.toys import ResumableBatches, Toy, assert_same_training, fit, lightning, make, same
 
 # Lightning's advice; these runs leave callbacks out on purpose.
@@ -17,7 +17,7 @@ TIMES = {"merge/seconds"}
 
 
 def merging(**arguments):
-    merges = {"late": Window(span=0.4), "sma": "sma"}
+    merges = {"late": Window(span=0.4), "sma": "sma", "ema": Ema(half_life=0.2), "edm": PowerEma(0.1)}
     return MergeCallback(num_snapshots=4, merges=merges, evaluate_every_n_validations=2, **arguments)
 
 
@@ -57,6 +57,7 @@ def test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on(t
         assert second.snapshot_steps == whole.snapshot_steps
         for merge in ("late", "sma"):
             assert second.coefficients(merge) == whole.coefficients(merge)
+        for merge in ("late", "sma", "ema", "edm"):
             assert same(second.merged_state_dict(merge), whole.merged_state_dict(merge))
         # Lightning passes over a validation that was due at the very step of the checkpoint.
         later = {row["step"]: row for row in resumed.rows if row.get("val_loss")}

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
-from merge_callback import Ema, PowerEma
+from merge_callback import Ema, MergeCallback, PowerEma
+from merge_callback.export import read_provenance
 from merge_callback.shadow import Shadow, is_average, synthesis_coefficients
 from merge_callback.snapshots import RowLayout
+from tests.toys import Toy, Tracker, fit, make, same
 
 
 def ramp(average, gap, last, first=0):
@@ -141,3 +144,117 @@ def test_only_averages_are_averages():
     assert is_average(PowerEma(0.1))
     assert not is_average("sma")
     assert not is_average(len)
+
+
+def twin(tracker, betas):
+    """The recursion in float64, over the steps of a run."""
+    average = None
+    for step, parameters in sorted(tracker.parameters.items()):
+        if step in betas:
+            wide = {name: tensor.double() for name, tensor in parameters.items()}
+            share = 1 - betas[step]
+            average = wide if average is None else {k: v + share * (wide[k] - v) for k, v in average.items()}
+    return average
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_averages_over_every_step_are_those_of_the_float64_twin(tmp_path, precision):
+    callback = MergeCallback(merges={"ema": Ema(half_life_steps=4), "share": Ema(half_life=0.2), "edm": PowerEma(0.1)})
+    tracker = Tracker()
+    fit(make(Toy, warmup_steps=3), tmp_path, callback, tracker, precision=precision)
+    gamma = PowerEma(0.1).gamma
+    first = next(step for step in range(1, 25) if step >= 4)
+    betas = {
+        "ema": dict.fromkeys(range(first, 25), 0.5 ** (1 / 4)),
+        "share": {step: 0.5 ** (1 / (0.2 * step)) for step in range(first, 25)},
+        "edm": {step: (1 - 1 / step) ** (gamma + 1) for step in range(first, 25)},
+    }
+    tolerance = 2**-8 if precision == "bf16-true" else 1e-6
+    for name, by_step in betas.items():
+        expected = twin(tracker, by_step)
+        merged = callback.merged_state_dict(name)
+        for key, tensor in expected.items():
+            torch.testing.assert_close(merged[key].double(), tensor, rtol=tolerance, atol=tolerance)
+    # An average alone takes no snapshots.
+    assert callback.snapshot_steps == []
+
+
+def test_an_average_is_evaluated_like_any_merge_and_stands_for_a_span(tmp_path):
+    callback = MergeCallback(merges=Ema(half_life_steps=4))
+    run = fit(make(Toy), tmp_path, callback)
+    assert len(run.logged("merged/val_loss")) == 6
+    assert run.logged("merge/span_steps")[-1][1] == pytest.approx(2 * 4 / math.log(2))
+    assert not run.logged("merge/num_snapshots")
+    with callback.merged_weights(run.module):
+        assert same(dict(run.module.state_dict()), callback.merged_state_dict())
+
+
+def test_an_average_has_no_coefficients_and_says_so(tmp_path):
+    callback = MergeCallback(merges={"late": Ema(half_life_steps=4)})
+    with pytest.raises(RuntimeError, match="nothing was captured yet"):
+        callback.merged_state_dict()
+    fit(make(Toy), tmp_path, callback)
+    for method in (callback.coefficients, callback.implied_decay):
+        with pytest.raises(ValueError, match="the merge 'late' is an average over every step, not over snapshots"):
+            method()
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_an_average_is_saved_with_what_it_is(tmp_path, suffix):
+    callback = MergeCallback(merges=Ema(half_life_steps=4))
+    fit(make(Toy), tmp_path, callback)
+    callback.save_merged(tmp_path / f"average.{suffix}")
+    origin = read_provenance(tmp_path / f"average.{suffix}")
+    assert origin["rule"] == "Ema(half_life_steps=4, half_life=None)"
+    assert origin["steps"] == [24]
+
+
+class Stepped(Toy):
+    """Constant rates in two phases with a move between them, and a decay at the end."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        rates = [*[1.0] * 8, 0.75, *[0.5] * 9, 0.4, 0.3, 0.2, 0.1, 0.05, 0.01, 0.005]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[step])
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def test_an_average_begins_anew_with_a_new_rate_and_stays_while_the_rate_decays(tmp_path):
+    callback, tracker = MergeCallback(merges=Ema(half_life_steps=4)), Tracker()
+    fit(make(Stepped), tmp_path, callback, tracker)
+    expected = twin(tracker, dict.fromkeys(range(10, 19), 0.5 ** (1 / 4)))
+    merged = callback.merged_state_dict()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(merged[key].double(), tensor, rtol=1e-6, atol=1e-7)
+    # Batch-norm statistics are those of the latest step that counted.
+    assert torch.equal(merged["norm.running_mean"], tracker.buffers[18]["norm.running_mean"])
+
+
+def test_averages_and_snapshots_are_kept_side_by_side(tmp_path):
+    alone, both = MergeCallback(2, 3), MergeCallback(2, 3, merges={"sma": "sma", "ema": Ema(half_life_steps=4)})
+    ema = MergeCallback(merges=Ema(half_life_steps=4), name="other")
+    fit(make(Toy), tmp_path, alone, MergeCallback(2, 3, name="more"))
+    fit(make(Toy), tmp_path, both, ema)
+    assert same(both.merged_state_dict("sma"), alone.merged_state_dict())
+    assert same(both.merged_state_dict("ema"), ema.merged_state_dict())
+
+
+def test_an_average_that_met_nan_is_named_and_begins_anew_once_the_weights_are_sound(tmp_path):
+    class Breaking(Callback):
+        """Around the callback between two of these the weights are no numbers at one step."""
+
+        kept = None
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            weight = pl_module.out.weight.data
+            if trainer.global_step == 9 and Breaking.kept is None:
+                Breaking.kept = weight.clone()
+                weight.fill_(math.nan)
+            elif trainer.global_step == 9:
+                weight.copy_(Breaking.kept)
+
+    callback = MergeCallback(merges=Ema(half_life_steps=4))
+    with pytest.warns(UserWarning, match=r"no merge 'ema' at step 12: its average holds NaN or inf, and begins anew"):
+        run = fit(make(Toy), tmp_path, Breaking(), callback, Breaking())
+    assert [step + 1 for step, _ in run.logged("merged/val_loss")] == [4, 8, 16, 20, 24]
+    assert all(torch.isfinite(tensor).all() for tensor in callback.merged_state_dict().values())

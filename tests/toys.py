@@ -20,6 +20,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from tests import reference
 
 NUM_CLASSES = 3
+# What the callback logs begins so.
+OWN_NAMES = ("merge", "annealed")
 
 # Lightning lives under two names whose classes know nothing of each other. Toys are written without a base class and
 # get the one of the name in use.
@@ -167,7 +169,7 @@ class Run:
     epoch_metrics: list[dict[str, Tensor]] = field(default_factory=list)
 
     def live_rows(self) -> list[dict[str, str]]:
-        return [{k: v for k, v in row.items() if v and not k.startswith("merge")} for row in self.rows]
+        return [{k: v for k, v in row.items() if v and not k.startswith(OWN_NAMES)} for row in self.rows]
 
     def logged(self, key: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row[key])) for row in self.rows if row.get(key)]
@@ -266,4 +268,4 @@ def assert_same_training(left: Run, right: Run) -> None:
 
 
 def live(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if not name.startswith("merge")}
+    return {name: value for name, value in metrics.items() if not name.startswith(OWN_NAMES)}

@@ -351,8 +351,15 @@ class MergeCallback(Callback):
     def before_validation(self, trainer: Trainer) -> None:
         """Validates every merge, and the live weights on the same batches where these are fewer."""
         self._evaluation = None
+        if self._num_validations % self.evaluate_every_n_validations:
+            return
+        for name in self._capture.drop_nonfinite_shadows():
+            rank_zero_warn(
+                f"MergeCallback({self.name!r}): no merge {name!r} at step {self._step}: its average holds NaN or inf,"
+                " and begins anew with the next step"
+            )
         captured = [name for name in self.merges if self._is_captured(name)]
-        if not captured or self._num_validations % self.evaluate_every_n_validations:
+        if not captured:
             return
         began = time.perf_counter()
         num_batches, num_live_batches = num_limited_batches(trainer, self.limit_batches)

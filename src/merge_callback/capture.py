@@ -145,6 +145,16 @@ class SnapshotCapture:
             shadow.update(step, live)
         self.shadow_buffers = {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}
 
+    def drop_nonfinite_shadows(self) -> list[str]:
+        """Names of the shadows that hold NaN or inf, which would stay for good; they begin anew. Waits for the device.
+
+        Whether weights are finite is not asked at every step: that would cost another pass over them.
+        """
+        dropped = [name for name, shadow in self.shadows.items() if shadow.tensors and not shadow.is_finite]
+        for name in dropped:
+            self.shadows[name].clear()
+        return dropped
+
     def _drop_spurious_window(self) -> None:
         self._window_phase = self.phase.num_begun
         if self.ring is not None and not self._is_outdated:

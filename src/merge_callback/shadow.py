@@ -209,6 +209,8 @@ class Shadow:
     def load_state_dict(self, state: Mapping[str, Any], live: Mapping[str, Tensor]) -> bool:
         """Takes over a saved average if it fits the live tensors; returns whether it did."""
         saved: Mapping[str, Tensor] = state["tensors"]
+        if state["step"] is None:
+            return True
         if saved.keys() != live.keys() or any(saved[name].shape != live[name].shape for name in saved):
             return False
         self.step = state["step"]

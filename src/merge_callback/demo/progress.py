@@ -11,6 +11,12 @@ class LiveAndMergedBar(TQDMProgressBar):
         super().__init__(refresh_rate)
         self.metric = metric
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # Lightning tells the bar its length when an epoch starts, which a run resumed in the middle of one does not.
+        self.train_progress_bar.reset(int(self.total_train_batches))
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
