@@ -17,7 +17,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from merge_callback.report import Validation, plot_validations, read_validations
+from merge_callback.figures import plot_validations
+from merge_callback.report import Validation, read_validations
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "records" / "demo"

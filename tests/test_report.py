@@ -1,29 +1,160 @@
+"""The report: what is read back, what the figures show, and a page that needs nothing else."""
+
+import re
+import subprocess
+import sys
+
 import pytest
 
+from merge_callback.assessment import Assessed, Case, cases_of, from_earlier, from_other_runs, summarise
 from merge_callback.demo.__main__ import closing_table
-from merge_callback.report import Validation, plot_validations, read_validations
+from merge_callback.figures import plot_errors, plot_predicted_against_actual, plot_validations
+from merge_callback.prediction import Comparison, Prediction
+from merge_callback.records import AnnealRecord, TrunkValues, append_record
+from merge_callback.report import Validation, find, main, page, read_validations
 
-ROWS = [Validation(75, 2.5, None, None), Validation(150, 2.25, 2.125, 0.125)]
+PREDICTED = Prediction(2.0, 1.875, 2.25)
+ROWS = [Validation(75, 2.5, None, None), Validation(150, 2.25, 2.125, 0.125, PREDICTED)]
+CSV = (
+    "step,train_loss,val_loss,merged/val_loss,merge_gain/val_loss,"
+    "annealed/val_loss,annealed/val_loss/low,annealed/val_loss/high\n"
+    "74,,2.5,,,,,\n99,2.4,,,,,,\n149,,2.25,2.125,0.125,2.0,1.875,2.25\n"
+)
 
 
-def test_validations_are_read_back_with_the_number_of_steps_done(tmp_path):
-    file = tmp_path / "metrics.csv"
-    file.write_text(
-        "step,train_loss,val_loss,merged/val_loss,merge_gain/val_loss\n74,,2.5,,\n99,2.4,,,\n149,,2.25,2.125,0.125\n"
-    )
+def record(step, annealed, live=2.25, merged=2.125, run="a", shape="linear", span=0.1):
+    span_steps = round(span * step)
+    matched = TrunkValues(step, span_steps, {"val_loss": live}, {"val_loss": merged})
+    return AnnealRecord(run, step - span_steps, step, span_steps, shape, {"val_loss": annealed}, matched=matched)
+
+
+# Gain ratios of 1, 1.5 and 2 in the one run, of 1.2 twice in the other.
+RECORDS = [
+    record(100, 2.125),
+    record(200, 2.0625),
+    record(300, 2.0),
+    record(100, 2.1, run="b"),
+    record(200, 2.1, run="b"),
+    record(200, 1.5, run="b", shape="cosine"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run" / "csv").mkdir(parents=True)
+    (tmp_path / "run" / "csv" / "metrics.csv").write_text(CSV)
+    for each in RECORDS:
+        append_record(tmp_path / "run" / "anneals.jsonl", each)
+    return tmp_path / "run"
+
+
+def test_validations_are_read_back_with_the_number_of_steps_done(folder):
+    file = folder / "csv" / "metrics.csv"
     assert read_validations(file, "val_loss") == ROWS
     with pytest.raises(ValueError, match="has no metric 'val/loss'; it has: step, train_loss, val_loss"):
         read_validations(file, "val/loss")
 
 
-def test_the_figure_shows_both_curves_and_the_gain():
-    upper, lower = plot_validations(ROWS, "val_loss", "a run").axes
-    live, merged = upper.lines
-    assert live.get_xydata().tolist() == [[75, 2.5], [150, 2.25]]
-    assert merged.get_xydata().tolist() == [[150, 2.125]]
-    assert [bar.get_height() for bar in lower.patches] == [0.125]
+def test_the_figure_shows_live_merged_predicted_and_annealed_values():
+    upper, lower = plot_validations(ROWS, "val_loss (nats)", "a run", [record(150, 2.0)]).axes
+    values = {line.get_label(): line.get_xydata().tolist() for line in upper.lines}
+    assert values == {
+        "live": [[75, 2.5], [150, 2.25]],
+        "merged": [[150, 2.125]],
+        "predicted": [[150, 2.0]],
+        "annealed for real": [[150, 2.0]],
+    }
+    below = [line.get_xydata().tolist() for line in lower.lines]
+    assert below[:3] == [[[150, 0.125]], [[150, 0.25]], [[150, 0.25]]]
 
 
 def test_the_table_leaves_open_what_was_not_evaluated():
     cells = [list(column.cells) for column in closing_table(ROWS).columns]
-    assert cells == [["75", "150"], ["2.5000", "2.2500"], ["-", "2.1250"], ["-", "+0.1250"]]
+    assert cells == [["75", "150"], ["2.5000", "2.2500"], ["-", "2.1250"], ["-", "+0.1250"], ["-", "2.0000"]]
+
+
+def test_a_case_is_predicted_from_earlier_ones_of_its_run_and_kind():
+    cases = cases_of(RECORDS, "val_loss")
+    (assessed,) = from_earlier(cases)
+    assert (assessed.case.run, assessed.case.step) == ("a", 300)
+    # Ratios of 1 and 1.5 before, 2 now: predicted 2.25 - 1.25 / 8.
+    assert assessed.prediction.value == pytest.approx(2.09375)
+    assert assessed.error == pytest.approx(0.09375)
+
+
+def test_a_case_is_predicted_from_other_runs_of_its_kind():
+    assessed = from_other_runs(cases_of(RECORDS, "val_loss"))
+    predicted = {(each.case.run, each.case.step): round(each.prediction.value, 6) for each in assessed}
+    assert predicted == {("a", step): 2.1 for step in (100, 200, 300)} | {("b", step): 2.0625 for step in (100, 200)}
+    late = from_other_runs(cases_of(RECORDS, "val_loss"), lambda case: case.step > 100)
+    assert {each.case.run for each in late} == {"b"}
+
+
+def test_a_summary_is_of_absolute_and_signed_errors():
+    def off(error, half):
+        value = 1.0 + error
+        return Assessed(
+            Case("a", 1, 0.1, "linear", Comparison(2.0, 1.5, 1.0)), Prediction(value, value - half, value + half)
+        )
+
+    summary = summarise([off(0.25, 0.5), off(-0.5, 0.25)])
+    assert (summary.num_cases, summary.mean_absolute, summary.bias, summary.worst, summary.inside) == (
+        2,
+        0.375,
+        -0.125,
+        0.5,
+        0.5,
+    )
+    assert summarise([]).num_cases == 0
+
+
+def test_predictions_lie_against_what_came_and_errors_in_their_groups():
+    assessed = from_other_runs(cases_of(RECORDS, "val_loss"))
+    axes = plot_predicted_against_actual({"others": assessed}, "val_loss").axes[0]
+    points = axes.lines[0].get_xydata().tolist()
+    assert points == [[each.case.comparison.annealed, each.prediction.value] for each in assessed]
+    axes = plot_errors({"10%": {"one": [0.25, -0.75]}, "20%": {"two": [0.5]}}, "nats", "span").axes[0]
+    assert [sorted(line.get_ydata()) for line in axes.lines] == [[0.25, 0.75], [0.5], [0.5], [0.5]]
+
+
+def test_the_page_holds_its_pictures_tables_and_numbers_and_needs_nothing_else(folder):
+    html = page(find(folder))
+    assert html.count("data:image/png;base64,") == 3
+    assert not re.search(r'(?:src|href)="(?!data:)', html)
+    for cell in ("2.0938", "+0.0938", "2.2500", "linear, 10%", "cosine, 10%", "uncalibrated"):
+        assert f"<td>{cell}</td>" in html, cell
+
+
+def test_records_alone_and_a_run_without_anneals_have_a_page_too(folder):
+    (folder / "csv" / "metrics.csv").rename(folder.parent / "metrics.csv")
+    assert page(find(folder / "anneals.jsonl")).count("data:image") == 2
+    found = find(folder.parent / "metrics.csv")
+    assert (found.metric, found.records) == ("val_loss", [])
+    assert page(found).count("data:image") == 1
+
+
+def test_the_command_writes_the_page_where_it_is_told(folder, capsys):
+    main([str(folder), "--metric", "val_loss", "--output", str(folder / "own.html")])
+    assert capsys.readouterr().out.strip() == str(folder / "own.html")
+    assert "<h2>Every anneal</h2>" in (folder / "own.html").read_text()
+    main([str(folder / "anneals.jsonl")])
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "nothing holds nothing to report on: neither records of anneals nor a merged metric"),
+        (["run", "--metric", "acc"], "run holds nothing to report on; there are: val_loss"),
+        (["run/broken.jsonl"], "line 1, is no record of an anneal"),
+    ],
+)
+def test_what_cannot_be_reported_on_is_said_in_one_line(folder, arguments, message):
+    (folder.parent / "nothing").mkdir()
+    (folder / "broken.jsonl").write_text("nonsense\n")
+    if arguments[0] == "run":
+        (folder / "broken.jsonl").unlink()
+    command = [sys.executable, "-m", "merge_callback.report", *arguments]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"merge-callback-report: .*{re.escape(message)}.*\n", done.stderr)

@@ -115,7 +115,7 @@ def _kinds(records: Iterable[AnnealRecord]) -> list[list[AnnealRecord]]:
     kinds: list[list[AnnealRecord]] = []
     for record in records:
         for kind in kinds:
-            if kind[0].shape == record.shape and _is_same_span(kind[0].span, record.span):
+            if kind[0].shape == record.shape and is_same_span(kind[0].span, record.span):
                 kind.append(record)
                 break
         else:
@@ -152,7 +152,8 @@ def _nearest(bases: Sequence[Basis], now: TrunkValues) -> Basis | None:
     return min(bases, key=lambda b: (round(abs(math.log(b.span / share)), 1), b.shape != "linear"), default=None)
 
 
-def _is_same_span(span: float, other: float) -> bool:
+def is_same_span(span: float, other: float) -> bool:
+    """Whether decays over these shares of the steps are of one kind."""
     return max(span, other) / min(span, other) < SAME_SPAN_FACTOR
 
 

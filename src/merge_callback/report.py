@@ -1,14 +1,22 @@
-"""What a run says about itself: its metrics read back, and the picture of live and merged loss with the gain."""
+"""What a run says about itself: its metrics read back, and one page with the figures and tables of its anneals.
 
+`merge-callback-report RUN_OR_RECORDS` writes the page: of a run's folder, with the ``metrics.csv`` of Lightning's
+CSVLogger and whatever records of anneals lie there, or of a file or folder of records alone.
+"""
+
+import argparse
+import base64
 import csv
-import itertools
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from merge_callback.prediction import Prediction
-from merge_callback.records import AnnealRecord
+from merge_callback.assessment import Assessed, Case, cases_of, from_earlier, from_other_runs, summarise
+from merge_callback.prediction import Prediction, recovered_share
+from merge_callback.records import AnnealRecord, read_records
 
 
 @dataclass(frozen=True)
@@ -60,45 +68,178 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
     ]
 
 
-def plot_validations(
-    validations: list[Validation], metric: str, title: str, anneals: Sequence[AnnealRecord] = ()
-) -> Any:
-    """A matplotlib figure: live, merged, predicted and annealed value over steps above, the merge's gain below.
+@dataclass(frozen=True)
+class Found:
+    """What a folder or file holds: the validations of one run, and records of anneals."""
+
+    source: Path
+    metric: str
+    validations: list[Validation]
+    records: list[AnnealRecord]
+
+
+def find(source: Path, metric: str | None = None) -> Found:
+    """Reads a run's folder, a ``metrics.csv``, or a file or folder of records.
 
     Args:
-        validations: As `read_validations` gives them.
-        metric: Name of the metric, and in parentheses its unit: label of the upper axis.
-        title: Stands above the figure.
-        anneals: Branches of this run that were really annealed.
+        source: Where to look, in folders below it too.
+        metric: Name of the metric; None takes the first that anneals were recorded with, or that has a merged value.
+
+    Raises:
+        ValueError: If nothing is there to report on, or nothing of that metric.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
-    merged = [validation for validation in validations if validation.merged is not None]
-    upper.plot([v.step for v in validations], [v.live for v in validations], "o-", color="#888888", label="live")
-    upper.plot([v.step for v in merged], [v.merged for v in merged], "o-", color="#d1495b", label="merged")
-    predicted = [(v.step, v.predicted) for v in validations if v.predicted is not None]
-    if predicted:
-        steps, values = [step for step, _ in predicted], [p for _, p in predicted]
-        band = [p.low for p in values], [p.high for p in values]
-        upper.plot(steps, [p.value for p in values], "-", color="#00798c", label="annealed, as predicted")
-        upper.fill_between(steps, *band, color="#00798c", alpha=0.2, linewidth=0)
-    if anneals:
-        ends = [(a.step, a.annealed[metric.partition(" ")[0]]) for a in anneals]
-        upper.plot(*zip(*ends, strict=True), "*", color="#003d5b", markersize=11, label="annealed for real")
-    upper.set_ylabel(metric)
-    upper.set_title(title)
-    upper.legend()
-    lower.bar([v.step for v in merged], [v.gain for v in merged], width=_bar_width(validations), color="#d1495b")
-    lower.axhline(0, color="black", linewidth=0.8)
-    lower.set_ylabel("gain of the merge")
-    lower.set_xlabel("optimizer steps")
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    return figure
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    records = [record for file in files if file.suffix == ".jsonl" for record in read_records(file)]
+    metrics_file = next((file for file in files if file.name == "metrics.csv"), None)
+    with_merge = _merged_metrics(metrics_file) if metrics_file else []
+    known = list(dict.fromkeys([*(name for record in records for name in record.annealed), *with_merge]))
+    if not known or (metric is not None and metric not in known):
+        there = f"; there are: {', '.join(known)}" if known else ": neither records of anneals nor a merged metric"
+        raise ValueError(f"{source} holds nothing to report on{there}")
+    metric = metric or known[0]
+    validations = read_validations(metrics_file, metric) if metrics_file and metric in with_merge else []
+    return Found(source, metric, validations, records)
 
 
-def _bar_width(validations: list[Validation]) -> float:
-    steps = [validation.step for validation in validations]
-    return 0.6 * min((later - earlier for earlier, later in itertools.pairwise(steps)), default=1)
+def page(found: Found) -> str:
+    """The report as one HTML page that needs no other file.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib, an extra, is not installed.
+    """
+    from merge_callback.figures import picture, plot_errors, plot_predicted_against_actual, plot_validations
+
+    cases = cases_of(found.records, found.metric)
+    assessed = {
+        "from earlier branches of the run": from_earlier(cases),
+        "from other runs": from_other_runs(cases),
+    }
+    assessed = {label: several for label, several in assessed.items() if several}
+    parts = [f"<h1>Merges and anneals: {escape(found.metric)}</h1>", f"<p>{escape(str(found.source))}</p>"]
+    if found.validations:
+        anneals = [record for record in found.records if record.shape == "linear"] or found.records
+        parts.append(_image(picture(plot_validations(found.validations, found.metric, found.source.name, anneals))))
+    if cases:
+        parts += ["<h2>How well anneals were predicted</h2>", _summary_table(cases, assessed)]
+    if assessed:
+        parts.append(_image(picture(plot_predicted_against_actual(assessed, found.metric))))
+        spans = sorted({case.span for case in cases})
+        errors = {
+            f"{span:.0%}": {
+                label: [each.error for each in several if each.case.span == span] for label, several in assessed.items()
+            }
+            for span in spans
+        }
+        parts.append(_image(picture(plot_errors(errors, "unit of the metric", "length of the decay, share of steps"))))
+    if found.records:
+        parts += ["<h2>Every anneal</h2>", _anneal_table(found.records, found.metric, assessed)]
+    if found.validations:
+        parts += ["<h2>Every validation</h2>", _validation_table(found.validations)]
+    return _PAGE.format(title=escape(f"Merges and anneals: {found.metric}"), body="\n".join(parts))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command ``merge-callback-report``."""
+    parser = argparse.ArgumentParser(prog="merge-callback-report", description="Writes the report of a run as HTML.")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_RECORDS", help="folder of a run, metrics.csv, or records")
+    parser.add_argument("--metric", help="name of the metric, such as val_loss; default: the first that anneals have")
+    parser.add_argument("--output", type=Path, help="default: report.html beside what it is about")
+    options = parser.parse_args(arguments)
+    folder = options.source if options.source.is_dir() else options.source.parent
+    output = options.output or folder / "report.html"
+    try:
+        output.write_text(page(find(options.source, options.metric)))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"merge-callback-report: {error}\n")
+    sys.stdout.write(f"{output}\n")
+
+
+def _merged_metrics(metrics_file: Path) -> list[str]:
+    with metrics_file.open(newline="") as file:
+        names = csv.DictReader(file).fieldnames or ()
+    return [name.removeprefix("merged/") for name in names if name.startswith("merged/")]
+
+
+def _summary_table(cases: Sequence[Case], assessed: Mapping[str, Sequence[Assessed]]) -> str:
+    rows = []
+    kinds = groupby(sorted(cases, key=lambda c: (c.shape, c.span)), key=lambda c: (c.shape, round(c.span, 2)))
+    for (shape, span), several in kinds:
+        of_kind = list(several)
+        shares = [recovered_share(case.comparison) for case in of_kind]
+        row = [f"{shape}, {span:.0%}", str(len(of_kind)), f"{sum(shares) / len(shares):.2f}"]
+        for label, all_assessed in assessed.items():
+            summary = summarise([each for each in all_assessed if each.case in of_kind])
+            if summary.num_cases:
+                numbers = f"{summary.mean_absolute:.4f}", f"{summary.bias:+.4f}", f"{summary.worst:.4f}"
+                rows.append([*row, label, str(summary.num_cases), *numbers, f"{summary.inside:.0%}"])
+        if not any(line[0] == row[0] for line in rows):
+            rows.append([*row, "uncalibrated", *["-"] * 5])
+    header = ["decay", "anneals", "recovered", "predicted", "times", "MAE", "bias", "worst", "inside the interval"]
+    return _table(header, rows)
+
+
+def _anneal_table(records: Sequence[AnnealRecord], metric: str, assessed: Mapping[str, Sequence[Assessed]]) -> str:
+    predictions = {
+        (label, each.case.run, each.case.step, each.case.span, each.case.shape): each
+        for label, several in assessed.items()
+        for each in several
+    }
+    rows = []
+    for record in sorted(records, key=lambda r: (r.run, r.step, r.span_steps, r.shape)):
+        if metric not in record.annealed:
+            continue
+        trunk = (
+            [f"{values[metric]:.4f}" for values in (record.matched.live, record.matched.merged)]
+            if (record.matched and metric in record.matched.merged)
+            else ["-", "-"]
+        )
+        row = [record.run, str(record.step), str(record.span_steps), record.shape, *trunk]
+        for label in assessed:
+            each = predictions.get((label, record.run, record.step, record.span, record.shape))
+            row += [f"{each.prediction.value:.4f}", f"{each.error:+.4f}"] if each else ["-", "-"]
+        rows.append([*row, f"{record.annealed[metric]:.4f}"])
+    header = ["run", "step", "steps of decay", "shape", "live", "merged"]
+    return _table([*header, *(name for label in assessed for name in (label, "error")), "annealed"], rows)
+
+
+def _validation_table(validations: Sequence[Validation]) -> str:
+    def cell(number: float | None, form: str = "{:.4f}") -> str:
+        return "-" if number is None else form.format(number)
+
+    rows = [
+        [
+            str(v.step),
+            cell(v.live),
+            cell(v.merged),
+            cell(v.gain, "{:+.4f}"),
+            cell(v.predicted.value if v.predicted else None),
+        ]
+        for v in validations
+    ]
+    return _table(["step", "live", "merged", "gain", "annealed, predicted"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
+
+
+def _image(png: bytes) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font-family: sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }}
+td, th {{ padding: 0.2rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; }}
+img {{ max-width: 100%; display: block; margin: 1rem 0; }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+if __name__ == "__main__":
+    main()

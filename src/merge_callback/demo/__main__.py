@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from merge_callback.demo.training import Run, prepare, run_with_anneals
+from merge_callback.figures import plot_validations
 from merge_callback.records import AnnealRecord, read_records
-from merge_callback.report import Validation, plot_validations, read_validations
+from merge_callback.report import Validation, read_validations
 
 METRIC = "val_loss"
 

@@ -1,0 +1,108 @@
+"""How well predictions of real anneals did: each predicted from the ones before it, or from other runs. Pure."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from merge_callback.calibration import is_same_span
+from merge_callback.prediction import Comparison, Prediction, calibrate
+from merge_callback.records import AnnealRecord
+
+Form = Literal["ratio", "offset", "relative"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One metric of one real anneal, with the trunk's values that belong to it."""
+
+    run: str
+    step: int
+    span: float
+    shape: str
+    comparison: Comparison
+
+    def is_like(self, other: "Case") -> bool:
+        """Whether both decays are of one kind: the same shape, over about the same share of the steps."""
+        return self.shape == other.shape and is_same_span(self.span, other.span)
+
+
+@dataclass(frozen=True)
+class Assessed:
+    """A case, and what was predicted for it without having seen it."""
+
+    case: Case
+    prediction: Prediction
+
+    @property
+    def error(self) -> float:
+        """Predicted minus annealed."""
+        return self.prediction.value - self.case.comparison.annealed
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the interval held the annealed value."""
+        return self.prediction.low <= self.case.comparison.annealed <= self.prediction.high
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Errors of several predictions, in the metric's unit."""
+
+    num_cases: int
+    mean_absolute: float
+    bias: float
+    worst: float
+    inside: float
+
+
+def cases_of(records: Iterable[AnnealRecord], metric: str) -> list[Case]:
+    """The matched cases among some records that have the metric."""
+    return [
+        Case(
+            record.run,
+            record.step,
+            record.span,
+            record.shape,
+            Comparison(record.matched.live[metric], record.matched.merged[metric], record.annealed[metric]),
+        )
+        for record in records
+        if record.matched is not None and metric in record.matched.merged and metric in record.annealed
+    ]
+
+
+def from_earlier(cases: Sequence[Case], form: Form = "ratio") -> list[Assessed]:
+    """Predicts every case from those of its own run and kind that ended before it, where there are two."""
+    return _assess(cases, lambda case, other: other.run == case.run and other.step < case.step, form)
+
+
+def from_other_runs(
+    cases: Sequence[Case], is_source: Callable[[Case], bool] = lambda case: True, form: Form = "ratio"
+) -> list[Assessed]:
+    """Predicts every case from those of its kind in other runs.
+
+    Args:
+        cases: Of several runs.
+        is_source: Which cases may be learnt from.
+        form: As in `merge_callback.prediction.Calibration`.
+    """
+    return _assess(cases, lambda case, other: other.run != case.run and is_source(other), form)
+
+
+def summarise(assessed: Sequence[Assessed]) -> Summary:
+    """Mean absolute error, signed bias, worst absolute error, and share of intervals that held; NaN without cases."""
+    errors = [each.error for each in assessed]
+    if not errors:
+        return Summary(0, math.nan, math.nan, math.nan, math.nan)
+    mean_absolute = math.fsum(map(abs, errors)) / len(errors)
+    inside = sum(each.is_inside for each in assessed) / len(errors)
+    return Summary(len(errors), mean_absolute, math.fsum(errors) / len(errors), max(map(abs, errors)), inside)
+
+
+def _assess(cases: Sequence[Case], may_teach: Callable[[Case, Case], bool], form: Form) -> list[Assessed]:
+    assessed = []
+    for case in cases:
+        known = [other.comparison for other in cases if other.is_like(case) and may_teach(case, other)]
+        if (calibration := calibrate(known, form)) is not None:
+            assessed.append(Assessed(case, calibration.predict(case.comparison.live, case.comparison.merged)))
+    return assessed

@@ -1,0 +1,118 @@
+"""The pictures: a run with its merges and anneals, predictions against what came, errors by what they depend on."""
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from merge_callback.assessment import Assessed
+from merge_callback.records import AnnealRecord
+from merge_callback.report import Validation
+
+LIVE, MERGED, PREDICTED, ANNEALED = "#888888", "#d1495b", "#00798c", "#003d5b"
+
+
+def plot_validations(
+    validations: Sequence[Validation], metric: str, title: str, anneals: Sequence[AnnealRecord] = ()
+) -> Figure:
+    """Live, merged, predicted and annealed value over steps above; below, how much lower than live each of them is.
+
+    Args:
+        validations: As `merge_callback.report.read_validations` gives them.
+        metric: Name of the metric, and in parentheses its unit: label of the upper axis.
+        title: Stands above the figure.
+        anneals: Branches of this run that were really annealed.
+    """
+    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
+    live = {v.step: v.live for v in validations}
+    merged = {v.step: v.merged for v in validations if v.merged is not None}
+    predicted = {v.step: v.predicted for v in validations if v.predicted is not None}
+    upper.plot(live.keys(), live.values(), "o-", color=LIVE, markersize=4, label="live")
+    upper.plot(merged.keys(), merged.values(), "o-", color=MERGED, markersize=4, label="merged")
+    gains = {step: live[step] - value for step, value in merged.items()}
+    lower.plot(gains.keys(), gains.values(), "o-", color=MERGED, markersize=4)
+    if predicted:
+        upper.plot(
+            predicted.keys(), [p.value for p in predicted.values()], color=PREDICTED, label="annealed, predicted"
+        )
+        lower.plot(predicted.keys(), [live[step] - p.value for step, p in predicted.items()], color=PREDICTED)
+        highs = [live[step] - p.low for step, p in predicted.items()]
+        lows = [live[step] - p.high for step, p in predicted.items()]
+        lower.fill_between(list(predicted), lows, highs, color=PREDICTED, alpha=0.2, linewidth=0)
+    name = metric.partition(" ")[0]
+    ends = {a.step: a.annealed[name] for a in anneals if name in a.annealed}
+    if ends:
+        upper.plot(ends.keys(), ends.values(), "*", color=ANNEALED, markersize=10, label="annealed for real")
+        below = {step: live[step] - value for step, value in ends.items() if step in live}
+        lower.plot(below.keys(), below.values(), "*", color=ANNEALED, markersize=10)
+    upper.set(ylabel=metric, title=title)
+    upper.legend()
+    lower.axhline(0, color="black", linewidth=0.8)
+    lower.set(ylabel="below the live model", xlabel="optimizer steps")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], metric: str) -> Figure:
+    """Predicted against annealed values with their intervals, and the diagonal on which they agree.
+
+    Args:
+        assessed: Label -> predictions with what came.
+        metric: Name of the metric, for both axes.
+    """
+    figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    actual = [each.case.comparison.annealed for each in itertools.chain(*assessed.values())]
+    for marker, (label, several) in zip(itertools.cycle("osD^v"), assessed.items(), strict=False):
+        x = [each.case.comparison.annealed for each in several]
+        reach = [
+            [each.prediction.value - each.prediction.low for each in several],
+            [each.prediction.high - each.prediction.value for each in several],
+        ]
+        y = [each.prediction.value for each in several]
+        axes.errorbar(x, y, reach, fmt=marker, markersize=4, elinewidth=0.6, alpha=0.7, label=label)
+    if actual:
+        axes.set_ylim(min(actual) - 0.03, max(actual) + 0.03)
+        axes.legend()
+    axes.axline((min(actual, default=0.0),) * 2, slope=1, color="black", linewidth=0.8)
+    axes.set(xlabel=f"{metric}, annealed for real", ylabel=f"{metric}, predicted", aspect="equal")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_errors(errors: Mapping[str, Mapping[str, Sequence[float]]], unit: str, what: str) -> Figure:
+    """Errors of predictions, each a dot, and their mean absolute error, for each group of some series.
+
+    Args:
+        errors: Group (place on the horizontal axis) -> series (colour) -> errors.
+        unit: Of the errors.
+        what: What groups are, for the horizontal axis.
+    """
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(itertools.chain.from_iterable(errors.values())))
+    for place, name in enumerate(names):
+        shift = (place - (len(names) - 1) / 2) * 0.8 / len(names)
+        at = [(x + shift, abs(e)) for x, group in enumerate(errors.values()) for e in group.get(name, ())]
+        if at:
+            axes.plot(*zip(*at, strict=True), ".", color=f"C{place}", alpha=0.4)
+        groups = [(x, group[name]) for x, group in enumerate(errors.values()) if group.get(name)]
+        means = [(x + shift, sum(map(abs, several)) / len(several)) for x, several in groups]
+        if means:
+            axes.plot(*zip(*means, strict=True), "_", color=f"C{place}", markersize=22, markeredgewidth=2.5, label=name)
+    axes.set_xticks(range(len(errors)), list(errors))
+    axes.set(xlabel=what, ylabel=f"absolute error ({unit}); bars: mean")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+    return figure
+
+
+def picture(figure: Figure) -> bytes:
+    """The figure as a PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
