@@ -22,9 +22,9 @@ CSV = (
 )
 
 
-def record(step, annealed, live=2.25, merged=2.125, run="a", shape="linear", span=0.1):
-    span_steps = round(span * step)
-    matched = TrunkValues(step, span_steps, {"val_loss": live}, {"val_loss": merged})
+def record(step, annealed, run="a", shape="linear"):
+    span_steps = step // 10
+    matched = TrunkValues(step, span_steps, {"val_loss": 2.25}, {"val_loss": 2.125})
     return AnnealRecord(run, step - span_steps, step, span_steps, shape, {"val_loss": annealed}, matched=matched)
 
 
@@ -61,7 +61,7 @@ def test_the_figure_shows_live_merged_predicted_and_annealed_values():
     assert values == {
         "live": [[75, 2.5], [150, 2.25]],
         "merged": [[150, 2.125]],
-        "predicted": [[150, 2.0]],
+        "annealed, predicted": [[150, 2.0]],
         "annealed for real": [[150, 2.0]],
     }
     below = [line.get_xydata().tolist() for line in lower.lines]
@@ -92,10 +92,8 @@ def test_a_case_is_predicted_from_other_runs_of_its_kind():
 
 def test_a_summary_is_of_absolute_and_signed_errors():
     def off(error, half):
-        value = 1.0 + error
-        return Assessed(
-            Case("a", 1, 0.1, "linear", Comparison(2.0, 1.5, 1.0)), Prediction(value, value - half, value + half)
-        )
+        case = Case("a", 1, 0.1, "linear", Comparison(2.0, 1.5, 1.0))
+        return Assessed(case, Prediction(1 + error, 1 + error - half, 1 + error + half))
 
     summary = summarise([off(0.25, 0.5), off(-0.5, 0.25)])
     assert (summary.num_cases, summary.mean_absolute, summary.bias, summary.worst, summary.inside) == (
