@@ -51,6 +51,9 @@ def test_two_branches_of_other_runs_predict_until_two_of_the_run_itself_do(tmp_p
     assert "2 real anneals of other runs" in str(anneals.basis(history, METRIC))
     anneals = calibration(tmp_path, *own[1:])
     assert anneals.predict(history[:2], METRIC).value == pytest.approx(1.5 - 1.5 * 0.1)
+    # Later branches count by the square of their step: ratios of 1.5, 1.5 and 2.5.
+    ratio = (1.5 * (1 + 4) + 2.5 * 9) / 14
+    assert anneals.predict(history, METRIC).value == pytest.approx(1.5 - ratio * 0.1)
     # A branch that ends later than now is not known yet.
     assert anneals.basis(history[:2], METRIC).calibration.num_branches == 2
     assert anneals.basis(history, METRIC).calibration.num_branches == 3
@@ -259,7 +262,12 @@ def test_branches_of_a_real_trunk_calibrate_the_rest_of_it(tmp_path):
     found = read_records(path)
     assert [each.matched.step for each in found] == [12, 16]
     assert [each.forecast.step for each in found] == [8, 12]
-    bias = calibrate([Comparison(r.matched.live[METRIC], r.matched.merged[METRIC], r.annealed[METRIC]) for r in found])
+    bias = calibrate(
+        [
+            Comparison(r.matched.live[METRIC], r.matched.merged[METRIC], r.annealed[METRIC], (r.step / 24) ** 2)
+            for r in found
+        ]
+    )
     last = run.epoch_metrics[-1]
     predicted = bias.predict(float(last[METRIC]), float(last[f"merged/{METRIC}"]))
     assert float(last[f"annealed/{METRIC}"]) == pytest.approx(predicted.value, rel=1e-5)

@@ -128,3 +128,13 @@ def test_a_forecast_further_ahead_is_less_certain():
 def test_a_forecast_takes_off_an_offset_and_nothing_else():
     with pytest.raises(ValueError, match="form 'offset', got 'ratio'"):
         forecast([1, 2], [1.0, 1.0], calibrate([Comparison(2.0, 1.5, 1.4)] * 2), 3)
+
+
+def test_a_branch_that_counts_twice_is_one_that_is_there_twice_but_for_the_certainty():
+    one, other = Comparison(1.5, 1.4, 1.38), Comparison(1.3, 1.25, 1.22)
+    twice = calibrate([one, other, other])
+    weighted = calibrate([one, Comparison(1.3, 1.25, 1.22, weight=2.0)])
+    assert weighted.coefficient == pytest.approx(twice.coefficient)
+    assert weighted.num_branches == 2
+    # The same sum of squared residuals over one degree of freedom instead of two.
+    assert weighted.deviation == pytest.approx(math.sqrt(2) * twice.deviation)

@@ -77,9 +77,11 @@ def test_a_case_is_predicted_from_earlier_ones_of_its_run_and_kind():
     cases = cases_of(RECORDS, "val_loss")
     (assessed,) = from_earlier(cases)
     assert (assessed.case.run, assessed.case.step) == ("a", 300)
-    # Ratios of 1 and 1.5 before, 2 now: predicted 2.25 - 1.25 / 8.
-    assert assessed.prediction.value == pytest.approx(2.09375)
-    assert assessed.error == pytest.approx(0.09375)
+    # Ratios of 1 and 1.5 before, of which the later counts four times as much; 2 now: predicted 2.25 - 1.4 / 8.
+    assert assessed.prediction.value == pytest.approx(2.075)
+    assert assessed.error == pytest.approx(0.075)
+    (plain,) = from_earlier(cases, weighted=False)
+    assert plain.prediction.value == pytest.approx(2.09375)
 
 
 def test_a_case_is_predicted_from_other_runs_of_its_kind():
@@ -119,7 +121,7 @@ def test_the_page_holds_its_pictures_tables_and_numbers_and_needs_nothing_else(f
     html = page(find(folder))
     assert html.count("data:image/png;base64,") == 3
     assert not re.search(r'(?:src|href)="(?!data:)', html)
-    for cell in ("2.0938", "+0.0938", "2.2500", "linear, 10%", "cosine, 10%", "uncalibrated"):
+    for cell in ("2.0750", "+0.0750", "2.2500", "linear, 10%", "cosine, 10%", "uncalibrated"):
         assert f"<td>{cell}</td>" in html, cell
 
 

@@ -32,6 +32,11 @@ a 10 % span, MAE <= 0.005 at 20 %.
 reach (a), and exponential averages whose half-life is about 5 % of the steps did. So the same rule is also applied to
 them: half of a 10 % window for the 10 % span, 0.3 of a 20 % window for the 20 % span, 20 snapshots each. The trunks
 other than those two tell whether that was luck.
+
+**Weights.** Added when four trunks were done (the seeds and half the rate): what branches of the first quarter teach
+about the later ones was the largest source of error in (a). So (a) is also applied with weights: an earlier branch
+counts by the square of its step. The trunks other than those four tell whether that was luck. Beside it are reported:
+the fit without weights, offsets, means of ratios, and both shapes together.
 """
 
 from dataclasses import dataclass

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from merge_callback.calibration import is_same_span
-from merge_callback.prediction import Comparison, Prediction, calibrate
+from merge_callback.prediction import Comparison, Prediction, age_weight, calibrate
 from merge_callback.records import AnnealRecord
 
 Form = Literal["ratio", "offset", "relative"]
@@ -71,9 +71,21 @@ def cases_of(records: Iterable[AnnealRecord], metric: str) -> list[Case]:
     ]
 
 
-def from_earlier(cases: Sequence[Case], form: Form = "ratio") -> list[Assessed]:
-    """Predicts every case from those of its own run and kind that ended before it, where there are two."""
-    return _assess(cases, lambda case, other: other.run == case.run and other.step < case.step, form)
+def from_earlier(cases: Sequence[Case], form: Form = "ratio", *, weighted: bool = True) -> list[Assessed]:
+    """Predicts every case from those of its own run and kind that ended before it, where there are two.
+
+    Args:
+        cases: Of one or several runs.
+        form: As in `merge_callback.prediction.Calibration`.
+        weighted: Whether earlier ones count less, as in a run's own predictions.
+    """
+
+    def weight(case: Case, other: Case) -> float:
+        if other.run != case.run or other.step >= case.step:
+            return 0.0
+        return age_weight(other.step, case.step) if weighted else 1.0
+
+    return _assess(cases, weight, form)
 
 
 def from_other_runs(
@@ -86,7 +98,7 @@ def from_other_runs(
         is_source: Which cases may be learnt from.
         form: As in `merge_callback.prediction.Calibration`.
     """
-    return _assess(cases, lambda case, other: other.run != case.run and is_source(other), form)
+    return _assess(cases, lambda case, other: float(other.run != case.run and is_source(other)), form)
 
 
 def summarise(assessed: Sequence[Assessed]) -> Summary:
@@ -99,10 +111,12 @@ def summarise(assessed: Sequence[Assessed]) -> Summary:
     return Summary(len(errors), mean_absolute, math.fsum(errors) / len(errors), max(map(abs, errors)), inside)
 
 
-def _assess(cases: Sequence[Case], may_teach: Callable[[Case, Case], bool], form: Form) -> list[Assessed]:
+def _assess(cases: Sequence[Case], weight: Callable[[Case, Case], float], form: Form) -> list[Assessed]:
+    """Each case by the others of its kind that have a weight for it."""
     assessed = []
     for case in cases:
-        known = [other.comparison for other in cases if other.is_like(case) and may_teach(case, other)]
+        teachers = [(other, weight(case, other)) for other in cases if other.is_like(case)]
+        known = [replace(other.comparison, weight=counts) for other, counts in teachers if counts]
         if (calibration := calibrate(known, form)) is not None:
             assessed.append(Assessed(case, calibration.predict(case.comparison.live, case.comparison.merged)))
     return assessed

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from merge_callback.prediction import Calibration, Comparison, Prediction, calibrate, forecast
+from merge_callback.prediction import Calibration, Comparison, Prediction, age_weight, calibrate, forecast
 from merge_callback.records import AnnealRecord, TrunkValues, append_record, completed, read_records, run_identity
 
 PRIOR = "prior"
@@ -84,8 +84,9 @@ class AnnealCalibration:
         known = [record for record in self.records if record.matched is not None]
         own = [record for record in known if record.run == run and record.step <= now.step]
         others = [r for r in known if r.run != run and r.matched is not None and r.matched.rule == now.rule]
-        for source, records in (("of this run", own), ("of other runs", others)):
-            bases = [basis for kind in _kinds(records) if (basis := _basis(kind, metric, source)) is not None]
+        for source, records, end in (("of this run", own, now.step), ("of other runs", others, None)):
+            found = [_basis(_comparisons(kind, metric, end), kind, source) for kind in _kinds(records)]
+            bases = [basis for basis in found if basis is not None]
             if nearest := _nearest(bases, now):
                 return nearest
         return None
@@ -123,8 +124,7 @@ def _kinds(records: Iterable[AnnealRecord]) -> list[list[AnnealRecord]]:
     return kinds
 
 
-def _basis(kind: Sequence[AnnealRecord], metric: str, source: str) -> Basis | None:
-    comparisons = _comparisons(kind, metric)
+def _basis(comparisons: list[Comparison], kind: Sequence[AnnealRecord], source: str) -> Basis | None:
     calibration = calibrate(comparisons)
     if calibration is None:
         return None
@@ -138,9 +138,15 @@ def _basis(kind: Sequence[AnnealRecord], metric: str, source: str) -> Basis | No
     )
 
 
-def _comparisons(records: Iterable[AnnealRecord], metric: str) -> list[Comparison]:
+def _comparisons(records: Iterable[AnnealRecord], metric: str, now: int | None) -> list[Comparison]:
+    """With the weights of their age, if they are of one run that is now at a step."""
     return [
-        Comparison(record.matched.live[metric], record.matched.merged[metric], record.annealed[metric])
+        Comparison(
+            record.matched.live[metric],
+            record.matched.merged[metric],
+            record.annealed[metric],
+            1.0 if now is None else age_weight(record.step, now),
+        )
         for record in records
         if record.matched is not None and metric in record.matched.merged and metric in record.annealed
     ]

@@ -68,14 +68,15 @@ def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], me
     actual = [each.case.comparison.annealed for each in itertools.chain(*assessed.values())]
     for marker, (label, several) in zip(itertools.cycle("osD^v"), assessed.items(), strict=False):
         x = [each.case.comparison.annealed for each in several]
-        reach = [
+        half = [
             [each.prediction.value - each.prediction.low for each in several],
             [each.prediction.high - each.prediction.value for each in several],
         ]
         y = [each.prediction.value for each in several]
-        axes.errorbar(x, y, reach, fmt=marker, markersize=4, elinewidth=0.6, alpha=0.7, label=label)
+        axes.errorbar(x, y, half, fmt=marker, markersize=4, elinewidth=0.6, alpha=0.7, label=label)
     if actual:
-        axes.set_ylim(min(actual) - 0.03, max(actual) + 0.03)
+        reach = 0.05 * (max(actual) - min(actual)) or 0.05 * abs(actual[0])
+        axes.set(xlim=(min(actual) - reach, max(actual) + reach), ylim=(min(actual) - reach, max(actual) + reach))
         axes.legend()
     axes.axline((min(actual, default=0.0),) * 2, slope=1, color="black", linewidth=0.8)
     axes.set(xlabel=f"{metric}, annealed for real", ylabel=f"{metric}, predicted", aspect="equal")

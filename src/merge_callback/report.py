@@ -121,7 +121,7 @@ def page(found: Found) -> str:
         parts.append(_image(picture(plot_validations(found.validations, found.metric, found.source.name, anneals))))
     if cases:
         parts += ["<h2>How well anneals were predicted</h2>", _summary_table(cases, assessed)]
-    if assessed:
+    if sum(map(len, assessed.values())) > 1:
         parts.append(_image(picture(plot_predicted_against_actual(assessed, found.metric))))
         spans = sorted({case.span for case in cases})
         errors = {

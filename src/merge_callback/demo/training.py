@@ -111,12 +111,15 @@ def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None
         branch = config.copy()
         start = checkpoints / f"step-{end - ends[end]}.ckpt"
         settings = {"from": str(start), "span_steps": ends[end], "span": None, "record": str(record)}
+        if end == last:
+            # The others are completed by the trunk when it goes on.
+            settings["trunk"] = str(checkpoints / f"step-{end}.ckpt")
         OmegaConf.update(branch, "anneal", settings, force_add=True)
         branch.callbacks.progress_bar = None
         say(f"Annealing for real: from step {end - ends[end]} to step {end}")
         prepare(branch, loggers=(), enable_progress_bar=False, val_check_interval=10**9).fit()
 
-    keeper.steps.add(earlier[-1])
+    keeper.steps |= {earlier[-1], last}
     trunk = prepare(config, [keeper], max_steps=earlier[-1])
     trunk.fit()
     for end in earlier:
