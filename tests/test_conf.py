@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from omegaconf import OmegaConf
 
 import merge_callback
 from merge_callback import MergeCallback
@@ -29,16 +30,19 @@ def test_the_folder_at_the_top_is_the_one_that_is_shipped():
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_of_callbacks_merge_is_a_callback_or_none(choice):
-    entry = composed(f"callbacks/merge={choice}").callbacks.get("merge")
+def test_every_choice_of_callbacks_merge_is_a_callback_or_none(choice, tmp_path):
+    config = composed(f"callbacks/merge={choice}", f"hydra.runtime.output_dir={tmp_path}")
+    HydraConfig.instance().set_config(config)
+    entry = config.callbacks.get("merge")
     if choice == "none":
-        assert not entry
+        assert "_target_" not in entry
     else:
         assert isinstance(instantiate(entry), MergeCallback)
 
 
 def test_the_paper_s_choice_has_the_defaults_of_the_constructor():
-    callback, default = instantiate(composed().callbacks.merge), MergeCallback()
+    entry = OmegaConf.load(CONF / "callbacks" / "merge" / "pma.yaml")
+    callback, default = instantiate(entry), MergeCallback()
     assert (callback.every_n_train_steps, callback.num_snapshots) == (
         default.every_n_train_steps,
         default.num_snapshots,

@@ -9,6 +9,7 @@ import torch
 
 from merge_callback.demo.corpus import load_corpus
 from merge_callback.demo.data import ByteBlocks, TextDataModule
+from merge_callback.records import read_records
 from merge_callback.report import read_validations
 
 SHORT = [
@@ -16,7 +17,43 @@ SHORT = [
     "trainer.val_check_interval=20",
     "model.warmup_steps=10",
     "data.num_validation_blocks=32",
+    "demo.anneal_at=[]",
 ]
+
+
+CONFIG = """
+seed: 1
+model:
+  _target_: merge_callback.demo.model.ByteGPT
+  num_layers: 1
+  width: 16
+  num_heads: 2
+  context: 16
+  dropout: 0.0
+  learning_rate: 0.01
+  warmup_steps: 2
+  weight_decay: 0.0
+datamodule:
+  _target_: merge_callback.demo.data.TextDataModule
+  corpus: {text}
+  context: 16
+  batch_size: 4
+  num_validation_blocks: 8
+callbacks:
+  merge:
+    _target_: merge_callback.MergeCallback
+  checkpoints:
+    _target_: lightning.pytorch.callbacks.ModelCheckpoint
+    dirpath: .
+    filename: step-{{step}}
+    auto_insert_metric_name: false
+    save_top_k: -1
+trainer:
+  _target_: lightning.pytorch.Trainer
+  max_steps: 12
+  val_check_interval: 4
+  enable_progress_bar: false
+"""
 
 
 def demo(folder, *overrides):
@@ -32,26 +69,77 @@ def weights(output):
 
 
 @pytest.mark.slow
-def test_the_merge_beats_the_live_model_on_real_text(tmp_path):
+def test_the_merge_beats_the_live_model_on_real_text_and_predicts_an_anneal_it_has_not_seen(tmp_path):
     output = demo(tmp_path / "run")
-    validations = read_validations(tmp_path / "run" / "csv" / "metrics.csv", "val_loss")
+    folder = tmp_path / "run"
+    validations = read_validations(folder / "csv" / "metrics.csv", "val_loss")
     assert [validation.step for validation in validations] == list(range(75, 1501, 75))
-    # Ten snapshots have been taken by the second validation: the warmup ends at step 100.
+    # There are snapshots enough by the second validation: the warmup ends at step 100.
     full = [validation for validation in validations if validation.step >= 150]
     better = [validation for validation in full if validation.merged < validation.live]
     assert len(better) >= 0.9 * len(full)
     assert full[-1].gain > 0.05
     assert full[-1].live < 1.6
     assert f"{full[-1].merged:.4f}" in output
-    assert (tmp_path / "run" / "live_and_merged.png").stat().st_size > 10_000
-    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    # Three branches calibrated it, the fourth came afterwards.
+    assert [validation.step for validation in validations if validation.predicted] == [1275, 1350, 1425, 1500]
+    records = read_records(folder / "anneals.jsonl")
+    assert [(record.start_step, record.step) for record in records] == [
+        (540, 600),
+        (810, 900),
+        (1080, 1200),
+        (1350, 1500),
+    ]
+    annealed, predicted = records[-1].annealed["val_loss"], full[-1].predicted
+    assert abs(predicted.value - annealed) < 0.02 < 0.1 * full[-1].live
+    assert abs(predicted.value - annealed) < full[-1].live - annealed
+    assert f"{annealed:.4f}" in output
+    assert (folder / "live_and_merged.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").glob("events*"))
+
+
+@pytest.mark.slow
+def test_the_trunk_with_branches_is_the_one_without_and_a_branch_is_one_line(tmp_path):
+    whole = demo(tmp_path / "whole", *SHORT)
+    branched = demo(tmp_path / "branched", *SHORT, "demo.anneal_at=[30,40,60]", "trainer.val_check_interval=10")
+    assert weights(whole) == weights(branched)
+    assert "unseen by the prediction" in branched
+    steps = [v.step for v in read_validations(tmp_path / "branched" / "csv" / "metrics.csv", "val_loss")]
+    assert steps == [10, 20, 30, 40, 50, 60]
+    (command,) = re.findall(r"Another branch: python -m merge_callback.demo (.*)", branched)
+    output = demo(tmp_path / "another", *SHORT, *command.split())
+    (record,) = read_records(tmp_path / "another" / "anneals.jsonl")
+    # A fifth of all steps up to the end of the branch.
+    assert (record.start_step, record.step, record.shape) == (54, 68, "linear")
+    assert f"linear decay from step 54 to step 68: val_loss {record.annealed['val_loss']:.4f}" in output
+
+
+@pytest.mark.slow
+def test_any_config_of_the_common_form_can_be_trained_and_branched(tmp_path):
+    text = tmp_path / "own.txt"
+    text.write_text("a text of one's own, many times over\n" * 2000)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "train.yaml").write_text(CONFIG.format(text=text))
+    program = [sys.executable, "-m", "merge_callback.train", "--config-dir", "conf", "--config-name", "train"]
+    branch = ["+anneal.from=step-8.ckpt", "+anneal.span=0.2", "+anneal.record=anneals.jsonl", "hydra.job.chdir=false"]
+    for arguments in (["hydra.job.chdir=false"], branch):
+        subprocess.run([*program, *arguments], cwd=tmp_path, capture_output=True, check=True)
+    (record,) = read_records(tmp_path / "anneals.jsonl")
+    assert (record.start_step, record.step) == (8, 10)
+    for arguments, message in (
+        ([*program, "+anneal.from=none.ckpt"], "anneal.from must be a checkpoint of a run, got 'none.ckpt'"),
+        (program[:3], "the config has no entry 'model'; give one with --config-dir and --config-name"),
+    ):
+        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert message in done.stderr
 
 
 def test_without_the_callback_the_demo_trains_the_same_weights(tmp_path):
     with_merge = demo(tmp_path / "with", *SHORT)
     without = demo(tmp_path / "without", *SHORT, "callbacks/merge=none")
     assert weights(with_merge) == weights(without)
-    assert "up to 10 snapshots" in with_merge
+    assert "up to 20 snapshots" in with_merge
     assert "MergeCallback" not in without
     live = [
         [v.live for v in read_validations(tmp_path / run / "csv" / "metrics.csv", "val_loss")]
@@ -68,8 +156,8 @@ def test_the_demo_trains_on_any_text_file_and_takes_overrides_of_the_callback(tm
         tmp_path / "run",
         *SHORT,
         f"demo.corpus={text}",
-        "+callbacks.merge.num_snapshots=3",
-        "+callbacks.merge.merges=wma",
+        "callbacks.merge.num_snapshots=3",
+        "callbacks.merge.merges=wma",
     )
     assert "up to 3 snapshots" in output
     assert "merges: wma" in output

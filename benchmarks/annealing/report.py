@@ -435,7 +435,7 @@ def pictures(benchmark: Benchmark) -> None:
     by_run = {run: [each for each in late if each.case.run == run] for run in benchmark.trunks}
     plot_predicted_against_actual(by_run, "nats per byte").savefig(RECORDS / "predicted_against_actual.png")
     errors = {
-        f"{span:.0%}, N = {num}": {
+        f"{span:.0%}\nN = {num}": {
             HOWS[how]: [
                 e.error for e in benchmark.late(benchmark.assess(benchmark.cases(span, span, f"sma N={num}"), how))
             ]

@@ -26,12 +26,12 @@ from lightning.pytorch import Callback
 from omegaconf import DictConfig
 
 from merge_callback.demo.model import MixtureOfExperts
-from merge_callback.demo.training import Run, prepare
 from merge_callback.records import read_records
 from merge_callback.report import read_validations
 from merge_callback.rules import Extrapolate, Rule, Window, decay, ema, merge_coefficients, sma, wma
 from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing
 from merge_callback.swap import swapped_weights
+from merge_callback.train import Run, prepare
 from merge_callback.weights import merged_parameters
 
 sys.path.insert(0, str(Path(__file__).parent))

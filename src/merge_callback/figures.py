@@ -108,7 +108,7 @@ def plot_errors(errors: Mapping[str, Mapping[str, Sequence[float]]], unit: str, 
     axes.set(xlabel=what, ylabel=f"absolute error ({unit}); bars: mean")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(names))
     return figure
 
 

@@ -13,10 +13,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from merge_callback.demo.training import Run, prepare, run_with_anneals
+from merge_callback.demo.training import run_with_anneals
 from merge_callback.figures import plot_validations
 from merge_callback.records import AnnealRecord, read_records
 from merge_callback.report import Validation, read_validations
+from merge_callback.train import Run, prepare
 
 METRIC = "val_loss"
 
@@ -24,6 +25,10 @@ METRIC = "val_loss"
 @hydra.main(version_base="1.3", config_path="pkg://merge_callback.conf", config_name="demo")
 def main(config: DictConfig) -> None:
     """Trains, prints the closing tables, draws the picture, and says where everything is."""
+    # Lightning has not followed a deprecation in torch yet; nobody who tries the demo can do anything about it.
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
+    # Batches are made in no time here.
+    warnings.filterwarnings("ignore", "The '.*' does not have many workers")
     # Hydra adds a handler of its own to the root logger; Lightning's lines would come twice.
     logging.getLogger("lightning.pytorch").propagate = False
     # Said at every start of a fit, of which the demo has several, and of no use to whoever tries it.
@@ -59,7 +64,7 @@ def trunk(config: DictConfig, folder: Path, console: Console) -> tuple[Run, list
     merging = config.callbacks.get("merge")
     if merging and "_target_" in merging and len(config.demo.anneal_at) > 2:
         return run_with_anneals(config, folder, console.print)
-    run = prepare(config, checkpoint=config.resume_from)
+    run = prepare(config)
     run.fit()
     return run, []
 
@@ -68,8 +73,7 @@ def branch(config: DictConfig, folder: Path, console: Console) -> None:
     """A real anneal from a checkpoint of an earlier run."""
     record = Path(config.anneal.record or folder / "anneals.jsonl")
     config.anneal.record = str(record)
-    with warnings.catch_warnings():
-        prepare(config).fit()
+    prepare(config).fit()
     done = read_records(record)[-1]
     console.print(
         f"{done.shape} decay from step {done.start_step} to step {done.step}: {METRIC} {done.annealed[METRIC]:.4f}"

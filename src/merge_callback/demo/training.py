@@ -1,19 +1,15 @@
-"""A run as a config describes it: a trunk at a constant rate with real anneals branching off, or one such branch."""
+"""A trunk at a constant rate, with real anneals branching off."""
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from merge_callback.anneal import AnnealBranch
 from merge_callback.evaluate import validation_follows
 from merge_callback.records import AnnealRecord, read_records
+from merge_callback.train import Run, prepare
 
 
 class CheckpointAt(Callback):
@@ -33,59 +29,6 @@ class CheckpointAt(Callback):
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step in self.steps:
             trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt", weights_only=False)
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that a fit needs."""
-
-    trainer: Trainer
-    model: LightningModule
-    data: Any
-    checkpoint: str | Path | None
-
-    def fit(self) -> None:
-        """Trains to the end."""
-        with warnings.catch_warnings():
-            # Lightning has not followed a deprecation in torch yet; nobody who tries the demo can do anything about it.
-            warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
-            # Batches are made in no time here, and both loaders are resumed exactly.
-            warnings.filterwarnings("ignore", "The '.*' does not have many workers")
-            self.trainer.fit(self.model, self.data, ckpt_path=self.checkpoint)
-
-
-def prepare(
-    config: DictConfig,
-    callbacks: Sequence[Callback] = (),
-    *,
-    loggers: Sequence[Logger] | None = None,
-    checkpoint: str | Path | None = None,
-    **trainer_options: Any,
-) -> Run:
-    """Makes a run out of the config's entries.
-
-    ``anneal.from`` makes it a branch: resumed from that checkpoint, with a decay to zero over ``anneal.span``.
-
-    Args:
-        config: As ``conf/demo.yaml``.
-        callbacks: More callbacks than the config's.
-        loggers: Instead of the config's.
-        checkpoint: To go on from.
-        **trainer_options: Instead of the config's for the trainer.
-    """
-    seed_everything(config.demo.seed, verbose=False)
-    data = instantiate(config.data)
-    model = instantiate(config.model)
-    # Entries without a target, such as overrides of a callback that is switched off, are left out.
-    listed = [instantiate(entry) for entry in config.callbacks.values() if entry and "_target_" in entry]
-    if (start := config.anneal["from"]) is not None:
-        listed.append(AnnealBranch(**{name: value for name, value in config.anneal.items() if name != "from"}))
-        # The branch stops by itself.
-        checkpoint, trainer_options = start, {"max_steps": -1, "max_epochs": -1, **trainer_options}
-    if loggers is None:
-        loggers = [instantiate(entry) for entry in config.logger.values()]
-    trainer = instantiate(config.trainer, callbacks=[*listed, *callbacks], logger=list(loggers), **trainer_options)
-    return Run(trainer, model, data, checkpoint)
 
 
 def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None]) -> tuple[Run, list[AnnealRecord]]:
