@@ -22,7 +22,7 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
         "val_loader": batches(24, shuffle=False),
     }
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
     assert names["callback"].snapshot_steps
@@ -33,6 +33,16 @@ def test_the_table_is_the_one_made_from_the_records():
     begin, end = benchmark["MARKS"]
     assert README.split(begin)[1].split(end)[0].strip() == benchmark["table"]()
     assert len(benchmark["records"]()) == 3
+
+
+def test_the_table_of_anneals_and_the_prior_are_those_of_the_records():
+    report = runpy.run_path(str(ROOT / "benchmarks" / "annealing" / "report.py"))
+    benchmark = report["Benchmark"]()
+    begin, end = report["MARKS"]
+    assert README.split(begin)[1].split(end)[0].strip() == report["readme_table"](benchmark)
+    assert len(benchmark.trunks) >= 4
+    prior = json.loads((ROOT / "src" / "merge_callback" / "prior.json").read_text())
+    assert prior == json.loads(json.dumps(report["prior"](benchmark)))
 
 
 def test_every_relative_link_leads_somewhere():

@@ -450,25 +450,19 @@ def pictures(benchmark: Benchmark) -> None:
     )
 
 
-def write_prior(benchmark: Benchmark) -> None:
+def prior(benchmark: Benchmark) -> dict[str, object]:
     """Gain ratios per span and shape over all late branches, with their spread."""
     kinds = []
     for span in SPANS:
         for shape in SHAPES:
-            window, proxy = PROXIES["SMA, 10 snapshots"][span]
-            late = [
-                c.comparison for c in benchmark.cases(span, window, proxy) if c.shape == shape and benchmark.is_late(c)
-            ]
+            cases = benchmark.cases(span, *PROXIES["SMA, 10 snapshots"][span])
+            late = [case.comparison for case in cases if case.shape == shape and benchmark.is_late(case)]
             calibration = calibrate(late, "relative")
             assert calibration is not None
             fields = {key: value for key, value in asdict(calibration).items() if key != "form"}
             kinds.append({"span": span, "shape": shape, "relative": fields})
-    content = {
-        "trunks": list(benchmark.trunks),
-        "merge": "uniform over 10 snapshots, as long as the decay",
-        "kinds": kinds,
-    }
-    (ROOT / "src" / "merge_callback" / "prior.json").write_text(json.dumps(content, indent=1) + "\n")
+    merge = "uniform over 10 snapshots, as long as the decay"
+    return {"trunks": list(benchmark.trunks), "merge": merge, "kinds": kinds}
 
 
 SECTIONS: dict[str, Callable[[Benchmark], str]] = {
@@ -528,7 +522,7 @@ def main() -> None:
     ]
     (RECORDS / "REPORT.md").write_text("\n\n".join(parts) + "\n")
     pictures(benchmark)
-    write_prior(benchmark)
+    (ROOT / "src" / "merge_callback" / "prior.json").write_text(json.dumps(prior(benchmark), indent=1) + "\n")
     readme = ROOT / "README.md"
     text = readme.read_text()
     if MARKS[0] in text:
