@@ -12,14 +12,14 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from scipy.stats import kendalltau
 
 from merge_callback.assessment import Assessed, Case, from_earlier, from_other_runs, summarise
 from merge_callback.figures import plot_errors, plot_predicted_against_actual, plot_validations
-from merge_callback.prediction import Comparison, calibrate, gain_ratio, recovered_share
+from merge_callback.prediction import MIN_BRANCHES, Comparison, age_weight, calibrate, gain_ratio, recovered_share
 from merge_callback.records import AnnealRecord, read_records
 from merge_callback.report import Validation
 
@@ -276,6 +276,7 @@ def section_tried(benchmark: Benchmark) -> str:
                 "ratio, first quarter does not teach": benchmark.assess(late_only, "earlier"),
                 "offset, first quarter does not teach": benchmark.assess(late_only, "earlier", "offset"),
                 "both shapes teach": pooled(cases),
+                "ratio, weighted by age, and other runs worth two branches": blended(benchmark, cases),
                 "ratio of other runs": benchmark.assess(cases, "others"),
                 "offset of other runs": benchmark.assess(cases, "others", "offset"),
             }
@@ -301,6 +302,24 @@ def pooled(cases: list[Case]) -> list[Assessed]:
     for case in cases:
         known = [other.comparison for other in cases if other.run == case.run and other.step < case.step]
         if (calibration := calibrate(known)) is not None:
+            assessed.append(Assessed(case, calibration.predict(case.comparison.live, case.comparison.merged)))
+    return assessed
+
+
+def blended(benchmark: Benchmark, cases: list[Case], worth: float = 2.0) -> list[Assessed]:
+    """From earlier branches of the run by age, and from those of other runs, which together count as so many."""
+    assessed = []
+    for case in cases:
+        alike = [other for other in cases if other.is_like(case)]
+        own = [
+            replace(other.comparison, weight=age_weight(other.step, case.step))
+            for other in alike
+            if other.run == case.run and other.step < case.step
+        ]
+        others = [other.comparison for other in alike if other.run != case.run and benchmark.is_late(other)]
+        if len(own) >= MIN_BRANCHES:
+            calibration = calibrate([*own, *(replace(each, weight=worth / len(others)) for each in others)])
+            assert calibration is not None
             assessed.append(Assessed(case, calibration.predict(case.comparison.live, case.comparison.merged)))
     return assessed
 
