@@ -143,7 +143,7 @@ def test_accumulated_batches_are_one_step(tmp_path):
 def trunk(tmp_path):
     """A trunk of 24 steps, validated every 4, with checkpoints after the steps 12 and 24."""
 
-    callbacks = MergeCallback(1, 4), Keeper(tmp_path, 12, 24)
+    callbacks = MergeCallback(1, 4), Keeper(tmp_path, 4, 12, 24)
     return fit(toy(), tmp_path / "trunk", *callbacks, train=ResumableBatches()), tmp_path
 
 
@@ -248,6 +248,8 @@ def test_epochs_without_a_validation_do_not_keep_the_end_from_being_recorded(tru
         ({"span_steps": 8, "record": "r"}, {"limit_val_batches": 0}, "record='r' needs a validation"),
         ({"span_steps": 8, "trunk": "other.ckpt"}, {}, "trunk='.*other.ckpt' is no later checkpoint of the run"),
         ({"span_steps": 8, "trunk": "torn.ckpt"}, {}, "torn.ckpt' is no checkpoint that loads with weights_only"),
+        ({"span_steps": 8, "trunk": "none.ckpt"}, {}, "none.ckpt' is no checkpoint that loads with weights_only"),
+        ({"span_steps": 8, "trunk": "4.ckpt"}, {}, "4.ckpt' is no later checkpoint of the run"),
     ],
 )
 def test_a_decay_that_cannot_be_is_refused_before_the_first_step(trunk, annealing, arguments, message):
@@ -275,6 +277,10 @@ def test_a_share_of_nothing_is_refused(tmp_path):
         ({"span_steps": 5, "span": 0.1}, ValueError, "exactly one"),
         ({"span_steps": 0}, ValueError, "span_steps must be >= 1, got 0"),
         ({"span": 1.0}, ValueError, r"span must be a share of the steps in \(0, 1\), got 1.0"),
+        ({"span": "0.1"}, ValueError, r"span must be a share of the steps in \(0, 1\), got '0.1'"),
+        ({"span_steps": 5, "shape": ["linear"]}, ValueError, r"got \['linear'\]"),
+        ({"span_steps": 5, "record": 3}, TypeError, "record must be the path of a file, got 3"),
+        ({"span_steps": 5, "trunk": "."}, ValueError, "trunk must be the path of a file, but '.' is a folder"),
         ({"span_steps": 5, "shape": "exponential"}, ValueError, "linear, 1-sqrt, cosine, got 'exponential'"),
     ],
 )
@@ -327,3 +333,46 @@ def test_the_data_of_a_branch_are_those_of_its_trunk(trunk):
     whole = Tracker()
     fit(toy(), folder / "again", whole, train=ResumableBatches(), max_steps=13)
     assert same(tracker.parameters[13], whole.parameters[13])
+
+
+def test_two_branches_at_once_are_refused(trunk):
+    _, folder = trunk
+    with pytest.raises(ValueError, match="the rates of AdamW decay already; a run takes one AnnealBranch at a time"):
+        branch(folder, AnnealBranch(4), AnnealBranch(6, "cosine"))
+
+
+def test_a_branch_that_has_ended_is_not_trained_further(trunk):
+    _, folder = trunk
+    branch(folder, AnnealBranch(4, record=folder / "r.jsonl"), Keeper(folder, 16))
+    with pytest.raises(ValueError, match="ends at step 16, where this checkpoint is already"):
+        branch(folder, AnnealBranch(4, record=folder / "r.jsonl"), start=16)
+    assert len((folder / "r.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_that_was_over_before_it_began_says_so(trunk):
+    _, folder = trunk
+    with pytest.warns(
+        UserWarning, match="nothing was annealed, because the run was over before it began: max_steps=24"
+    ):
+        branch(folder, AnnealBranch(4, record=folder / "r.jsonl"), start=24)
+    assert not (folder / "r.jsonl").exists()
+
+
+def test_a_run_that_goes_on_at_a_rate_of_zero_is_recorded_once(trunk):
+    _, folder = trunk
+    run = branch(folder, AnnealBranch(4, record=folder / "r.jsonl"), max_epochs=3, min_epochs=3, max_steps=-1)
+    assert run.trainer.global_step > 16
+    assert len((folder / "r.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_branch_of_an_unknown_trunk_says_that_it_calibrates_nothing(tmp_path):
+    with pytest.warns(UserWarning, match="the checkpoint holds no validation of a MergeCallback"):
+        fit(toy(), tmp_path, AnnealBranch(4, record=tmp_path / "r.jsonl"))
+    (found,) = read_records(tmp_path / "r.jsonl")
+    assert (found.forecast, found.matched) == (None, None)
+
+
+def test_the_multiplier_is_logged(trunk):
+    _, folder = trunk
+    run = branch(folder, AnnealBranch(4))
+    assert [value for _, value in run.logged("anneal/multiplier")] == [1.0, 0.75, 0.5, 0.25]

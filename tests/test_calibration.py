@@ -163,12 +163,6 @@ def test_the_trunk_completes_the_records_of_its_branches_and_predicts_from_then_
 
 
 def test_a_prediction_is_checked_by_the_decay_of_the_run_itself(tmp_path):
-    class Decaying(Toy):
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (24 - step) / 8))
-            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
     path = prefilled(tmp_path / "anneals.jsonl")
     callback = MergeCallback(1, 4, calibration=path, evaluate_every_n_validations=2)
     run = fit(make(Decaying), tmp_path, callback)
@@ -271,6 +265,73 @@ def test_branches_of_a_real_trunk_calibrate_the_rest_of_it(tmp_path):
     last = run.epoch_metrics[-1]
     predicted = bias.predict(float(last[METRIC]), float(last[f"merged/{METRIC}"]))
     assert float(last[f"annealed/{METRIC}"]) == pytest.approx(predicted.value, rel=1e-5)
+
+
+def test_branches_matched_under_another_rule_say_nothing_of_this_run_either(tmp_path):
+    history = [values(step, rule="wma") for step in (100, 200)]
+    own = [record(step, 1.35, run_identity(history)) for step in (100, 200)]
+    assert calibration(tmp_path, *own).predict(history, METRIC) is None
+
+
+def test_callbacks_with_other_rules_know_one_run(tmp_path):
+    callbacks = MergeCallback(1, 4), MergeCallback(merges=Ema(half_life_steps=3), name="ema")
+    fit(make(Toy), tmp_path, *callbacks)
+    histories = [[TrunkValues(**known) for known in each.state_dict()["history"]] for each in callbacks]
+    assert run_identity(histories[0]) == run_identity(histories[1])
+    assert histories[0][0].rule != histories[1][0].rule
+
+
+class Decaying(Toy):
+    """Constant up to step 16, then down to zero over the next eight steps."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (24 - step) / 8))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def test_values_of_a_decay_are_no_trunk_s_whenever_capturing_began(tmp_path):
+    path = prefilled(tmp_path / "anneals.jsonl")
+    callback = MergeCallback(1, 4, start=0, calibration=path)
+    run = fit(make(Decaying), tmp_path, callback)
+    assert [known["step"] for known in callback.state_dict()["history"]] == [4, 8, 12, 16]
+    assert len(run.logged(f"annealed_error/{METRIC}")) == 1
+
+
+def test_a_decay_that_ends_without_a_validation_leaves_its_prediction_unchecked_and_says_so(tmp_path):
+    path = prefilled(tmp_path / "anneals.jsonl")
+    with pytest.warns(UserWarning, match="ended at step 24, in a decay, without a validation there"):
+        run = fit(make(Decaying), tmp_path, MergeCallback(1, 4, calibration=path), val_check_interval=5)
+    assert not run.logged(f"annealed_error/{METRIC}")
+
+
+def test_merges_of_an_earlier_phase_are_no_history_of_the_new_one(tmp_path):
+    class Stepped(Toy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 13 else 0.5)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    path = prefilled(tmp_path / "anneals.jsonl")
+    callback = MergeCallback(10, 4, calibration=path)
+    run = fit(make(Stepped), tmp_path, callback)
+    # The second phase has its first snapshot at step 20; until then the merge is of the first.
+    assert [known["step"] for known in callback.state_dict()["history"]] == [12, 20, 24]
+    assert [step + 1 for step, _ in run.logged(f"annealed/{METRIC}")] == [12, 20, 24]
+
+
+def test_a_run_resumed_without_calibration_predicts_nothing(tmp_path):
+    path = prefilled(tmp_path / "anneals.jsonl")
+    first = fit(still(), tmp_path / "a", MergeCallback(1, 4, calibration=path), train=ResumableBatches(), max_steps=12)
+    first.trainer.save_checkpoint(tmp_path / "12.ckpt")
+    run = fit(still(), tmp_path / "b", MergeCallback(1, 4), train=ResumableBatches(), ckpt_path=tmp_path / "12.ckpt")
+    assert not run.logged(f"annealed/{METRIC}")
+
+
+@pytest.mark.parametrize("wrong", ["", "."])
+def test_a_calibration_that_is_no_file_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"calibration must be a file of records, not a folder"):
+        MergeCallback(calibration=wrong)
 
 
 def test_an_average_over_every_step_is_a_proxy_too(tmp_path):

@@ -11,7 +11,7 @@ from merge_callback import Ema, MergeCallback, PowerEma
 from merge_callback.export import read_provenance
 from merge_callback.shadow import Shadow, is_average, synthesis_coefficients
 from merge_callback.snapshots import RowLayout
-from tests.toys import Toy, Tracker, fit, make, same
+from tests.toys import ResumableBatches, Toy, Tracker, fit, make, same
 
 
 def ramp(average, gap, last, first=0):
@@ -258,3 +258,25 @@ def test_an_average_that_met_nan_is_named_and_begins_anew_once_the_weights_are_s
         run = fit(make(Toy), tmp_path, Breaking(), callback, Breaking())
     assert [step + 1 for step, _ in run.logged("merged/val_loss")] == [4, 8, 16, 20, 24]
     assert all(torch.isfinite(tensor).all() for tensor in callback.merged_state_dict().values())
+
+
+def test_an_average_of_another_profile_starts_anew_after_a_resume_and_says_so(tmp_path):
+    before, after = (MergeCallback(merges=Ema(half_life_steps=half_life)) for half_life in (4, 2))
+    first = fit(make(Toy), tmp_path / "a", before, train=ResumableBatches(), max_steps=12)
+    first.trainer.save_checkpoint(tmp_path / "12.ckpt")
+    with pytest.warns(UserWarning, match="there is nothing of the average 'ema' to go on from: it starts anew"):
+        fit(make(Toy), tmp_path / "b", after, train=ResumableBatches(), ckpt_path=tmp_path / "12.ckpt")
+
+
+def test_parameters_that_become_trainable_begin_a_new_average_and_a_new_window(tmp_path):
+    class Unfreezing(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            if trainer.global_step == 10:
+                pl_module.frozen.requires_grad_(True)
+
+    callback = MergeCallback(1, 4, merges={"sma": "sma", "ema": Ema(half_life_steps=4)})
+    message = r"changed before step 11: the window of 4 snapshots and the average 'ema' does not fit them any more"
+    with pytest.warns(UserWarning, match=message):
+        fit(make(Toy), tmp_path, callback, Unfreezing(), max_steps=11)
+    assert callback.snapshot_steps == [11]
+    assert same(callback.merged_state_dict("sma"), callback.merged_state_dict("ema"))

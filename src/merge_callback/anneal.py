@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,10 +58,15 @@ class AnnealBranch(Callback):
             raise ValueError(f"AnnealBranch takes exactly one of span_steps and span, got {span_steps} and {span}")
         if span_steps is not None:
             check_count("span_steps", span_steps)
-        if span is not None and not 0 < span < 1:
-            raise ValueError(f"span must be a share of the steps in (0, 1), got {span}")
-        if shape not in DECAY_SHAPES:
+        if span is not None and not (isinstance(span, float) and 0 < span < 1):
+            raise ValueError(f"span must be a share of the steps in (0, 1), got {span!r}")
+        if not isinstance(shape, str) or shape not in DECAY_SHAPES:
             raise ValueError(f"shape must be one of {', '.join(DECAY_SHAPES)}, got {shape!r}")
+        for name, path in (("record", record), ("trunk", trunk)):
+            if path is not None and not isinstance(path, str | os.PathLike):
+                raise TypeError(f"{name} must be the path of a file, got {path!r}")
+            if path is not None and Path(path).is_dir():
+                raise ValueError(f"{name} must be the path of a file, but {str(path)!r} is a folder")
         self.span_steps = span_steps
         self.shape = shape
         self.span = span
@@ -76,7 +82,7 @@ class AnnealBranch(Callback):
         self._first_rates: list[float] = []
         self._annealed: dict[str, float] | None = None
         self._check_val_every_n_epoch: int | None = None
-        self._is_finished = False
+        self._has_begun = self._is_finished = self._is_recorded = False
 
     def multiplier(self, step: int) -> float:
         """What the rates of the optimizer step after ``step`` steps are multiplied by; one before the branch."""
@@ -102,9 +108,10 @@ class AnnealBranch(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._loaded_start, self._run, self._history = None, None, []
-        self._is_finished = False
+        self._has_begun = self._is_finished = self._is_recorded = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._has_begun = True
         start = optimizer_step(trainer) if self._loaded_start is None else self._loaded_start
         span_steps = self.span_steps or _span_steps(start, self.span or 0.0)
         end = start + span_steps
@@ -113,7 +120,18 @@ class AnnealBranch(Callback):
         self._first_rates = learning_rates(trainer.optimizers)
         self._overlay = RateOverlay(trainer.optimizers, lambda: self.multiplier(optimizer_step(trainer)))
         observe_validations(trainer, self)
+        if self.record is not None and self._run is None:
+            rank_zero_warn(
+                "AnnealBranch: the checkpoint holds no validation of a MergeCallback, so nobody will know what the"
+                " trunk of this branch was, and its record calibrates nothing"
+            )
         rank_zero_info(f"AnnealBranch: {self.shape} decay over {span_steps} steps, from step {start} to step {end}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # The rates outside the steps, and so what monitors of rates show, are the schedulers' own.
+        if not trainer.barebones:
+            multiplier = self.multiplier(optimizer_step(trainer))
+            pl_module.log("anneal/multiplier", multiplier, on_step=True, on_epoch=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -132,19 +150,20 @@ class AnnealBranch(Callback):
             trainer.should_stop = self._is_finished = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._annealed is None or self._start_step is None:
+        if self._annealed is None or self._start_step is None or self.record is None or self._is_recorded:
             return
-        annealed, self._annealed = self._annealed, None
-        if self.record is None or not trainer.is_global_zero:
+        self._is_recorded = True
+        if not trainer.is_global_zero:
             return
         span_steps = self._end_step - self._start_step
         record = AnnealRecord(
             run=self._run or f"checkpoint {trainer.ckpt_path}",
             start_step=self._start_step,
-            step=self._end_step,
+            # A batch of manual optimization may take more than one step.
+            step=optimizer_step(trainer),
             span_steps=span_steps,
             shape=self.shape,
-            annealed=annealed,
+            annealed=self._annealed,
         )
         append_record(self.record, completed(record, self._history))
 
@@ -155,6 +174,10 @@ class AnnealBranch(Callback):
                 f"AnnealBranch: the run ended at step {optimizer_step(trainer)}, before the end of the decay at step"
                 f" {self._end_step}, so nothing was recorded"
             )
+        elif self.record is not None and not self._is_recorded:
+            rank_zero_warn(
+                "AnnealBranch: the validation at the end of the decay logged nothing, so nothing was recorded"
+            )
         elif (rates := learning_rates(trainer.optimizers)) != self._first_rates:
             rank_zero_warn(
                 f"AnnealBranch: the run's own schedule moved the rates from {self._first_rates} to {rates} while they"
@@ -162,10 +185,16 @@ class AnnealBranch(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._has_begun = True
         self._remove(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove(trainer)
+        if stage == "fit" and not self._has_begun:
+            rank_zero_warn(
+                "AnnealBranch: nothing was annealed, because the run was over before it began:"
+                f" max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}"
+            )
 
     # What `evaluate.observe_validations` calls.
 
@@ -174,7 +203,7 @@ class AnnealBranch(Callback):
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """Keeps the values of the validation at the end of the decay."""
-        if self._is_finished:
+        if self._is_finished and live:
             self._annealed = {name: float(logged.value) for name, logged in live.items()}
         return {}
 
@@ -189,9 +218,12 @@ class AnnealBranch(Callback):
             raise ValueError(f"{planned}, but min_steps={trainer.min_steps} keeps the run going")
         if self.record is not None and not trainer.enable_validation:
             raise ValueError(f"record={str(self.record)!r} needs a validation, and this run has none")
+        if optimizer_step(trainer) >= end:
+            raise ValueError(f"{planned}, where this checkpoint is already: the branch has ended")
         if self.trunk is not None:
             run, history = _trunk_in_file(self.trunk)
-            if self._run is not None and run != self._run:
+            is_same = run is not None and self._run in (None, run)
+            if not is_same or len(history) < len(self._history):
                 raise ValueError(
                     f"trunk={str(self.trunk)!r} is no later checkpoint of the run that this branch is from"
                 )
@@ -216,5 +248,5 @@ def _span_steps(start: int, span: float) -> int:
 def _trunk_in_file(path: str | os.PathLike[str]) -> tuple[str | None, list[TrunkValues]]:
     try:
         return trunk_in_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except pickle.UnpicklingError as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"trunk={str(path)!r} is no checkpoint that loads with weights_only=True: {error}") from error

@@ -43,6 +43,14 @@ def check_storage(storage: Any) -> None:
     raise NotImplementedError(f"storage={str(storage)!r} is still to come; only storage='device' is there")
 
 
+def check_calibration(calibration: Any) -> None:
+    """Raises unless it can be a file of records, or names the prior."""
+    if calibration is not None and not isinstance(calibration, str | os.PathLike):
+        raise TypeError(f"calibration must be a file of records, 'prior' or None, got {calibration!r}")
+    if calibration is not None and (not str(calibration) or Path(calibration).is_dir()):
+        raise ValueError(f"calibration must be a file of records, not a folder, or 'prior', got {str(calibration)!r}")
+
+
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype itself, also from its name; None stays None."""
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

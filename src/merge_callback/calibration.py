@@ -34,7 +34,8 @@ class AnnealCalibration:
     """Predicts what a run would be if it were annealed now, from records of real anneals.
 
     Branches of the run itself count, as far as they have ended, where there are two of a kind; otherwise those of other
-    runs in the same file that merged by the same rule. The kind is the one whose span is nearest to that of the merge.
+    runs in the same file. Either way the trunk must have merged by the same rule as now, so a file serves one rule. The
+    kind is the one whose span is nearest to that of the merge.
 
     Args:
         source: File of records, which may grow while the run goes on, or not be there yet; ``"prior"`` for what this
@@ -81,9 +82,9 @@ class AnnealCalibration:
         now, run = history[-1], run_identity(history)
         if self.source == PRIOR:
             return _nearest(_prior(), now)
-        known = [record for record in self.records if record.matched is not None]
-        own = [record for record in known if record.run == run and record.step <= now.step]
-        others = [r for r in known if r.run != run and r.matched is not None and r.matched.rule == now.rule]
+        alike = [record for record in self.records if record.matched is not None and record.matched.rule == now.rule]
+        own = [record for record in alike if record.run == run and record.step <= now.step]
+        others = [record for record in alike if record.run != run]
         for source, records, end in (("of this run", own, now.step), ("of other runs", others, None)):
             found = [_basis(_comparisons(kind, metric, end), kind, source) for kind in _kinds(records)]
             bases = [basis for basis in found if basis is not None]
@@ -105,7 +106,7 @@ class AnnealCalibration:
         Stands on the offset between merge and anneal of earlier branches, and on merges of the last half of the run.
         """
         basis = self.basis(history, metric)
-        known = [values for values in history if metric in values.merged]
+        known = [values for values in history if metric in values.merged and values.rule == history[-1].rule]
         if basis is None or basis.offset is None or not known:
             return None
         steps, merged = [values.step for values in known], [values.merged[metric] for values in known]

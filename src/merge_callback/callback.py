@@ -13,7 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from merge_callback.arguments import check_count, check_limit, check_storage, floating_dtype, named_merges
+from merge_callback.arguments import (
+    check_calibration,
+    check_count,
+    check_limit,
+    check_storage,
+    floating_dtype,
+    named_merges,
+)
 from merge_callback.calibration import PRIOR, AnnealCalibration
 from merge_callback.capture import SnapshotCapture
 from merge_callback.evaluate import (
@@ -125,8 +132,7 @@ class MergeCallback(Callback):
         self.dtype = floating_dtype(dtype)
         self.evaluate_every_n_validations = evaluate_every_n_validations
         self.limit_batches = limit_batches
-        if calibration is not None and not isinstance(calibration, str | os.PathLike):
-            raise TypeError(f"calibration must be a file of records, 'prior' or None, got {calibration!r}")
+        check_calibration(calibration)
         self.calibration = calibration
         self.higher_is_better = (higher_is_better,) if isinstance(higher_is_better, str) else tuple(higher_is_better)
         self.save_state = save_state
@@ -144,6 +150,8 @@ class MergeCallback(Callback):
         self._anneals = AnnealCalibration(calibration) if calibration is not None else None
         # The latest at a constant rate; kept while the rate decays.
         self._predictions: dict[str, Prediction] = {}
+        # Whether the latest validation has compared them with the end of a decay.
+        self._is_checked = False
         # Merges whose rule has given proper coefficients once.
         self._worked: set[str] = set()
         self._said: set[str] = set()
@@ -298,7 +306,8 @@ class MergeCallback(Callback):
             self._num_validations = self._loaded_state["num_validations"]
             self._worked = set(self._loaded_state["worked"])
             self._history = [TrunkValues(**values) for values in self._loaded_state["history"]]
-            self._predictions = {m: Prediction(**kept) for m, kept in self._loaded_state["predictions"].items()}
+            if self._anneals is not None:
+                self._predictions = {m: Prediction(**kept) for m, kept in self._loaded_state["predictions"].items()}
             if self._loaded_state["step"] < step:
                 # Saved by a callback earlier in the list, before this one had seen the step.
                 self._capture.after_step(
@@ -333,6 +342,13 @@ class MergeCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._explain_phase(trainer, is_end=True)
+        if self._predictions and not self._capture.phase.is_stable and not self._is_checked:
+            self._say(
+                f"the run ended at step {self._step}, in a decay, without a validation there: its last prediction was"
+                " not checked",
+                topic="checked",
+                warn=True,
+            )
         stop_observing_validations(trainer, self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -457,22 +473,22 @@ class MergeCallback(Callback):
 
     def _predicted(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """What real anneals make of this validation; at the end of a decay, how wrong the last prediction was."""
-        evaluation = self._evaluation
-        if evaluation is not None and self._primary in evaluation.merged and self._capture.is_active:
+        evaluation, is_comparable = self._evaluation, self._capture.is_comparable
+        if evaluation is not None and self._primary in evaluation.merged and is_comparable:
             self._remember(evaluation, live)
             if self._anneals is not None:
                 if problem := self._anneals.update(self._history, may_write=trainer.is_global_zero):
                     self._say(f"the records of anneals were left alone: {problem}", topic="records", warn=True)
                 self._predictions = self._predict(self._anneals, evaluation.merged[self._primary])
         logged: dict[str, LoggedValue] = {}
-        if evaluation is None and self._capture.is_active:
+        if self._capture.phase.is_stable and (evaluation is None or not is_comparable):
             return logged
-        is_end = not self._capture.is_active and is_last_validation(trainer)
+        self._is_checked = not is_comparable and is_last_validation(trainer)
         for metric, prediction in self._predictions.items():
             numbers = {f"annealed{self._label()}/{metric}": prediction.value}
             numbers[f"annealed{self._label()}/{metric}/low"] = prediction.low
             numbers[f"annealed{self._label()}/{metric}/high"] = prediction.high
-            if is_end and metric in live:
+            if self._is_checked and metric in live:
                 numbers[f"annealed_error{self._label()}/{metric}"] = prediction.value - float(live[metric].value)
             logged |= {name: LoggedValue(torch.tensor(number)) for name, number in numbers.items()}
         if self._predictions and self.calibration == PRIOR:

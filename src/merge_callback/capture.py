@@ -62,9 +62,9 @@ class SnapshotCapture:
         self._is_outdated = False
 
     @property
-    def is_active(self) -> bool:
-        """Whether the latest step belonged to the time in which to capture."""
-        return self.phase.is_stable or self.start != "stable"
+    def is_comparable(self) -> bool:
+        """Whether merges and the live model belong to one phase of constant rate, which goes on."""
+        return self.phase.is_stable and not (self._is_outdated and self._takes_snapshots)
 
     @property
     def steps(self) -> list[int]:
@@ -134,16 +134,12 @@ class SnapshotCapture:
         elif step < self.start:
             return False
         if self.shadows:
-            self._update_shadows(module, step)
+            parameters = merged_parameters(module)
+            self._fit_to(module, parameters, step)
+            for shadow in self.shadows.values():
+                shadow.update(step, parameters)
+            self.shadow_buffers = {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}
         return self._takes_snapshots and self.schedule.take(step) and self._take_snapshot(module, step)
-
-    def _update_shadows(self, module: nn.Module, step: int) -> None:
-        live = merged_parameters(module)
-        if self.layout is None or not self.layout.fits(live):
-            self.prepare(module)
-        for shadow in self.shadows.values():
-            shadow.update(step, live)
-        self.shadow_buffers = {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}
 
     def drop_nonfinite_shadows(self) -> list[str]:
         """Names of the shadows that hold NaN or inf, which would stay for good; they begin anew. Waits for the device.
@@ -164,17 +160,7 @@ class SnapshotCapture:
 
     def _take_snapshot(self, module: nn.Module, step: int) -> bool:
         parameters = merged_parameters(module)
-        if self.ring is None:
-            self.prepare(module)
-        elif not self.ring.storage.layout.fits(parameters):
-            warnings.warn(
-                f"The trainable parameters changed before step {step}: the window of {len(self.steps)} snapshots does"
-                " not fit them any more, and a new one begins.",
-                stacklevel=2,
-            )
-            # Otherwise both rings would take their memory at once.
-            self.ring = None
-            self.prepare(module)
+        self._fit_to(module, parameters, step)
         assert self.ring is not None
         if bad := nonfinite_names(parameters):
             warnings.warn(
@@ -195,6 +181,24 @@ class SnapshotCapture:
         self.ring.append(step, parameters)
         self.buffers = {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}
         return True
+
+    def _fit_to(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> None:
+        """Makes room for these parameters, where there is none yet or they are others than before."""
+        if self.layout is not None and self.layout.fits(parameters):
+            return
+        if self.layout is not None:
+            kept = [f"the window of {len(self.steps)} snapshots"] if self.ring is not None else []
+            kept += [f"the average {name!r}" for name in self.shadows]
+            warnings.warn(
+                f"The trainable parameters changed before step {step}: {' and '.join(kept)} does not fit them any more,"
+                " and a new one begins.",
+                stacklevel=2,
+            )
+        # Otherwise both rings would take their memory at once.
+        self.ring = None
+        for shadow in self.shadows.values():
+            shadow.clear()
+        self.prepare(module)
 
     def _needs_thinning(self, step: int) -> bool:
         required = max((required_span(rule, step) for rule in self._rules), default=0.0)

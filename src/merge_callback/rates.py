@@ -23,7 +23,7 @@ class RateOverlay:
         multiplier: Called at every step of each of them.
 
     Raises:
-        ValueError: If an optimizer has no rate to multiply, or takes no hooks around its steps.
+        ValueError: If an optimizer has no rate to multiply, or its rates are multiplied already.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer], multiplier: Callable[[], float]) -> None:
@@ -35,6 +35,8 @@ class RateOverlay:
             name = type(optimizer).__name__
             if not isinstance(optimizer, Optimizer) or any(group.get("lr") is None for group in optimizer.param_groups):
                 raise ValueError(f"the optimizer {name} has no learning rate that could be multiplied")
+            if optimizer in _overlays:
+                raise ValueError(f"the rates of {name} decay already; a run takes one AnnealBranch at a time")
         self._handles = [
             handle
             for optimizer in self.optimizers

@@ -102,11 +102,12 @@ def read_records(path: str | os.PathLike[str]) -> list[AnnealRecord]:
     complete, _, _ = path.read_text().rpartition("\n")
     records: dict[tuple[str, int, int, str], AnnealRecord] = {}
     for number, line in enumerate(complete.splitlines(), start=1):
-        is_torn = line.startswith("{") and not line.endswith("}")
-        if line.strip() and not is_torn:
+        if line.strip():
             try:
                 record = _parse(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
+                if isinstance(error, json.JSONDecodeError) and line.startswith("{"):
+                    continue
                 raise ValueError(f"{path}, line {number}, is no record of an anneal: {error!r}") from error
             records[record.identity] = record
     return list(records.values())
@@ -158,7 +159,8 @@ def run_identity(history: Sequence[TrunkValues]) -> str | None:
     """
     if not history:
         return None
-    return hashlib.sha256(json.dumps(asdict(history[0]), sort_keys=True).encode()).hexdigest()[:12]
+    first = {"step": history[0].step, "live": history[0].live}
+    return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def trunk_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str | None, list[TrunkValues]]:

@@ -204,11 +204,13 @@ class Shadow:
         self.step, self.tensors = None, {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "tensors": self.tensors}
+        return {"average": repr(self.average), "step": self.step, "tensors": self.tensors}
 
     def load_state_dict(self, state: Mapping[str, Any], live: Mapping[str, Tensor]) -> bool:
-        """Takes over a saved average if it fits the live tensors; returns whether it did."""
+        """Takes over a saved average of the same profile if it fits the live tensors; returns whether it did."""
         saved: Mapping[str, Tensor] = state["tensors"]
+        if state["average"] != repr(self.average):
+            return False
         if state["step"] is None:
             return True
         if saved.keys() != live.keys() or any(saved[name].shape != live[name].shape for name in saved):

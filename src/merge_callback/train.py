@@ -68,9 +68,13 @@ def prepare(
     if (start := anneal.pop("from", None)) is not None:
         if not Path(start).is_file():
             raise ValueError(f"anneal.from must be a checkpoint of a run, got {start!r}")
+        if anneal.get("span") is None and anneal.get("span_steps") is None:
+            raise ValueError("anneal.from needs anneal.span, a share of the steps, or anneal.span_steps")
         listed.append(AnnealBranch(**anneal))
         # The branch stops by itself.
         checkpoint, trainer_options = start, {"max_steps": -1, "max_epochs": -1, **trainer_options}
+    elif any(anneal.get(name) is not None for name in ("span", "span_steps")):
+        raise ValueError("anneal.span and anneal.span_steps need anneal.from, the checkpoint to branch from")
     if loggers is None:
         loggers = _instantiated(config.get("logger"))
     trainer = instantiate(config.trainer, callbacks=[*listed, *callbacks], logger=list(loggers), **trainer_options)

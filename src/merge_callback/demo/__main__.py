@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from merge_callback.demo.training import run_with_anneals
+from merge_callback.demo.training import anneal_ends, run_with_anneals
 from merge_callback.figures import plot_validations
 from merge_callback.records import AnnealRecord, read_records
 from merge_callback.report import Validation, read_validations
@@ -55,14 +55,14 @@ def main(config: DictConfig) -> None:
 
 
 def trunk(config: DictConfig, folder: Path, console: Console) -> tuple[Run, list[AnnealRecord]]:
-    """The run itself; with the callback and at least three places to anneal at, also its branches."""
+    """The run itself; with the callback, and with places enough to anneal at, also its branches."""
     run = prepare(config, loggers=())
     num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
     num_train, num_validation = len(run.data.corpus.train), len(run.data.corpus.validation)
     console.print(f"Corpus: {run.data.corpus.description}")
     console.print(f"{num_train:,} bytes to train on, {num_validation:,} kept back; {num_parameters:,} parameters")
     merging = config.callbacks.get("merge")
-    if merging and "_target_" in merging and len(config.demo.anneal_at) > 2:
+    if merging and "_target_" in merging and config.resume_from is None and anneal_ends(config):
         return run_with_anneals(config, folder, console.print)
     run = prepare(config)
     run.fit()

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from merge_callback.evaluate import validation_follows
+from merge_callback.prediction import MIN_BRANCHES
 from merge_callback.records import AnnealRecord, read_records
 from merge_callback.train import Run, prepare
 
@@ -31,6 +32,12 @@ class CheckpointAt(Callback):
             trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt", weights_only=False)
 
 
+def anneal_ends(config: DictConfig) -> list[int]:
+    """Where branches end, as far as the run gets there; none where there are too few to calibrate and check."""
+    ends = sorted(end for end in config.demo.anneal_at if end <= config.trainer.max_steps)
+    return ends if len(ends) > MIN_BRANCHES else []
+
+
 def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None]) -> tuple[Run, list[AnnealRecord]]:
     """Trains a trunk, and really anneals branches of it that end where ``demo.anneal_at`` says.
 
@@ -45,7 +52,7 @@ def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None
     Returns:
         The trunk, and the records of its branches.
     """
-    ends = {int(end): max(1, round(end * config.demo.anneal_span)) for end in sorted(config.demo.anneal_at)}
+    ends = {end: max(1, round(end * config.demo.anneal_span)) for end in anneal_ends(config)}
     *earlier, last = ends
     record, checkpoints = folder / "anneals.jsonl", folder / "checkpoints"
     keeper = CheckpointAt(checkpoints, (end - span_steps for end, span_steps in ends.items()))
