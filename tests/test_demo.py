@@ -70,29 +70,25 @@ def weights(output):
 
 @pytest.mark.slow
 def test_the_merge_beats_the_live_model_on_real_text_and_predicts_an_anneal_it_has_not_seen(tmp_path):
-    output = demo(tmp_path / "run")
     folder = tmp_path / "run"
+    arguments = ["trainer.max_steps=1000", "trainer.val_check_interval=50", "data.num_validation_blocks=256"]
+    output = demo(folder, *arguments, "demo.anneal_at=[500,700,850,1000]")
     validations = read_validations(folder / "csv" / "metrics.csv", "val_loss")
-    assert [validation.step for validation in validations] == list(range(75, 1501, 75))
-    # There are snapshots enough by the second validation: the warmup ends at step 100.
+    assert [validation.step for validation in validations] == list(range(50, 1001, 50))
+    # There are snapshots enough by then: the warmup ends at step 100.
     full = [validation for validation in validations if validation.step >= 150]
     better = [validation for validation in full if validation.merged < validation.live]
     assert len(better) >= 0.9 * len(full)
     assert full[-1].gain > 0.05
-    assert full[-1].live < 1.6
+    assert full[-1].live < 1.8
     assert f"{full[-1].merged:.4f}" in output
     # Three branches calibrated it, the fourth came afterwards.
-    assert [validation.step for validation in validations if validation.predicted] == [1275, 1350, 1425, 1500]
+    assert [validation.step for validation in validations if validation.predicted] == [900, 950, 1000]
     records = read_records(folder / "anneals.jsonl")
-    assert [(record.start_step, record.step) for record in records] == [
-        (540, 600),
-        (810, 900),
-        (1080, 1200),
-        (1350, 1500),
-    ]
+    steps = [(record.start_step, record.step) for record in records]
+    assert steps == [(450, 500), (630, 700), (765, 850), (900, 1000)]
     annealed, predicted = records[-1].annealed["val_loss"], full[-1].predicted
-    assert abs(predicted.value - annealed) < 0.02 < 0.1 * full[-1].live
-    assert abs(predicted.value - annealed) < full[-1].live - annealed
+    assert abs(predicted.value - annealed) < 0.25 * (full[-1].live - annealed)
     assert f"{annealed:.4f}" in output
     assert (folder / "live_and_merged.png").stat().st_size > 10_000
     assert list((folder / "tensorboard").glob("events*"))
