@@ -189,8 +189,10 @@ def section_trunks(benchmark: Benchmark) -> str:
         losses = [trunk.points[last]["live"], *(trunk.anneals[last, s, "linear"].annealed[METRIC] for s in SPANS)]
         settings = " ".join(trunk.info["overrides"]) or "the demo's"
         size, commit = f"{trunk.info['num_parameters']:,}", trunk.info["commit"][:7]
-        rows.append([name, settings, size, str(last), *(f"{loss:.3f}" for loss in losses), commit])
-    header = ["trunk", "settings", "parameters", "steps", "live", "annealed, 10 %", "annealed, 20 %", "commit"]
+        counts = f"{len(trunk.anneals)} / {len(trunk.spans(last)[SPANS[0]]['matched'])}"
+        rows.append([name, settings, size, str(last), counts, *(f"{loss:.3f}" for loss in losses), commit])
+    header = ["trunk", "settings", "parameters", "steps", "anneals / merges evaluated"]
+    header += ["live", "annealed, 10 %", "annealed, 20 %", "commit"]
     return table(header, rows)
 
 
