@@ -85,6 +85,8 @@ class Terminated(Talking):
             print("terminated in the merge", flush=True)
             os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 
+# A shell that starts its jobs in the background has them ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 module = make(Terminated)
 try:
     fit(module, Path(sys.argv[1]), MergeCallback(2, 3))
