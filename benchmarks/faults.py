@@ -347,15 +347,15 @@ FAULTS = [
     (
         "the prediction moves on while the run decays",
         "callback.py",
-        "self._primary in evaluation.merged and is_comparable:",
-        "self._primary in evaluation.merged:",
+        "if not (self.is_evaluated and self._capture.is_comparable):",
+        "if not self.is_evaluated:",
         "test_calibration.py::test_a_prediction_is_checked_by_the_decay_of_the_run_itself",
     ),
     (
         "the half-life forgets the gap between updates",
         "shadow.py",
-        "        return 0.5 ** (gap / self._half_life_steps(step))\n",
-        "        return 0.5 ** (1 / self._half_life_steps(step))\n",
+        "        return 0.5 ** (gap / in_steps(self.half_life_steps, self.half_life, step))\n",
+        "        return 0.5 ** (1 / in_steps(self.half_life_steps, self.half_life, step))\n",
         "test_shadow.py::test_the_mean_age_of_a_half_life_average_is_that_of_theory",
     ),
     (

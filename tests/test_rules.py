@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from merge_callback.rules import (
     DECAY_SHAPES,
     RULES,
+    Extrapolate,
     Window,
     coefficients_from_decay,
     decay,
     decay_from_coefficients,
     ema,
     merge_coefficients,
+    required_span,
     resolve_rule,
     sma,
     wma,
@@ -210,3 +212,40 @@ def test_a_window_with_impossible_arguments_is_refused(arguments, message):
 def test_an_ema_needs_a_proper_alpha(alpha):
     with pytest.raises(ValueError, match=r"alpha must lie in \(0, 1\]"):
         ema(alpha)
+
+
+def test_extrapolation_goes_on_from_the_older_merge_through_the_newest():
+    rule = Extrapolate("sma", amount=0.5, gap_steps=20)
+    # Newest: a quarter each; older: a half each of the first two.
+    assert rule([10, 20, 30, 40]) == [0.125, 0.125, 0.375, 0.375]
+    assert sum(rule([10, 20, 30, 40])) == 1
+    # x_t = t: the merges are 25 and 15.
+    assert sum(c * x for c, x in zip(rule([10, 20, 30, 40]), (10, 20, 30, 40), strict=True)) == 30
+
+
+def test_an_extrapolation_without_an_older_merge_or_by_nothing_is_the_rule_itself():
+    assert Extrapolate("wma", gap_steps=100)([10, 20, 30]) == wma([10, 20, 30])
+    assert Extrapolate("wma", amount=0.0, gap=0.5)([10, 20, 30]) == wma([10, 20, 30])
+
+
+def test_an_extrapolation_needs_its_gap_and_the_window_behind_it():
+    assert required_span(Extrapolate(Window(span_steps=100), gap_steps=50), 1000) == 150
+    assert required_span(Extrapolate(Window(span=0.1), gap=0.1), 1000) == 100 + 90
+    assert required_span(Extrapolate("sma", gap=0.1), 1000) == 100
+    assert required_span("sma", 1000) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Extrapolate takes exactly one of gap and gap_steps, got gap=None, gap_steps=None"),
+        ({"gap": 0.1, "gap_steps": 5}, "exactly one of gap and gap_steps"),
+        ({"gap_steps": 0}, "gap_steps must be >= 1, got 0"),
+        ({"gap": 1.0}, r"gap must be a share of training in \(0, 1\), got 1.0"),
+        ({"gap": 0.1, "amount": float("nan")}, "amount must be finite, got nan"),
+        ({"gap": 0.1, "rule": "smaa"}, "did you mean 'sma'"),
+    ],
+)
+def test_a_wrong_extrapolation_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Extrapolate(**arguments)

@@ -26,6 +26,8 @@ from lightning.pytorch import Callback
 from omegaconf import DictConfig
 
 from merge_callback.demo.model import MixtureOfExperts
+from merge_callback.demo.training import CheckpointAt
+from merge_callback.metrics import chosen_experts
 from merge_callback.records import read_records
 from merge_callback.report import read_validations
 from merge_callback.rules import Extrapolate, Rule, Window, decay, ema, merge_coefficients, sma, wma
@@ -81,21 +83,17 @@ def window(end: int, span_steps: int, num_snapshots: int) -> list[int]:
     return sorted(end - round(round(j * GRID / num_snapshots) * span_steps / GRID) for j in range(num_snapshots))
 
 
-class Keeper(Callback):
-    """Stores weights at some steps and checkpoints at others."""
+class WeightsAt(Callback):
+    """Stores weights alone after some optimizer steps."""
 
-    def __init__(self, folder: Path, weight_steps: set[int], checkpoint_steps: set[int]) -> None:
+    def __init__(self, folder: Path, steps: set[int]) -> None:
         self.folder = folder
-        self.weight_steps = weight_steps
-        self.checkpoint_steps = checkpoint_steps
+        self.steps = steps
         folder.mkdir(parents=True, exist_ok=True)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step
-        if step in self.weight_steps:
-            torch.save(merged_parameters(pl_module), self.folder / f"weights-{step}.pt")
-        if step in self.checkpoint_steps:
-            trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
+        if trainer.global_step in self.steps:
+            torch.save(merged_parameters(pl_module), self.folder / f"weights-{trainer.global_step}.pt")
 
 
 def config_of(trunk: Trunk, folder: Path, *overrides: str) -> DictConfig:
@@ -129,11 +127,10 @@ def run_trunk(trunk: Trunk, folder: Path) -> dict[str, object]:
             starts.add(end - span_steps)
             weight_steps |= {end - round(j * span_steps / GRID) for j in range(GRID)}
             weight_steps |= set(window(end - span_steps, span_steps, 10))
-    keeper = Keeper(folder, weight_steps, starts)
-    run = prepare(config_of(trunk, folder), [keeper])
+    keepers = WeightsAt(folder, weight_steps), CheckpointAt(folder, starts | {trunk.num_steps})
+    run = prepare(config_of(trunk, folder), keepers)
     began = time.perf_counter()
     run.fit()
-    run.trainer.save_checkpoint(folder / "end.ckpt")
     return {
         "overrides": list(trunk.overrides),
         "num_steps": trunk.num_steps,
@@ -159,11 +156,11 @@ def run_branch(trunk: Trunk, folder: Path, record: Path, *, end: int, span: floa
         f"anneal.span_steps={span_steps}",
         f"anneal.shape={shape}",
         f"anneal.record={record}",
-        f"anneal.trunk={folder / 'end.ckpt'}",
+        f"anneal.trunk={folder / f'step-{trunk.num_steps}.ckpt'}",
         # Only the end of the branch is of interest.
         "trainer.val_check_interval=1000000",
     )
-    prepare(config, [Keeper(folder / name, {end}, set())]).fit()
+    prepare(config, [WeightsAt(folder / name, {end})]).fit()
 
 
 class Evaluator:
@@ -211,7 +208,7 @@ class Evaluator:
         for handle in handles:
             handle.remove()
         logits = torch.stack([torch.cat(into) for into in caught])
-        return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(layers[0].num_active).indices, True)
+        return chosen_experts(logits, layers[0].num_active)
 
 
 def evaluate_point(evaluator: Evaluator, end: int, spans: tuple[float, ...], only: str | None = None) -> dict:

@@ -116,6 +116,8 @@ class AnnealBranch(Callback):
         span_steps = self.span_steps or _span_steps(start, self.span or 0.0)
         end = start + span_steps
         self._check(trainer, end, span_steps)
+        if self.trunk is not None:
+            self._run, self._history = self._later_trunk(self.trunk)
         self._start_step, self._end_step, self._annealed = start, end, None
         self._first_rates = learning_rates(trainer.optimizers)
         self._overlay = RateOverlay(trainer.optimizers, lambda: self.multiplier(optimizer_step(trainer)))
@@ -220,14 +222,13 @@ class AnnealBranch(Callback):
             raise ValueError(f"record={str(self.record)!r} needs a validation, and this run has none")
         if optimizer_step(trainer) >= end:
             raise ValueError(f"{planned}, where this checkpoint is already: the branch has ended")
-        if self.trunk is not None:
-            run, history = _trunk_in_file(self.trunk)
-            is_same = run is not None and self._run in (None, run)
-            if not is_same or len(history) < len(self._history):
-                raise ValueError(
-                    f"trunk={str(self.trunk)!r} is no later checkpoint of the run that this branch is from"
-                )
-            self._run, self._history = run, history
+
+    def _later_trunk(self, path: str | os.PathLike[str]) -> tuple[str | None, list[TrunkValues]]:
+        run, history = _trunk_in_file(path)
+        is_same = run is not None and self._run in (None, run)
+        if not is_same or len(history) < len(self._history):
+            raise ValueError(f"trunk={str(path)!r} is no later checkpoint of the run that this branch is from")
+        return run, history
 
     def _remove(self, trainer: Trainer) -> None:
         stop_observing_validations(trainer, self)

@@ -59,15 +59,9 @@ class Summary:
 def cases_of(records: Iterable[AnnealRecord], metric: str) -> list[Case]:
     """The matched cases among some records that have the metric."""
     return [
-        Case(
-            record.run,
-            record.step,
-            record.span,
-            record.shape,
-            Comparison(record.matched.live[metric], record.matched.merged[metric], record.annealed[metric]),
-        )
+        Case(record.run, record.step, record.span, record.shape, comparison)
         for record in records
-        if record.matched is not None and metric in record.matched.merged and metric in record.annealed
+        if (comparison := record.comparison(metric)) is not None
     ]
 
 

@@ -4,7 +4,8 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib.resources import files
 
 from merge_callback.prediction import Calibration, Comparison, Prediction, age_weight, calibrate, forecast
@@ -24,6 +25,10 @@ class Basis:
     source: str
     calibration: Calibration
     offset: Calibration | None
+
+    def predict(self, now: TrunkValues, metric: str) -> Prediction:
+        """The annealed value for what the trunk knows now."""
+        return self.calibration.predict(now.live[metric], now.merged[metric])
 
     def __str__(self) -> str:
         ratio = f"rho = {self.calibration.coefficient:.3f}"
@@ -94,11 +99,8 @@ class AnnealCalibration:
 
     def predict(self, history: Sequence[TrunkValues], metric: str) -> Prediction | None:
         """The annealed value at the newest validation, matched; None while uncalibrated."""
-        now = history[-1]
         basis = self.basis(history, metric)
-        if basis is None or metric not in now.merged:
-            return None
-        return basis.calibration.predict(now.live[metric], now.merged[metric])
+        return basis.predict(history[-1], metric) if basis is not None and metric in history[-1].merged else None
 
     def forecast(self, history: Sequence[TrunkValues], metric: str, span_steps: int) -> Prediction | None:
         """The value at the end of a decay over so many steps that begins now; None while there is too little to go by.
@@ -142,14 +144,9 @@ def _basis(comparisons: list[Comparison], kind: Sequence[AnnealRecord], source: 
 def _comparisons(records: Iterable[AnnealRecord], metric: str, now: int | None) -> list[Comparison]:
     """With the weights of their age, if they are of one run that is now at a step."""
     return [
-        Comparison(
-            record.matched.live[metric],
-            record.matched.merged[metric],
-            record.annealed[metric],
-            1.0 if now is None else age_weight(record.step, now),
-        )
+        replace(comparison, weight=1.0 if now is None else age_weight(record.step, now))
         for record in records
-        if record.matched is not None and metric in record.matched.merged and metric in record.annealed
+        if (comparison := record.comparison(metric)) is not None
     ]
 
 
@@ -164,6 +161,7 @@ def is_same_span(span: float, other: float) -> bool:
     return max(span, other) / min(span, other) < SAME_SPAN_FACTOR
 
 
+@cache
 def _prior() -> list[Basis]:
     kinds = json.loads((files("merge_callback") / "prior.json").read_text())["kinds"]
     return [

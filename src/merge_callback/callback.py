@@ -33,7 +33,7 @@ from merge_callback.evaluate import (
     validation_follows,
 )
 from merge_callback.export import provenance, save, weights_checkpoint
-from merge_callback.prediction import Prediction
+from merge_callback.prediction import Prediction, gain
 from merge_callback.rates import learning_rates, optimizer_step
 from merge_callback.records import TrunkValues
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
@@ -119,6 +119,7 @@ class MergeCallback(Callback):
         check_count("evaluate_every_n_validations", evaluate_every_n_validations)
         check_limit(limit_batches)
         check_storage(storage)
+        check_calibration(calibration)
         if start != "stable":
             check_count("start", start, minimum=0)
         if save_state not in ("full", "none"):
@@ -132,7 +133,6 @@ class MergeCallback(Callback):
         self.dtype = floating_dtype(dtype)
         self.evaluate_every_n_validations = evaluate_every_n_validations
         self.limit_batches = limit_batches
-        check_calibration(calibration)
         self.calibration = calibration
         self.higher_is_better = (higher_is_better,) if isinstance(higher_is_better, str) else tuple(higher_is_better)
         self.save_state = save_state
@@ -402,6 +402,7 @@ class MergeCallback(Callback):
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """What to log beside the live values: merged values, gains and diagnostics."""
+        self._learn(trainer, live)
         logged = self._predicted(trainer, live)
         if (evaluation := self._evaluation) is None:
             return logged
@@ -412,9 +413,8 @@ class MergeCallback(Callback):
                 prog_bar = merged.prog_bar and name == self._primary
                 logged[f"merged{label}/{metric}"] = replace(merged, prog_bar=prog_bar)
                 if metric in live:
-                    gain = live[metric].value - merged.value
-                    gain = -gain if self._is_higher_better(metric, merged) else gain
-                    logged[f"merge_gain{label}/{metric}"] = LoggedValue(gain, logger=merged.logger)
+                    better = gain(live[metric].value, merged.value, self._is_higher_better(metric, merged))
+                    logged[f"merge_gain{label}/{metric}"] = LoggedValue(better, logger=merged.logger)
         device = trainer.lightning_module.device
         for key, number in evaluation.diagnostics.items():
             logged[f"merge{self._label()}/{key}"] = LoggedValue(torch.tensor(number, device=device))
@@ -471,19 +471,24 @@ class MergeCallback(Callback):
         spread = self._capture.ring.spread(list(coefficients.values()), row)
         return {"num_snapshots": float(len(used)), "span_steps": float(used[-1] - used[0]), "spread": spread}
 
+    def _learn(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> None:
+        """Remembers this validation, and what real anneals make of it, where merge and live model can be compared."""
+        if not (self.is_evaluated and self._capture.is_comparable):
+            return
+        assert self._evaluation is not None
+        self._remember(self._evaluation, live)
+        if self._anneals is not None:
+            if problem := self._anneals.update(self._history, may_write=trainer.is_global_zero):
+                self._say(f"the records of anneals were left alone: {problem}", topic="records", warn=True)
+            self._predictions = self._predict(self._anneals, self._evaluation.merged[self._primary])
+
     def _predicted(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
-        """What real anneals make of this validation; at the end of a decay, how wrong the last prediction was."""
-        evaluation, is_comparable = self._evaluation, self._capture.is_comparable
-        if evaluation is not None and self._primary in evaluation.merged and is_comparable:
-            self._remember(evaluation, live)
-            if self._anneals is not None:
-                if problem := self._anneals.update(self._history, may_write=trainer.is_global_zero):
-                    self._say(f"the records of anneals were left alone: {problem}", topic="records", warn=True)
-                self._predictions = self._predict(self._anneals, evaluation.merged[self._primary])
+        """What to log of the predictions; at the end of a decay, also how wrong they were."""
         logged: dict[str, LoggedValue] = {}
-        if self._capture.phase.is_stable and (evaluation is None or not is_comparable):
+        is_decaying = not self._capture.phase.is_stable
+        if not is_decaying and (self._evaluation is None or not self._capture.is_comparable):
             return logged
-        self._is_checked = not is_comparable and is_last_validation(trainer)
+        self._is_checked = is_decaying and is_last_validation(trainer)
         for metric, prediction in self._predictions.items():
             numbers = {f"annealed{self._label()}/{metric}": prediction.value}
             numbers[f"annealed{self._label()}/{metric}/low"] = prediction.low
@@ -501,10 +506,9 @@ class MergeCallback(Callback):
             # The prior is about losses.
             if anneals.source == PRIOR and self._is_higher_better(metric, merged[metric]):
                 continue
-            if (prediction := anneals.predict(self._history, metric)) is not None:
-                predictions[metric] = prediction
-                text = f"annealed{self._label()}/{metric} predicts {anneals.basis(self._history, metric)}"
-                self._say(text, topic=f"annealed {metric}")
+            if (basis := anneals.basis(self._history, metric)) is not None:
+                predictions[metric] = basis.predict(self._history[-1], metric)
+                self._say(f"annealed{self._label()}/{metric} predicts {basis}", topic=f"annealed {metric}")
         if not predictions:
             self._say(f"uncalibrated: {self.calibration} holds too few anneals to predict one", topic="uncalibrated")
         return predictions
@@ -515,8 +519,8 @@ class MergeCallback(Callback):
         merged = {name: float(primary[name].value) for name in values}
         if evaluation.live is not None:
             # The merge was evaluated on fewer batches, and there it is the difference that counts.
-            gains = {name: float(evaluation.live[name].value) - merged[name] for name in values}
-            merged = {name: values[name] - gain for name, gain in gains.items()}
+            gains = {name: gain(float(evaluation.live[name].value), merged[name]) for name in values}
+            merged = {name: values[name] - gains[name] for name in values}
         span_steps = round(evaluation.diagnostics["span_steps"])
         rule = repr(merge) if is_average(merge) else rule_label(merge)
         self._history.append(TrunkValues(self._step, span_steps, values, merged, rule))

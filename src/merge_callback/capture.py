@@ -133,13 +133,16 @@ class SnapshotCapture:
                     shadow.clear()
         elif step < self.start:
             return False
+        is_due = self._takes_snapshots and self.schedule.take(step)
+        if not (is_due or self.shadows):
+            return False
+        parameters = merged_parameters(module)
+        self._fit_to(module, parameters, step)
         if self.shadows:
-            parameters = merged_parameters(module)
-            self._fit_to(module, parameters, step)
             for shadow in self.shadows.values():
                 shadow.update(step, parameters)
-            self.shadow_buffers = {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}
-        return self._takes_snapshots and self.schedule.take(step) and self._take_snapshot(module, step)
+            self.shadow_buffers = _copied_buffers(module)
+        return is_due and self._take_snapshot(module, parameters, step)
 
     def drop_nonfinite_shadows(self) -> list[str]:
         """Names of the shadows that hold NaN or inf, which would stay for good; they begin anew. Waits for the device.
@@ -158,9 +161,7 @@ class SnapshotCapture:
         for shadow in self.shadows.values():
             shadow.clear()
 
-    def _take_snapshot(self, module: nn.Module, step: int) -> bool:
-        parameters = merged_parameters(module)
-        self._fit_to(module, parameters, step)
+    def _take_snapshot(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> bool:
         assert self.ring is not None
         if bad := nonfinite_names(parameters):
             warnings.warn(
@@ -179,7 +180,7 @@ class SnapshotCapture:
             if not self.schedule.take(step):
                 return False
         self.ring.append(step, parameters)
-        self.buffers = {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}
+        self.buffers = _copied_buffers(module)
         return True
 
     def _fit_to(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> None:
@@ -272,3 +273,7 @@ class SnapshotCapture:
         device = ring.storage.layout.groups[0][1]
         self.buffers = {name: buffer.to(device, copy=True) for name, buffer in state["buffers"].items()}
         return changes
+
+
+def _copied_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}

@@ -125,13 +125,15 @@ class RouterAgreement(Metric):
         """
         if logits.shape != other.shape:
             raise ValueError(f"both routers must score the same tokens, got {list(logits.shape)}, {list(other.shape)}")
-        chosen, others = (
-            torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(self.num_active).indices, True)
-            for scores in (logits, other)
-        )
+        chosen, others = (chosen_experts(scores, self.num_active) for scores in (logits, other))
         self.num_equal += (chosen == others).all(-1).sum()
         self.num_tokens += chosen[..., 0].numel()
 
     def compute(self) -> Tensor:
         """The share, a scalar."""
         return self.num_equal / self.num_tokens
+
+
+def chosen_experts(logits: Tensor, num_active: int) -> Tensor:
+    """Which experts a router chooses: ``[..., num_experts]`` scores to bools of the same shape."""
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(num_active).indices, True)

@@ -19,10 +19,13 @@ on the one says nothing about the other; nothing here mixes them.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 from scipy.special import stdtrit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Share of the cases that an interval is meant to hold.
 LEVEL = 0.9
@@ -31,6 +34,9 @@ MIN_BRANCHES = 2
 # A forecast looks at merges of this last share of the steps, and needs so many of them.
 FORECAST_SHARE = 0.5
 MIN_FORECAST_POINTS = 4
+
+
+Value = TypeVar("Value", float, "Tensor")
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Prediction:
     high: float
 
 
-def gain(live: float, other: float, higher_is_better: bool = False) -> float:
+def gain(live: Value, other: Value, higher_is_better: bool = False) -> Value:
     """How much better another value is than the live one.
 
     >>> gain(1.5, 1.25), gain(0.5, 0.75, higher_is_better=True)
@@ -156,12 +162,13 @@ def calibrate(
         is_moved = regressors != 0
         targets, weights = targets[is_moved] / regressors[is_moved], weights[is_moved]
         regressors = np.ones_like(targets)
-    weight = float(weights @ regressors**2)
+    # Sums without rounding: the same on every machine, whatever its vector units.
+    weight = math.fsum(weights * regressors**2)
     if len(targets) < MIN_BRANCHES or weight == 0:
         return None
-    coefficient = float(weights @ (regressors * targets)) / weight
+    coefficient = math.fsum(weights * (regressors * targets)) / weight
     residuals = targets - coefficient * regressors
-    deviation = math.sqrt(float(weights @ residuals**2) / (len(targets) - 1))
+    deviation = math.sqrt(math.fsum(weights * residuals**2) / (len(targets) - 1))
     return Calibration(form, coefficient, deviation, len(targets), weight)
 
 

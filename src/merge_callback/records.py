@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merge_callback.prediction import Comparison
+
 
 @dataclass(frozen=True)
 class TrunkValues:
@@ -63,6 +65,12 @@ class AnnealRecord:
     def span(self) -> float:
         """Length of the decay as a share of all steps up to its end."""
         return self.span_steps / self.step
+
+    def comparison(self, metric: str) -> Comparison | None:
+        """One metric beside the trunk's values of the matched window; None if that is not known of it."""
+        if self.matched is None or metric not in self.matched.merged or metric not in self.annealed:
+            return None
+        return Comparison(self.matched.live[metric], self.matched.merged[metric], self.annealed[metric])
 
 
 def append_record(path: str | os.PathLike[str], record: AnnealRecord) -> None:

@@ -30,6 +30,18 @@ class Validation:
     predicted: Prediction | None = None
 
 
+VALIDATION_HEADER = ["step", "live", "merged", "gain", "annealed (predicted)"]
+
+
+def validation_cells(validation: Validation) -> list[str]:
+    """A row of a table under `VALIDATION_HEADER`; what was not evaluated is left open."""
+    predicted = validation.predicted.value if validation.predicted is not None else None
+    values = [validation.live, validation.merged, validation.gain, predicted]
+    formats = ["{:.4f}", "{:.4f}", "{:+.4f}", "{:.4f}"]
+    cells = ["-" if value is None else form.format(value) for form, value in zip(formats, values, strict=True)]
+    return [str(validation.step), *cells]
+
+
 def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
     """The validations that a run's CSVLogger wrote.
 
@@ -134,7 +146,10 @@ def page(found: Found) -> str:
     if found.records:
         parts += ["<h2>Every anneal</h2>", _anneal_table(found.records, found.metric, assessed)]
     if found.validations:
-        parts += ["<h2>Every validation</h2>", _validation_table(found.validations)]
+        parts += [
+            "<h2>Every validation</h2>",
+            _table(VALIDATION_HEADER, list(map(validation_cells, found.validations))),
+        ]
     return _PAGE.format(title=escape(f"Merges and anneals: {found.metric}"), body="\n".join(parts))
 
 
@@ -188,11 +203,8 @@ def _anneal_table(records: Sequence[AnnealRecord], metric: str, assessed: Mappin
     for record in sorted(records, key=lambda r: (r.run, r.step, r.span_steps, r.shape)):
         if metric not in record.annealed:
             continue
-        trunk = (
-            [f"{values[metric]:.4f}" for values in (record.matched.live, record.matched.merged)]
-            if (record.matched and metric in record.matched.merged)
-            else ["-", "-"]
-        )
+        known = record.comparison(metric)
+        trunk = [f"{known.live:.4f}", f"{known.merged:.4f}"] if known is not None else ["-", "-"]
         row = [record.run, str(record.step), str(record.span_steps), record.shape, *trunk]
         for label in assessed:
             each = predictions.get((label, record.run, record.step, record.span, record.shape))
@@ -200,23 +212,6 @@ def _anneal_table(records: Sequence[AnnealRecord], metric: str, assessed: Mappin
         rows.append([*row, f"{record.annealed[metric]:.4f}"])
     header = ["run", "step", "steps of decay", "shape", "live", "merged"]
     return _table([*header, *(name for label in assessed for name in (label, "error")), "annealed"], rows)
-
-
-def _validation_table(validations: Sequence[Validation]) -> str:
-    def cell(number: float | None, form: str = "{:.4f}") -> str:
-        return "-" if number is None else form.format(number)
-
-    rows = [
-        [
-            str(v.step),
-            cell(v.live),
-            cell(v.merged),
-            cell(v.gain, "{:+.4f}"),
-            cell(v.predicted.value if v.predicted else None),
-        ]
-        for v in validations
-    ]
-    return _table(["step", "live", "merged", "gain", "annealed, predicted"], rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

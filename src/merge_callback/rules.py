@@ -147,10 +147,7 @@ class Window:
 
     def __post_init__(self) -> None:
         resolve_rule(self.rule)
-        if (self.span_steps is None) == (self.span is None):
-            raise ValueError(
-                f"Window takes exactly one of span_steps and span, got span_steps={self.span_steps}, span={self.span}"
-            )
+        check_exactly_one("Window", span_steps=self.span_steps, span=self.span)
         if self.span_steps is not None and self.span_steps < 1:
             raise ValueError(f"span_steps must be >= 1, got {self.span_steps}")
         if self.span is not None and not 0 < self.span <= 1:
@@ -158,7 +155,7 @@ class Window:
 
     def required_span(self, step: int) -> float:
         """Steps behind ``step`` that the buffer has to cover for this window."""
-        return self.span_steps or (self.span or 0.0) * step
+        return in_steps(self.span_steps, self.span, step)
 
     def __call__(self, steps: Sequence[int]) -> list[float]:
         inside = [step for step in steps if step > steps[-1] - self.required_span(steps[-1])] or [steps[-1]]
@@ -169,9 +166,10 @@ class Window:
 class Extrapolate:
     """A step further along the line from an older merge to the newest: ``m_t + amount (m_t - m_(t-gap))``.
 
-    Successive merges lie nearly on a line (Extra-Merge, arXiv 2605.26484). Nothing uses it by default: what it gave is
-    in ``benchmarks/README.md``. The older merge is the same rule over those snapshots that were there a gap before the
-    newest; as long as there are none, this is the rule itself.
+    Successive merges lie nearly on a line (Extra-Merge, arXiv 2605.26484). Nothing uses it by default: what it gained,
+    which was little and mostly less than nothing, is in ``benchmarks/records/annealing/REPORT.md``. The older merge is
+    the same rule over those snapshots that were there a gap before the newest; as long as there are none, this is the
+    rule itself.
 
     Args:
         rule: Name of a rule, or a rule; with a `Window` both merges are as wide.
@@ -193,10 +191,7 @@ class Extrapolate:
 
     def __post_init__(self) -> None:
         resolve_rule(self.rule)
-        if (self.gap_steps is None) == (self.gap is None):
-            raise ValueError(
-                f"Extrapolate takes exactly one of gap and gap_steps, got gap={self.gap}, gap_steps={self.gap_steps}"
-            )
+        check_exactly_one("Extrapolate", gap=self.gap, gap_steps=self.gap_steps)
         if self.gap_steps is not None and self.gap_steps < 1:
             raise ValueError(f"gap_steps must be >= 1, got {self.gap_steps}")
         if self.gap is not None and not 0 < self.gap < 1:
@@ -206,16 +201,28 @@ class Extrapolate:
 
     def required_span(self, step: int) -> float:
         """Steps behind ``step`` that the buffer has to cover for both merges."""
-        gap_steps = self.gap_steps or (self.gap or 0.0) * step
+        gap_steps = in_steps(self.gap_steps, self.gap, step)
         return gap_steps + required_span(self.rule, round(step - gap_steps))
 
     def __call__(self, steps: Sequence[int]) -> list[float]:
         newest = merge_coefficients(self.rule, steps)
-        older = [step for step in steps if step <= steps[-1] - (self.gap_steps or (self.gap or 0.0) * steps[-1])]
+        older = [step for step in steps if step <= steps[-1] - in_steps(self.gap_steps, self.gap, steps[-1])]
         if not older:
             return newest
         before = [*merge_coefficients(self.rule, older), *[0.0] * (len(steps) - len(older))]
         return [c + self.amount * (c - earlier) for c, earlier in zip(newest, before, strict=True)]
+
+
+def check_exactly_one(owner: str, **given: float | None) -> None:
+    """Raises unless one of two arguments is given."""
+    if sum(value is not None for value in given.values()) != 1:
+        values = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"{owner} takes exactly one of {' and '.join(given)}, got {values}")
+
+
+def in_steps(num_steps: float | None, share: float | None, step: int) -> float:
+    """A length that is given in steps, or as a share of the steps so far."""
+    return num_steps if num_steps is not None else (share or 0.0) * step
 
 
 def required_span(rule: str | Rule, step: int) -> float:

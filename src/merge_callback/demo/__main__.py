@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from merge_callback.demo.training import anneal_ends, run_with_anneals
+from merge_callback.demo.training import anneal_ends, describe, run_with_anneals
 from merge_callback.figures import plot_validations
 from merge_callback.records import AnnealRecord, read_records
-from merge_callback.report import Validation, read_validations
+from merge_callback.report import VALIDATION_HEADER, Validation, read_validations, validation_cells
 from merge_callback.train import Run, prepare
 
 METRIC = "val_loss"
@@ -56,15 +56,11 @@ def main(config: DictConfig) -> None:
 
 def trunk(config: DictConfig, folder: Path, console: Console) -> tuple[Run, list[AnnealRecord]]:
     """The run itself; with the callback, and with places enough to anneal at, also its branches."""
-    run = prepare(config, loggers=())
-    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    num_train, num_validation = len(run.data.corpus.train), len(run.data.corpus.validation)
-    console.print(f"Corpus: {run.data.corpus.description}")
-    console.print(f"{num_train:,} bytes to train on, {num_validation:,} kept back; {num_parameters:,} parameters")
     merging = config.callbacks.get("merge")
     if merging and "_target_" in merging and config.resume_from is None and anneal_ends(config):
         return run_with_anneals(config, folder, console.print)
     run = prepare(config)
+    describe(run, console.print)
     run.fit()
     return run, []
 
@@ -83,14 +79,11 @@ def branch(config: DictConfig, folder: Path, console: Console) -> None:
 
 def closing_table(validations: list[Validation]) -> Table:
     """Step, live and merged loss, the gain, and the prediction, one row a validation."""
-    table = Table("step", "live", "merged", "gain", "annealed (predicted)", title=f"{METRIC}, nats per byte")
+    table = Table(*VALIDATION_HEADER, title=f"{METRIC}, nats per byte")
     for column in table.columns:
         column.justify = "right"
-    for v in validations:
-        predicted = "-" if v.predicted is None else f"{v.predicted.value:.4f}"
-        numbers = [("{:.4f}", v.live), ("{:.4f}", v.merged), ("{:+.4f}", v.gain)]
-        cells = ["-" if number is None else form.format(number) for form, number in numbers]
-        table.add_row(str(v.step), *cells, predicted)
+    for validation in validations:
+        table.add_row(*validation_cells(validation))
     return table
 
 

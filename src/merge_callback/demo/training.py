@@ -32,6 +32,13 @@ class CheckpointAt(Callback):
             trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt", weights_only=False)
 
 
+def describe(run: Run, say: Callable[[str], None]) -> None:
+    """Says what is trained on what."""
+    corpus, num_parameters = run.data.corpus, sum(parameter.numel() for parameter in run.model.parameters())
+    say(f"Corpus: {corpus.description}")
+    say(f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} kept back; {num_parameters:,} parameters")
+
+
 def anneal_ends(config: DictConfig) -> list[int]:
     """Where branches end, as far as the run gets there; none where there are too few to calibrate and check."""
     ends = sorted(end for end in config.demo.anneal_at if end <= config.trainer.max_steps)
@@ -71,6 +78,7 @@ def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None
 
     keeper.steps |= {earlier[-1], last}
     trunk = prepare(config, [keeper], max_steps=earlier[-1])
+    describe(trunk, say)
     trunk.fit()
     for end in earlier:
         anneal(end)
