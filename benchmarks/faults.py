@@ -342,7 +342,7 @@ FAULTS = [
         "calibration.py",
         "if record.run == run and record.step <= now.step]",
         "if record.run == run]",
-        "test_calibration.py::test_two_branches_of_other_runs_predict_until_two_of_the_run_itself_do",
+        "test_calibration.py::test_other_runs_teach_alone_and_beside_two_branches_of_the_run_itself",
     ),
     (
         "the prediction moves on while the run decays",

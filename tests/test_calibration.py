@@ -40,7 +40,7 @@ def still():
     return module
 
 
-def test_two_branches_of_other_runs_predict_until_two_of_the_run_itself_do(tmp_path):
+def test_other_runs_teach_alone_and_beside_two_branches_of_the_run_itself(tmp_path):
     history = [values(step) for step in (100, 200, 300, 400)]
     run = run_identity(history)
     others = [record(1000, 1.30), record(2000, 1.30)]
@@ -49,16 +49,18 @@ def test_two_branches_of_other_runs_predict_until_two_of_the_run_itself_do(tmp_p
     assert anneals.predict(history, METRIC).value == pytest.approx(1.5 - 2 * 0.1)
     anneals = calibration(tmp_path, own[0])
     assert "2 real anneals of other runs" in str(anneals.basis(history, METRIC))
+    # One more of its own is not yet known at step 200; then later ones count by the square of their step, and the two
+    # of other runs one each: ratios of 1.5, 1.5, 2.5, and 2 and 2.
     anneals = calibration(tmp_path, *own[1:])
-    assert anneals.predict(history[:2], METRIC).value == pytest.approx(1.5 - 1.5 * 0.1)
-    # Later branches count by the square of their step: ratios of 1.5, 1.5 and 2.5.
-    ratio = (1.5 * (1 + 4) + 2.5 * 9) / 14
+    assert anneals.predict(history[:2], METRIC).value == pytest.approx(1.5 - (1.5 * (0.25 + 1) + 2 * 2) / 3.25 * 0.1)
+    ratio = (1.5 * (1 + 4) / 16 + 2.5 * 9 / 16 + 2 * 2) / (14 / 16 + 2)
     assert anneals.predict(history, METRIC).value == pytest.approx(1.5 - ratio * 0.1)
     # A branch that ends later than now is not known yet.
-    assert anneals.basis(history[:2], METRIC).calibration.num_branches == 2
-    assert anneals.basis(history, METRIC).calibration.num_branches == 3
+    assert anneals.basis(history[:2], METRIC).calibration.num_branches == 4
+    assert anneals.basis(history, METRIC).calibration.num_branches == 5
     assert re.search(
-        r"a linear decay over the last 10% .* 3 real anneals of this run", str(anneals.basis(history, METRIC))
+        r"a linear decay over the last 10% .* 3 real anneals of this run and 2 real anneals of other runs",
+        str(anneals.basis(history, METRIC)),
     )
 
 

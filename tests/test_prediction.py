@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_callback.prediction import Comparison, calibrate, forecast, gain, gain_ratio, recovered_share
+from merge_callback.prediction import Comparison, calibrate, forecast, gain, gain_ratio, recovered_share, teachers
 
 values = st.floats(0.5, 3.0)
 gains = st.floats(0.01, 0.3)
@@ -130,11 +130,27 @@ def test_a_forecast_takes_off_an_offset_and_nothing_else():
         forecast([1, 2], [1.0, 1.0], calibrate([Comparison(2.0, 1.5, 1.4)] * 2), 3)
 
 
-def test_a_branch_that_counts_twice_is_one_that_is_there_twice_but_for_the_certainty():
+def test_a_branch_that_counts_twice_is_one_that_is_there_twice_but_for_the_number_of_branches():
     one, other = Comparison(1.5, 1.4, 1.38), Comparison(1.3, 1.25, 1.22)
     twice = calibrate([one, other, other])
     weighted = calibrate([one, Comparison(1.3, 1.25, 1.22, weight=2.0)])
     assert weighted.coefficient == pytest.approx(twice.coefficient)
     assert weighted.num_branches == 2
-    # The same sum of squared residuals over one degree of freedom instead of two.
-    assert weighted.deviation == pytest.approx(math.sqrt(2) * twice.deviation)
+    # The same mean squared residual, with one degree of freedom of two instead of two of three.
+    assert weighted.deviation == pytest.approx(math.sqrt(2 / 1.5) * twice.deviation)
+    # The coefficient is as uncertain as that of so many squared gains that all count alike: (.1^2 + 2 .05^2)^2 / ...
+    assert weighted.weight == pytest.approx(0.015**2 / (0.1**2 + 4 * 0.05**2))
+
+
+def test_intervals_hold_where_branches_count_differently_but_err_alike():
+    random = np.random.default_rng(0)
+    held = []
+    for _ in range(2000):
+        gains, errors = random.uniform(0.05, 0.15, 9), random.normal(0, 0.01, 9)
+        all_of_them = [Comparison(1.5, 1.5 - g, 1.5 - 1.1 * g + e) for g, e in zip(gains, errors, strict=True)]
+        *earlier, last = all_of_them
+        known = teachers(earlier[:4], earlier[4:])
+        assert [each.weight for each in known] == [1.0] * 4 + [0.5] * 4
+        prediction = calibrate(known).predict(last.live, last.merged)
+        held.append(prediction.low <= last.annealed <= prediction.high)
+    assert 0.88 < np.mean(held) < 0.92

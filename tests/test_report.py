@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-from merge_callback.assessment import Assessed, Case, cases_of, from_earlier, from_other_runs, summarise
+from merge_callback.assessment import (
+    Assessed,
+    Case,
+    cases_of,
+    from_earlier,
+    from_earlier_and_others,
+    from_other_runs,
+    summarise,
+)
 from merge_callback.demo.__main__ import closing_table
 from merge_callback.figures import plot_errors, plot_predicted_against_actual, plot_validations
 from merge_callback.prediction import Comparison, Prediction
@@ -90,6 +98,17 @@ def test_a_case_is_predicted_from_other_runs_of_its_kind():
     assert predicted == {("a", step): 2.1 for step in (100, 200, 300)} | {("b", step): 2.0625 for step in (100, 200)}
     late = from_other_runs(cases_of(RECORDS, "val_loss"), lambda case: case.step > 100)
     assert {each.case.run for each in late} == {"b"}
+
+
+def test_a_case_is_predicted_from_its_run_and_from_others_that_together_count_as_two():
+    (assessed,) = from_earlier_and_others(cases_of(RECORDS, "val_loss"))
+    assert (assessed.case.run, assessed.case.step) == ("a", 300)
+    ratios = {"own": [(1.0, 1 / 9), (1.5, 4 / 9)], "others": [(1.2, 1.0), (1.2, 1.0)]}
+    pairs = [pair for each in ratios.values() for pair in each]
+    ratio = sum(r * w for r, w in pairs) / sum(w for _, w in pairs)
+    comparison = assessed.case.comparison
+    expected = comparison.live - ratio * (comparison.live - comparison.merged)
+    assert assessed.prediction.value == pytest.approx(expected)
 
 
 def test_a_summary_is_of_absolute_and_signed_errors():

@@ -37,6 +37,10 @@ other than those two tell whether that was luck.
 about the later ones was the largest source of error in (a). So (a) is also applied with weights: an earlier branch
 counts by the square of its step. The trunks other than those four tell whether that was luck. Beside it are reported:
 the fit without weights, offsets, means of ratios, and both shapes together.
+
+**Both.** Added when all trunks but ``larger`` and ``sgd`` were done: what a run that is given other runs' records does,
+its own earlier branches by weight, and those of all other runs as if they were two (`prediction.teachers`). Not what
+(a) or (b) ask for, but what a user gets; the same limits are applied to it.
 """
 
 from dataclasses import dataclass

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from scipy.stats import kendalltau
 
-from merge_callback.assessment import Assessed, Case, from_earlier, from_other_runs, summarise
+from merge_callback.assessment import Assessed, Case, from_earlier, from_earlier_and_others, from_other_runs, summarise
 from merge_callback.figures import plot_errors, plot_predicted_against_actual, plot_validations
-from merge_callback.prediction import MIN_BRANCHES, Comparison, age_weight, calibrate, gain_ratio, recovered_share
+from merge_callback.prediction import Comparison, calibrate, gain_ratio, recovered_share
 from merge_callback.records import AnnealRecord, read_records
 from merge_callback.report import Validation
 
@@ -37,6 +37,7 @@ PROXIES = {
 }
 LIMITS = {0.1: (0.003, 0.010), 0.2: (0.005, math.inf)}
 SEEDS = ("seed0", "seed1", "seed2")
+OTHER_OPTIMIZERS = ("sgd",)
 
 
 class Trunk:
@@ -78,13 +79,14 @@ def _share(record: AnnealRecord) -> float:
 
 
 class Benchmark:
-    """All trunks that have all their records."""
+    """All trunks that have all their records, but for some."""
 
-    def __init__(self) -> None:
+    def __init__(self, without: Iterable[str] = ()) -> None:
         complete = [
             name
             for name in TRUNKS
-            if name != "quick" and all((RECORDS / name / f).exists() for f in ("proxies.json", "anneals.jsonl"))
+            if name not in ("quick", *without)
+            and all((RECORDS / name / f).exists() for f in ("proxies.json", "anneals.jsonl"))
         ]
         self.trunks = {name: Trunk(name) for name in complete}
         self.trunks = {n: t for n, t in self.trunks.items() if len(t.points) == len(TRUNKS[n].ends)}
@@ -99,6 +101,8 @@ class Benchmark:
 
     def assess(self, cases: list[Case], how: str, form: str = "ratio") -> list[Assessed]:
         """Predictions by earlier branches of the run, or by other runs' after their first quarter."""
+        if how == "both":
+            return from_earlier_and_others(cases, form)
         if how != "others":
             return from_earlier(cases, form, weighted=how == "weighted")
         return from_other_runs(cases, self.is_late, form)
@@ -123,6 +127,7 @@ HOWS = {
     "earlier": "earlier branches of the same run, all alike",
     "weighted": "earlier branches of the same run, later ones count more",
     "others": "other runs only",
+    "both": "earlier branches of the same run, and other runs worth two",
 }
 
 
@@ -194,6 +199,20 @@ def section_trunks(benchmark: Benchmark) -> str:
     header = ["trunk", "settings", "parameters", "steps", "anneals / merges evaluated"]
     header += ["live", "annealed, 10 %", "annealed, 20 %", "commit"]
     return table(header, rows)
+
+
+def section_adamw(benchmark: Benchmark) -> str:
+    """The pass rule's numbers among runs with one optimizer."""
+    rest = Benchmark(without=OTHER_OPTIMIZERS)
+    others = {
+        name: [case for case in benchmark.cases(0.1, 0.1, "sma N=10") if case.run == name] for name in OTHER_OPTIMIZERS
+    }
+    curves = [
+        f"{name}: " + ", ".join(f"{c.comparison.live:.2f} at step {c.step}" for c in cases if c.shape == "linear")
+        for name, cases in others.items()
+        if cases
+    ]
+    return f"{table(MAIN_HEADER, main_rows(rest))}\n\nLive loss of the rest: {'; '.join(curves)}."
 
 
 def section_by_shape(benchmark: Benchmark) -> str:
@@ -278,7 +297,7 @@ def section_tried(benchmark: Benchmark) -> str:
                 "ratio, first quarter does not teach": benchmark.assess(late_only, "earlier"),
                 "offset, first quarter does not teach": benchmark.assess(late_only, "earlier", "offset"),
                 "both shapes teach": pooled(cases),
-                "ratio, weighted by age, and other runs worth two branches": blended(benchmark, cases),
+                "ratio, weighted by age, and other runs worth two branches": benchmark.assess(cases, "both"),
                 "ratio of other runs": benchmark.assess(cases, "others"),
                 "offset of other runs": benchmark.assess(cases, "others", "offset"),
             }
@@ -304,24 +323,6 @@ def pooled(cases: list[Case]) -> list[Assessed]:
     for case in cases:
         known = [other.comparison for other in cases if other.run == case.run and other.step < case.step]
         if (calibration := calibrate(known)) is not None:
-            assessed.append(Assessed(case, calibration.predict(case.comparison.live, case.comparison.merged)))
-    return assessed
-
-
-def blended(benchmark: Benchmark, cases: list[Case], worth: float = 2.0) -> list[Assessed]:
-    """From earlier branches of the run by age, and from those of other runs, which together count as so many."""
-    assessed = []
-    for case in cases:
-        alike = [other for other in cases if other.is_like(case)]
-        own = [
-            replace(other.comparison, weight=age_weight(other.step, case.step))
-            for other in alike
-            if other.run == case.run and other.step < case.step
-        ]
-        others = [other.comparison for other in alike if other.run != case.run and benchmark.is_late(other)]
-        if len(own) >= MIN_BRANCHES:
-            calibration = calibrate([*own, *(replace(each, weight=worth / len(others)) for each in others)])
-            assert calibration is not None
             assessed.append(Assessed(case, calibration.predict(case.comparison.live, case.comparison.merged)))
     return assessed
 
@@ -471,14 +472,18 @@ def pictures(benchmark: Benchmark) -> None:
     )
 
 
-def prior(benchmark: Benchmark) -> dict[str, object]:
-    """Gain ratios per span and shape over all late branches, with their spread."""
+def prior() -> dict[str, object]:
+    """Gain ratios per span and shape over the late branches of runs with AdamW, with their spread.
+
+    Ratios count by the square of the merge's gain: over a small one a ratio is mostly noise.
+    """
+    benchmark = Benchmark(without=OTHER_OPTIMIZERS)
     kinds = []
     for span in SPANS:
         for shape in SHAPES:
             cases = benchmark.cases(span, *PROXIES["SMA, 10 snapshots"][span])
             late = [case.comparison for case in cases if case.shape == shape and benchmark.is_late(case)]
-            calibration = calibrate(late, "relative")
+            calibration = calibrate([replace(c, weight=(c.live - c.merged) ** 2) for c in late], "relative")
             assert calibration is not None
             fields = {key: value for key, value in asdict(calibration).items() if key != "form"}
             kinds.append({"span": span, "shape": shape, "relative": fields})
@@ -489,6 +494,7 @@ def prior(benchmark: Benchmark) -> dict[str, object]:
 SECTIONS: dict[str, Callable[[Benchmark], str]] = {
     "What was run": section_trunks,
     "How wrong is the prediction? The pass rule": lambda benchmark: table(MAIN_HEADER, main_rows(benchmark)),
+    "The same, among runs with AdamW": section_adamw,
     "The same, on the trunks that no choice was made on": section_held_out,
     "The same, for each shape": section_by_shape,
     "Branches that end in the first quarter, calibrated on other runs": section_first_quarter,
@@ -504,8 +510,14 @@ SECTIONS: dict[str, Callable[[Benchmark], str]] = {
 
 def readme_table(benchmark: Benchmark) -> str:
     """What the README shows."""
-    keep = [0, 1, 2, 3, 4, 6, 9]
-    return table([MAIN_HEADER[i] for i in keep], [[row[i] for i in keep] for row in main_rows(benchmark)])
+    known = main_rows(benchmark), main_rows(Benchmark(without=OTHER_OPTIMIZERS))
+    header = ["merge", "decay", "calibrated on", "anneals", "MAE", "worst", "AdamW: anneals", "MAE", "worst", "rule"]
+    keep = [3, 4, 6]
+    rows = [
+        [*all_runs[:3], *(all_runs[i] for i in keep), *(adamw[i] for i in [*keep, 9])]
+        for all_runs, adamw in zip(*known, strict=True)
+    ]
+    return table(header, rows)
 
 
 def quick() -> str:
@@ -543,7 +555,7 @@ def main() -> None:
     ]
     (RECORDS / "REPORT.md").write_text("\n\n".join(parts) + "\n")
     pictures(benchmark)
-    (ROOT / "src" / "merge_callback" / "prior.json").write_text(json.dumps(prior(benchmark), indent=1) + "\n")
+    (ROOT / "src" / "merge_callback" / "prior.json").write_text(json.dumps(prior(), indent=1) + "\n")
     readme = ROOT / "README.md"
     text = readme.read_text()
     if MARKS[0] in text:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from merge_callback.calibration import is_same_span
-from merge_callback.prediction import Comparison, Prediction, age_weight, calibrate
+from merge_callback.prediction import MIN_BRANCHES, Comparison, Prediction, age_weight, calibrate, teachers
 from merge_callback.records import AnnealRecord
 
 Form = Literal["ratio", "offset", "relative"]
@@ -95,6 +95,26 @@ def from_other_runs(
     return _assess(cases, lambda case, other: float(other.run != case.run and is_source(other)), form)
 
 
+def from_earlier_and_others(cases: Sequence[Case], form: Form = "ratio") -> list[Assessed]:
+    """Predicts every case as a run does that is given the records of other runs too: see `prediction.teachers`.
+
+    Cases with fewer than two earlier ones in their own run are left out, as by `from_earlier`.
+
+    Args:
+        cases: Of several runs.
+        form: As in `merge_callback.prediction.Calibration`.
+    """
+    assessed = []
+    for case in cases:
+        alike = [other for other in cases if other.is_like(case)]
+        earlier = [other for other in alike if other.run == case.run and other.step < case.step]
+        own = [replace(other.comparison, weight=age_weight(other.step, case.step)) for other in earlier]
+        if len(own) >= MIN_BRANCHES:
+            known = teachers(own, [other.comparison for other in alike if other.run != case.run])
+            assessed += _assessed(case, known, form)
+    return assessed
+
+
 def summarise(assessed: Sequence[Assessed]) -> Summary:
     """Mean absolute error, signed bias, worst absolute error, and share of intervals that held; NaN without cases."""
     errors = [each.error for each in assessed]
@@ -109,8 +129,15 @@ def _assess(cases: Sequence[Case], weight: Callable[[Case, Case], float], form: 
     """Each case by the others of its kind that have a weight for it."""
     assessed = []
     for case in cases:
-        teachers = [(other, weight(case, other)) for other in cases if other.is_like(case)]
-        known = [replace(other.comparison, weight=counts) for other, counts in teachers if counts]
-        if (calibration := calibrate(known, form)) is not None:
-            assessed.append(Assessed(case, calibration.predict(case.comparison.live, case.comparison.merged)))
+        weighed = [(other, weight(case, other)) for other in cases if other.is_like(case)]
+        known = [replace(other.comparison, weight=counts) for other, counts in weighed if counts]
+        assessed += _assessed(case, known, form)
     return assessed
+
+
+def _assessed(case: Case, known: Sequence[Comparison], form: Form) -> list[Assessed]:
+    """The case with its prediction; nothing while that is uncalibrated."""
+    calibration = calibrate(known, form)
+    if calibration is None:
+        return []
+    return [Assessed(case, calibration.predict(case.comparison.live, case.comparison.merged))]

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
-from merge_callback.prediction import Calibration, Comparison, Prediction, age_weight, calibrate, forecast
+from merge_callback.prediction import (
+    MIN_BRANCHES,
+    Calibration,
+    Comparison,
+    Prediction,
+    age_weight,
+    calibrate,
+    forecast,
+    teachers,
+)
 from merge_callback.records import AnnealRecord, TrunkValues, append_record, completed, read_records, run_identity
 
 PRIOR = "prior"
@@ -38,9 +47,9 @@ class Basis:
 class AnnealCalibration:
     """Predicts what a run would be if it were annealed now, from records of real anneals.
 
-    Branches of the run itself count, as far as they have ended, where there are two of a kind; otherwise those of other
-    runs in the same file. Either way the trunk must have merged by the same rule as now, so a file serves one rule. The
-    kind is the one whose span is nearest to that of the merge.
+    Branches of the run itself count, as far as they have ended, where there are two of a kind, and with less weight
+    those of other runs in the same file; below two these stand alone. Either way the trunk must have merged by the same
+    rule as now, so a file serves one rule. The kind is the one whose span is nearest to that of the merge.
 
     Args:
         source: File of records, which may grow while the run goes on, or not be there yet; ``"prior"`` for what this
@@ -88,14 +97,14 @@ class AnnealCalibration:
         if self.source == PRIOR:
             return _nearest(_prior(), now)
         alike = [record for record in self.records if record.matched is not None and record.matched.rule == now.rule]
-        own = [record for record in alike if record.run == run and record.step <= now.step]
-        others = [record for record in alike if record.run != run]
-        for source, records, end in (("of this run", own, now.step), ("of other runs", others, None)):
-            found = [_basis(_comparisons(kind, metric, end), kind, source) for kind in _kinds(records)]
-            bases = [basis for basis in found if basis is not None]
-            if nearest := _nearest(bases, now):
-                return nearest
-        return None
+        known = [record for record in alike if record.run != run or record.step <= now.step]
+        stood_on: dict[bool, list[Basis]] = {True: [], False: []}
+        for kind in _kinds(known):
+            own = _comparisons((record for record in kind if record.run == run), metric, now.step)
+            others = _comparisons((record for record in kind if record.run != run), metric, None)
+            if (basis := _basis(own, others, kind)) is not None:
+                stood_on[len(own) >= MIN_BRANCHES].append(basis)
+        return _nearest(stood_on[True], now) or _nearest(stood_on[False], now)
 
     def predict(self, history: Sequence[TrunkValues], metric: str) -> Prediction | None:
         """The annealed value at the newest validation, matched; None while uncalibrated."""
@@ -127,15 +136,18 @@ def _kinds(records: Iterable[AnnealRecord]) -> list[list[AnnealRecord]]:
     return kinds
 
 
-def _basis(comparisons: list[Comparison], kind: Sequence[AnnealRecord], source: str) -> Basis | None:
+def _basis(own: list[Comparison], others: list[Comparison], kind: Sequence[AnnealRecord]) -> Basis | None:
+    comparisons = teachers(own, others)
     calibration = calibrate(comparisons)
     if calibration is None:
         return None
+    counted = {"of this run": len(own) if len(own) >= MIN_BRANCHES else 0, "of other runs": len(others)}
+    sources = [f"{number} real anneals {whose}" for whose, number in counted.items() if number]
     span = math.exp(math.fsum(math.log(record.span) for record in kind) / len(kind))
     return Basis(
         span,
         kind[0].shape,
-        f"{calibration.num_branches} real anneals {source}",
+        " and ".join(sources),
         calibration,
         calibrate(comparisons, "offset"),
     )

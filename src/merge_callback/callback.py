@@ -78,8 +78,9 @@ class MergeCallback(Callback):
             model is evaluated on them once more.
         calibration: What real anneals said, to predict the next: the file that `AnnealBranch` adds its records to,
             which may grow while this run goes on, or not be there yet; or ``"prior"``, for what the benchmark of this
-            project found, with its spread as interval. From two branches on, ``annealed/m`` is logged, with
-            ``annealed/m/low`` and ``annealed/m/high``; see `merge_callback.prediction`. None predicts nothing.
+            project found of runs with AdamW, with its spread as interval. From two branches on, ``annealed/m`` is
+            logged, with ``annealed/m/low`` and ``annealed/m/high``; see `merge_callback.prediction`. None predicts
+            nothing.
         higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``.
             torchmetrics objects that are logged know it themselves; of numbers and tensors nobody knows it.
         save_state: What checkpoints hold: ``"full"`` is all that a resumed run needs to go on exactly (the ring);

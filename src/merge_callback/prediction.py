@@ -9,8 +9,8 @@ more is better too.
 **What the intervals assume.** Errors of the earlier branches are taken as independent draws from one normal
 distribution, of the same size in the metric's own unit, and the next error as another draw; the interval is then
 Student's, and wide after two branches. Within one run the bias changes as training goes on, so that earlier branches
-count less (`age_weight`): their errors are taken as larger by as much. An interval knows nothing of a training that
-changes its character.
+count less (`age_weight`), in the fit and in what is expected of the next error; branches of other runs add what a few
+of the run's own would (`teachers`). An interval knows nothing of a training that changes its character.
 
 *Matched* values belong to a window that ends with the decay, *forecast* values to one that ends where it begins. A fit
 on the one says nothing about the other; nothing here mixes them.
@@ -18,7 +18,7 @@ on the one says nothing about the other; nothing here mixes them.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 LEVEL = 0.9
 # Fewer branches say nothing about the size of the error.
 MIN_BRANCHES = 2
+# How many branches of its own a run's neighbours are worth to it, all together.
+OTHERS_WORTH = 2.0
 # A forecast looks at merges of this last share of the steps, and needs so many of them.
 FORECAST_SHARE = 0.5
 MIN_FORECAST_POINTS = 4
@@ -104,6 +106,21 @@ def age_weight(step: int, now: int) -> float:
     return (step / now) ** 2
 
 
+def teachers(own: Sequence[Comparison], others: Sequence[Comparison]) -> list[Comparison]:
+    """What a prediction is fitted on: a run's own earlier branches, and with less weight those of other runs.
+
+    A run's own branches are few; in the benchmark both together did better than either alone. Below two of its own the
+    others stand alone.
+
+    >>> branch = Comparison(1.5, 1.4, 1.39)
+    >>> [each.weight for each in teachers([branch] * 2, [branch] * 8)]
+    [1.0, 1.0, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25]
+    """
+    if len(own) < MIN_BRANCHES:
+        return list(others)
+    return [*own, *(replace(other, weight=OTHERS_WORTH / len(others)) for other in others)]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What earlier branches say about the next: the bias of the merge, and how far they scatter around it.
@@ -115,7 +132,8 @@ class Calibration:
         coefficient: Gain ratio, or offset in the metric's unit.
         deviation: Standard deviation of the branches around the fit; of the gain ratio for ``"relative"``.
         num_branches: How many branches it was fitted on.
-        weight: Weighted sum of the squared regressors, for the uncertainty of the coefficient itself.
+        weight: Sum of the squared regressors, for the uncertainty of the coefficient itself; of branches that count
+            differently, that of as many alike as would leave it as uncertain.
     """
 
     form: Literal["ratio", "offset", "relative"]
@@ -163,13 +181,14 @@ def calibrate(
         targets, weights = targets[is_moved] / regressors[is_moved], weights[is_moved]
         regressors = np.ones_like(targets)
     # Sums without rounding: the same on every machine, whatever its vector units.
-    weight = math.fsum(weights * regressors**2)
-    if len(targets) < MIN_BRANCHES or weight == 0:
+    norm = math.fsum(weights * regressors**2)
+    if len(targets) < MIN_BRANCHES or norm == 0:
         return None
-    coefficient = math.fsum(weights * (regressors * targets)) / weight
+    coefficient = math.fsum(weights * (regressors * targets)) / norm
     residuals = targets - coefficient * regressors
-    deviation = math.sqrt(math.fsum(weights * residuals**2) / (len(targets) - 1))
-    return Calibration(form, coefficient, deviation, len(targets), weight)
+    variance = math.fsum(weights * residuals**2) / math.fsum(weights) * len(targets) / (len(targets) - 1)
+    weight = norm**2 / math.fsum(weights**2 * regressors**2)
+    return Calibration(form, coefficient, math.sqrt(variance), len(targets), weight)
 
 
 def forecast(

@@ -14,7 +14,15 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from merge_callback.assessment import Assessed, Case, cases_of, from_earlier, from_other_runs, summarise
+from merge_callback.assessment import (
+    Assessed,
+    Case,
+    cases_of,
+    from_earlier,
+    from_earlier_and_others,
+    from_other_runs,
+    summarise,
+)
 from merge_callback.prediction import Prediction, recovered_share
 from merge_callback.records import AnnealRecord, read_records
 
@@ -125,6 +133,7 @@ def page(found: Found) -> str:
     assessed = {
         "from earlier branches of the run": from_earlier(cases),
         "from other runs": from_other_runs(cases),
+        "from both": from_earlier_and_others(cases) if len({case.run for case in cases}) > 1 else [],
     }
     assessed = {label: several for label, several in assessed.items() if several}
     parts = [f"<h1>Merges and anneals: {escape(found.metric)}</h1>", f"<p>{escape(str(found.source))}</p>"]
