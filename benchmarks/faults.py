@@ -171,9 +171,9 @@ FAULTS = [
     ),
     (
         "the gain has the wrong sign where more is better",
-        "callback.py",
-        "gain = -gain if self._is_higher_better(metric, merged) else gain",
-        "gain = gain",
+        "prediction.py",
+        "return other - live if higher_is_better else live - other",
+        "return live - other",
         "test_callback.py::test_the_gain_is_positive_where_the_merge_is_better",
     ),
     (
@@ -340,8 +340,8 @@ FAULTS = [
     (
         "branches that end later than now teach",
         "calibration.py",
-        "if record.run == run and record.step <= now.step]",
-        "if record.run == run]",
+        "if record.run != run or record.step <= now.step]",
+        "]",
         "test_calibration.py::test_other_runs_teach_alone_and_beside_two_branches_of_the_run_itself",
     ),
     (

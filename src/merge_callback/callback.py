@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,7 @@ from merge_callback.rates import learning_rates, optimizer_step
 from merge_callback.records import TrunkValues
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
 from merge_callback.shadow import Average, is_average
+from merge_callback.shards import local, reshard
 from merge_callback.swap import swapped_weights
 from merge_callback.weights import tensors_by_name
 
@@ -469,7 +471,7 @@ class MergeCallback(Callback):
         assert self._capture.ring is not None
         coefficients = self.coefficients()
         used = [step for step, value in coefficients.items() if value != 0]
-        spread = self._capture.ring.spread(list(coefficients.values()), row)
+        spread = self._capture.spread(list(coefficients.values()), row)
         return {"num_snapshots": float(len(used)), "span_steps": float(used[-1] - used[0]), "spread": spread}
 
     def _learn(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> None:
@@ -542,8 +544,8 @@ class MergeCallback(Callback):
         merged = self._capture.layout.views(row) | buffers
         live = tensors_by_name(module, merged)
         # Lightning takes the model off its device after a fit. Buffers are copied: a forward pass may write to them.
-        merged = {k: v.to(live[k].device, copy=k in buffers) for k, v in merged.items()}
-        with swapped_weights(live, merged):
+        merged = {k: v.to(local(live[k]).device, copy=k in buffers) for k, v in merged.items()}
+        with swapped_weights(live, merged, before=partial(reshard, module)):
             yield
 
     def _is_higher_better(self, metric: str, merged: LoggedValue) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from merge_callback.phase import CaptureSchedule, StablePhase, needs_thinning
 from merge_callback.rules import Rule, Window, required_span
 from merge_callback.shadow import Average, Shadow, shadow_bytes
+from merge_callback.shards import Sharding, added_up, local, local_tensors
 from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing, refuse_if_too_large
 from merge_callback.weights import has_lazy_parameters, merged_parameters, nonfinite_names, snapshot_buffers
 
@@ -46,6 +47,7 @@ class SnapshotCapture:
         self.dtype = dtype
         self.phase = StablePhase()
         self.schedule = CaptureSchedule(every_n_train_steps or 1)
+        self.sharding = Sharding({})
         self.layout: RowLayout | None = None
         self.ring: SnapshotRing | None = None
         # Floating buffers at the newest snapshot: batch-norm statistics are taken over, not averaged.
@@ -81,11 +83,12 @@ class SnapshotCapture:
         if has_lazy_parameters(module):
             return
         parameters = merged_parameters(module)
+        self.sharding = Sharding(parameters)
         if not parameters:
             raise ValueError(
                 f"{type(module).__name__} has no trainable floating-point parameters, so there is nothing to merge"
             )
-        self.layout = layout = RowLayout(parameters)
+        self.layout = layout = RowLayout(local_tensors(parameters))
         num_snapshots = self.num_snapshots if self._takes_snapshots else 0
         required = DeviceStorage.required_bytes(layout, num_snapshots, self.dtype)
         for device, size in shadow_bytes(layout).items():
@@ -136,7 +139,7 @@ class SnapshotCapture:
         is_due = self._takes_snapshots and self.schedule.take(step)
         if not (is_due or self.shadows):
             return False
-        parameters = merged_parameters(module)
+        parameters = local_tensors(merged_parameters(module))
         self._fit_to(module, parameters, step)
         if self.shadows:
             for shadow in self.shadows.values():
@@ -153,6 +156,14 @@ class SnapshotCapture:
         for name in dropped:
             self.shadows[name].clear()
         return dropped
+
+    def spread(self, coefficients: Sequence[float], row: Sequence[Tensor]) -> float:
+        """`SnapshotRing.spread` over all shards of the model; for all ranks to call at the same time."""
+        assert self.ring is not None
+        assert self.layout is not None
+        if not self.sharding.is_sharded:
+            return self.ring.spread(coefficients, row)
+        return self.ring.spread(coefficients, row, self.sharding.copies(self.layout.places), added_up)
 
     def _drop_spurious_window(self) -> None:
         self._window_phase = self.phase.num_begun
@@ -253,7 +264,7 @@ class SnapshotCapture:
         return changes + self._load_shadows(state, module)
 
     def _load_shadows(self, state: Mapping[str, Any], module: nn.Module) -> list[str]:
-        live = merged_parameters(module)
+        live = local_tensors(merged_parameters(module))
         lost = [
             name
             for name, shadow in self.shadows.items()
@@ -276,4 +287,4 @@ class SnapshotCapture:
 
 
 def _copied_buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.detach().clone() for name, buffer in snapshot_buffers(module).items()}
+    return {name: local(buffer).clone() for name, buffer in snapshot_buffers(module).items()}

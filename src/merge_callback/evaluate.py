@@ -22,6 +22,7 @@ from lightning.pytorch.loggers.logger import DummyExperiment, Logger
 from torch import Tensor
 
 from merge_callback.preserve import preserved_attributes, preserved_loaders, preserved_rng
+from merge_callback.shards import local
 from merge_callback.swap import live_weights, swapped_weights
 
 
@@ -201,7 +202,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         stack.enter_context(preserved_loaders(loaders.flattened))
         stack.enter_context(preserved_attributes(module))
         buffers = dict(module.named_buffers())
-        stack.enter_context(swapped_weights(buffers, {name: buffer.clone() for name, buffer in buffers.items()}))
+        stack.enter_context(swapped_weights(buffers, {name: local(buffer).clone() for name, buffer in buffers.items()}))
         stack.enter_context(_replaced(trainer.fit_loop.epoch_loop, val_loop=loop))
         stack.enter_context(
             _replaced(

@@ -7,7 +7,7 @@ memory and a directory fit behind the same interface.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,7 +52,7 @@ class RowLayout:
             # Rows keep a tensor's memory order (channels last, transposed), so copying stays one linear pass.
             stride = torch.empty_like(tensor, device="meta").stride()
             self.places[name] = _Place(group, self.num_elements[group], tensor.shape, stride)
-            self.num_elements[group] += math.ceil(tensor.numel() / ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL
+            self.num_elements[group] += _padded(tensor.numel())
 
     def views(self, row: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tensors inside a row, by name: views, shaped and strided as the live ones."""
@@ -62,6 +62,24 @@ class RowLayout:
             )
             for name, place in self.places.items()
         }
+
+    def runs(self, labels: Mapping[str, int]) -> list[tuple[int, int, int, int]]:
+        """Stretches of the row whose tensors have the same label (1 if none): group, first element, end, label.
+
+        Padding belongs to the tensor before it.
+        """
+        found: list[tuple[int, int, int, int]] = []
+        for group in range(len(self.groups)):
+            for name, place in self.places.items():
+                if place.group != group:
+                    continue
+                label = labels.get(name, 1)
+                stop = place.offset + _padded(place.shape.numel())
+                if found and (found[-1][0], found[-1][3]) == (group, label):
+                    found[-1] = (*found[-1][:2], stop, label)
+                else:
+                    found.append((group, place.offset, stop, label))
+        return found
 
     def new_row(self) -> list[Tensor]:
         """An uninitialised row in the live tensors' dtypes, on their devices."""
@@ -77,6 +95,10 @@ class RowLayout:
             and self.groups[place.group] == (tensors[name].dtype, tensors[name].device)
             for name, place in self.places.items()
         )
+
+
+def _padded(numel: int) -> int:
+    return math.ceil(numel / ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL
 
 
 class SnapshotStorage(Protocol):
@@ -207,24 +229,35 @@ class SnapshotRing:
                 combine_(out[chunk], [row[chunk] for row in rows], used)
         return merged
 
-    def spread(self, coefficients: Sequence[float], merged: Sequence[Tensor]) -> float:
+    def spread(
+        self,
+        coefficients: Sequence[float],
+        merged: Sequence[Tensor],
+        copies: Mapping[str, int] | None = None,
+        add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
+    ) -> float:
         """RMS distance of the snapshots in a merge from the merge, over the norm of the merge.
 
         Args:
             coefficients: As given to `combine`; snapshots with a coefficient of zero do not count.
             merged: The row that `combine` returned.
+            copies: Of a sharded model: name -> how many ranks hold the same elements of that tensor.
+            add_up: Sums a tensor over ranks.
         """
-        distance = norm = 0.0
-        for group, center in enumerate(merged):
-            rows = self._rows(group, coefficients)
-            sums = torch.zeros(2, dtype=torch.float64, device=center.device)
-            for start in range(0, center.numel(), CHUNK_NUMEL):
-                middle = center[start : start + CHUNK_NUMEL].to(torch.promote_types(center.dtype, torch.float32))
+        # Squared distance and squared norm.
+        sums = torch.zeros(2, dtype=torch.float64)
+        for group, start, stop, shared_by in self.storage.layout.runs(copies or {}):
+            rows, center = self._rows(group, coefficients), merged[group]
+            found = torch.zeros(2, dtype=torch.float64, device=center.device)
+            for first in range(start, stop, CHUNK_NUMEL):
+                chunk = slice(first, min(first + CHUNK_NUMEL, stop))
+                middle = center[chunk].to(torch.promote_types(center.dtype, torch.float32))
                 for row in rows:
-                    difference = row[start : start + CHUNK_NUMEL].to(middle.dtype) - middle
-                    sums[0] += difference.square_().sum(dtype=torch.float64) / len(rows)
-                sums[1] += middle.square().sum(dtype=torch.float64)
-            distance, norm = distance + sums[0].item(), norm + sums[1].item()
+                    difference = row[chunk].to(middle.dtype) - middle
+                    found[0] += difference.square_().sum(dtype=torch.float64) / len(rows)
+                found[1] += middle.square().sum(dtype=torch.float64)
+            sums += found.cpu() / shared_by
+        distance, norm = add_up(sums).tolist()
         return math.sqrt(distance / norm) if norm else 0.0
 
     def _rows(self, group: int, coefficients: Sequence[float]) -> list[Tensor]:

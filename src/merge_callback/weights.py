@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from merge_callback.shards import reshard
+
 # Names that wrappers put into the path of a parameter: torch.compile, activation checkpointing, FSDP.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -24,8 +26,10 @@ def merged_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a merge averages: trainable, floating point, each once however often it is tied.
 
     Returns:
-        Clean name -> live parameter, in the module's order. Frozen ones are absent: they come from the live model.
+        Clean name -> live parameter, in the module's order; of a sharded model the sharded ones. Frozen ones are
+        absent: they come from the live model.
     """
+    reshard(module)
     return {
         clean_name(name): parameter
         for name, parameter in module.named_parameters()
@@ -54,6 +58,7 @@ def tensors_by_name(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor
     Raises:
         ValueError: If the module has no tensor of a name.
     """
+    reshard(module)
     live: dict[str, Tensor] = {clean_name(name): tensor for name, tensor in module.named_parameters()}
     live.update((clean_name(name), tensor) for name, tensor in module.named_buffers())
     if missing := [name for name in names if name not in live]:

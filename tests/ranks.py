@@ -1,0 +1,91 @@
+"""Real processes, connected by gloo, that run functions of the tests side by side as the ranks of one job."""
+
+import os
+import queue
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+# Long enough for a busy machine; a hang ends a test with the stack of nobody, so it should be rare.
+TIMEOUT_SECONDS = 180
+
+
+class Ranks:
+    """Processes that start once and run one function after the other.
+
+    Args:
+        world_size: How many.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._answers: Any = context.Queue()
+        self._tasks = [context.Queue() for _ in range(world_size)]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, world_size, port, tasks, self._answers), daemon=True)
+            for rank, tasks in enumerate(self._tasks)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What the function returns on each rank; fails if it raises on any, with the traceback."""
+        results = self.outcomes(function, *arguments)
+        failed = [f"rank {rank}:\n{answer}" for rank, (is_done, answer) in enumerate(results) if not is_done]
+        assert not failed, "\n".join(failed)
+        return [answer for _, answer in results]
+
+    def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[tuple[bool, Any]]:
+        """Whether the function returned on each rank, and what, or the traceback."""
+        for tasks in self._tasks:
+            tasks.put((function, arguments))
+        found = {}
+        for _ in self._tasks:
+            try:
+                rank, is_done, answer = self._answers.get(timeout=TIMEOUT_SECONDS)
+            except queue.Empty:
+                missing = set(range(len(self._tasks))) - found.keys()
+                raise AssertionError(f"ranks {missing} gave no answer; the others: {found}") from None
+            found[rank] = (is_done, answer)
+        return [found[rank] for rank in range(len(self._tasks))]
+
+    def stop(self) -> None:
+        """Ends them."""
+        for tasks in self._tasks:
+            tasks.put(None)
+        for process in self._processes:
+            process.join(20)
+            process.kill()
+
+
+def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    for theirs in ("`isinstance", "The '.*' does not have many workers"):
+        warnings.filterwarnings("ignore", theirs)
+    while (task := tasks.get()) is not None:
+        function, arguments = task
+        # Lightning takes it away after each fit.
+        os.environ["WORLD_SIZE"] = str(world_size)
+        try:
+            answers.put((rank, True, function(*arguments)))
+        except BaseException:
+            answers.put((rank, False, traceback.format_exc()))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
