@@ -546,7 +546,6 @@ def test_a_model_without_trainable_parameters_is_refused_before_training(tmp_pat
         ({"start": -1}, ValueError, "start must be >= 0, got -1"),
         ({"dtype": "int8"}, ValueError, "dtype must be a floating-point torch.dtype or its name, got 'int8'"),
         ({"dtype": torch.int64}, ValueError, "got torch.int64"),
-        ({"storage": "cpu"}, NotImplementedError, "storage='cpu' is still to come; only storage='device' is there"),
         ({"storage": __file__ + "/snapshots"}, ValueError, "cannot be written: .* is not a writable directory"),
         ({"storage": 3}, TypeError, "storage must be 'device', 'cpu' or a directory, got 3"),
         ({"name": ""}, ValueError, "name must be a non-empty string, got ''"),
@@ -555,11 +554,6 @@ def test_a_model_without_trainable_parameters_is_refused_before_training(tmp_pat
 def test_bad_arguments_are_refused_by_name_and_value(arguments, error, message):
     with pytest.raises(error, match=message):
         MergeCallback(**arguments)
-
-
-def test_a_writable_directory_is_still_to_come(tmp_path):
-    with pytest.raises(NotImplementedError, match="still to come"):
-        MergeCallback(storage=tmp_path / "new" / "folder")
 
 
 def test_a_rule_that_fails_later_is_named_at_each_validation_and_the_run_goes_on(tmp_path):

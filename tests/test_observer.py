@@ -45,6 +45,18 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, modul
         assert without.module.num_validations == watched.module.num_validations
 
 
+@pytest.mark.parametrize("storage", ["cpu", "files"])
+def test_training_is_bit_identical_wherever_snapshots_live(tmp_path, storage):
+    without = fit(make(Toy), tmp_path / "without")
+    in_memory = MergeCallback(2, 4, merges=MERGES)
+    fit(make(Toy), tmp_path / "device", in_memory)
+    callback = MergeCallback(2, 4, merges=MERGES, storage=tmp_path / "snapshots" if storage == "files" else storage)
+    watched = fit(make(Toy), tmp_path / "with", callback)
+    assert_same_training(without, watched)
+    for name in MERGES:
+        assert same(callback.merged_state_dict(name), in_memory.merged_state_dict(name))
+
+
 @pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
 def test_a_loader_with_a_generator_of_its_own_gives_the_live_validation_the_same_order(tmp_path):
     def shuffled():

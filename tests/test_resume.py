@@ -29,9 +29,12 @@ def seeded(**arguments):
 
 
 @pytest.mark.usefixtures("both_lightnings")
-@pytest.mark.parametrize("every", [None, 3])
-def test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on(tmp_path, every):
-    whole = merging(every_n_train_steps=every)
+@pytest.mark.parametrize(("every", "storage"), [(None, "device"), (3, "device"), (None, "cpu"), (3, "files")])
+def test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on(tmp_path, every, storage):
+    def place(name):
+        return tmp_path / f"snapshots-{name}" if storage == "files" else storage
+
+    whole = merging(every_n_train_steps=every, storage=place("whole"))
     checkpoints = lightning(".callbacks").ModelCheckpoint(
         tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}", auto_insert_metric_name=False
     )
@@ -48,7 +51,7 @@ def test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on(t
         enable_checkpointing=True,
     )
     for name, stop in [*((str(stop), stop) for stop in (1, 3, 6, 7, 12, 13)), ("step=12-validated", 12)]:
-        second = merging(every_n_train_steps=every)
+        second = merging(every_n_train_steps=every, storage=place(name))
         path = str(tmp_path / "checkpoints" / f"{name}.ckpt")
         resumed = fit(
             seeded(warmup_steps=3), tmp_path / f"from{name}", second, train=ResumableBatches(), ckpt_path=path

@@ -1,17 +1,20 @@
 """Sharded and replicated models, in real processes: merges, evaluation, observer and resume as in one process."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from merge_callback import Ema, MergeCallback
+from merge_callback.shards import local
 from tests.ranks import Ranks
-from tests.sharded_toys import FullTracker, fit_sharded, full, merge_by_hand, weights
-from tests.toys import same
+from tests.sharded_toys import FullTracker, Sharded, fit_sharded, full, merge_by_hand, strategy, weights
+from tests.toys import ResumableBatches, make, same
 
 pytestmark = pytest.mark.slow
 
@@ -109,3 +112,90 @@ def test_capturing_and_merging_communicate_nothing(tmp_path, two_ranks, form):
     for counts in two_ranks.run(count_communication, tmp_path, form):
         # Twelve steps, and three validations of three merges.
         assert counts == [0] * 21
+
+
+def resumed(folder: Path, form: str, options: dict[str, Any], path: str | None, max_steps: int) -> dict[str, Any]:
+    callback = MergeCallback(2, 3, merges=MERGES)
+    run = fit_sharded(folder, form, callback, train=ResumableBatches(), ckpt_path=path, max_steps=max_steps, **options)
+    if path is None:
+        run.trainer.save_checkpoint(folder.parent / f"at-{max_steps}.ckpt")
+    merged = {name: callback.merged_state_dict(name) for name in MERGES}
+    return {
+        "steps": callback.snapshot_steps,
+        "merged": {name: {k: full(v) for k, v in state.items()} for name, state in merged.items()},
+        "weights": weights(run.module),
+        "last": {k: float(v) for k, v in run.epoch_metrics[-1].items() if not k.endswith("seconds")},
+    }
+
+
+SAVED: dict[str, dict[str, Any]] = {"shards": {}, "whole": {"save_distributed_checkpoint": False}}
+
+
+@pytest.mark.parametrize("form", ["fsdp", "tp"])
+@pytest.mark.parametrize("how", SAVED)
+def test_a_sharded_run_that_was_interrupted_equals_the_one_that_was_not(tmp_path, two_ranks, form, how):
+    whole = two_ranks.run(resumed_form, tmp_path / "whole", form, how, None, 12)
+    two_ranks.run(resumed_form, tmp_path / "first", form, how, None, 7)
+    again = two_ranks.run(resumed_form, tmp_path / "again", form, how, str(tmp_path / "at-7.ckpt"), 12)
+    assert same(again, whole)
+
+
+def resumed_form(folder: Path, form: str, how: str, path: str | None, max_steps: int) -> dict[str, Any]:
+    return resumed(folder, form, strategy(form, **SAVED[how]), path, max_steps)
+
+
+@pytest.mark.parametrize("how", SAVED)
+def test_a_run_on_two_ranks_goes_on_with_its_window_on_one(tmp_path, two_ranks, how):
+    (whole, _) = two_ranks.run(resumed_form, tmp_path / "whole", "fsdp", how, None, 12)
+    two_ranks.run(resumed_form, tmp_path / "first", "fsdp", how, None, 7)
+    ranks = Ranks(1)
+    (alone,) = ranks.run(resumed_form, tmp_path / "alone", "fsdp1", how, str(tmp_path / "at-7.ckpt"), 12)
+    ranks.stop()
+    assert alone["steps"] == whole["steps"]
+    for name in MERGES:
+        for key, tensor in whole["merged"][name].items():
+            torch.testing.assert_close(alone["merged"][name][key], tensor, rtol=0, atol=1e-5)
+
+
+class PoisonOneRank(Callback):
+    """After step 6 a weight is NaN on rank 1, and after step 7 it is as it was."""
+
+    def on_train_batch_end(self, trainer, pl_module, *arguments):
+        weight = local(pl_module.up.weight)
+        if trainer.global_step == 6:
+            self.kept = weight.clone()
+            if trainer.global_rank == 1:
+                weight.fill_(torch.nan)
+        if trainer.global_step == 7:
+            weight.copy_(self.kept)
+
+
+class Unharmed(Sharded):
+    """Learns nothing in the step that sees the NaN."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return torch.nan_to_num(loss) * 0 if loss.isnan() else loss
+
+
+def poisoned(folder: Path) -> dict[str, Any]:
+    callback = MergeCallback(2, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit_sharded(
+            folder,
+            "fsdp",
+            PoisonOneRank(),
+            callback,
+            module=make(Unharmed, form="fsdp"),
+            max_steps=6,
+            val_check_interval=6,
+        )
+    return {"steps": callback.snapshot_steps, "said": [str(w.message) for w in caught if "snapshot" in str(w.message)]}
+
+
+def test_a_nan_on_one_rank_refuses_the_snapshot_on_all(tmp_path, two_ranks):
+    first, second = two_ranks.run(poisoned, tmp_path)
+    assert first["steps"] == second["steps"] == [2, 4]
+    assert any("No snapshot at step 6: up.weight holds NaN or inf on rank 1" in text for text in second["said"])
+    assert any("left out of the merges: No snapshot at step 6: up.weight" in text for text in first["said"])

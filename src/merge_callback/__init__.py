@@ -7,6 +7,16 @@ from merge_callback.callback import MergeCallback
 from merge_callback.checkpoint import MergedCheckpoint
 from merge_callback.rules import Extrapolate, Window
 from merge_callback.shadow import Ema, PowerEma
+from merge_callback.storage import SnapshotDirectory
 
-__all__ = ["AnnealBranch", "Ema", "Extrapolate", "MergeCallback", "MergedCheckpoint", "PowerEma", "Window"]
+__all__ = [
+    "AnnealBranch",
+    "Ema",
+    "Extrapolate",
+    "MergeCallback",
+    "MergedCheckpoint",
+    "PowerEma",
+    "SnapshotDirectory",
+    "Window",
+]
 __version__ = version("merge-callback")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from merge_callback.rules import Rule, resolve_rule
 from merge_callback.shadow import Average, is_average
+from merge_callback.storage import SnapshotDirectory
 
 
 def check_count(argument: str, value: Any, minimum: int = 1) -> None:
@@ -29,18 +31,34 @@ def check_limit(limit_batches: Any) -> None:
         raise ValueError(f"limit_batches must be a number of batches >= 1 or a share in (0, 1], got {limit_batches}")
 
 
-def check_storage(storage: Any) -> None:
-    """Raises unless snapshots can be kept there."""
-    if storage == "device":
-        return
-    if not isinstance(storage, str | os.PathLike):
+def snapshot_storage(storage: Any) -> str | SnapshotDirectory:
+    """``"device"``, ``"cpu"`` or a directory, also from its path; raises unless snapshots can be kept there."""
+    if isinstance(storage, str) and storage in ("device", "cpu"):
+        return storage
+    if not isinstance(storage, str | os.PathLike | SnapshotDirectory):
         raise TypeError(f"storage must be 'device', 'cpu' or a directory, got {storage!r}")
-    if storage != "cpu":
-        folder = Path(storage).absolute()
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ValueError(f"storage={str(storage)!r} cannot be written: {existing} is not a writable directory")
-    raise NotImplementedError(f"storage={str(storage)!r} is still to come; only storage='device' is there")
+    directory = storage if isinstance(storage, SnapshotDirectory) else SnapshotDirectory(storage)
+    folder = Path(directory.path).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"storage={str(directory.path)!r} cannot be written: {existing} is not a writable directory")
+    if find_spec("safetensors") is None:
+        raise ModuleNotFoundError("storage in a directory needs: pip install 'merge-callback[export]'")
+    return directory
+
+
+def refuse_strategy(strategy: Any) -> None:
+    """Raises if merges under the strategy would be wrong: it flattens parameters, or keeps them out of the model.
+
+    Raises:
+        NotImplementedError: The message says what to use instead.
+    """
+    names = {base.__name__ for base in type(strategy).__mro__}
+    if refused := names & {"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"}:
+        raise NotImplementedError(
+            f"MergeCallback does not work under {refused.pop()}, whose parameters it cannot match by name;"
+            " use ModelParallelStrategy (FSDP2, tensor parallel) or DDPStrategy, or leave the callback out"
+        )
 
 
 def check_calibration(calibration: Any) -> None:

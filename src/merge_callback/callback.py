@@ -18,9 +18,10 @@ from merge_callback.arguments import (
     check_calibration,
     check_count,
     check_limit,
-    check_storage,
     floating_dtype,
     named_merges,
+    refuse_strategy,
+    snapshot_storage,
 )
 from merge_callback.calibration import PRIOR, AnnealCalibration
 from merge_callback.capture import SnapshotCapture
@@ -39,7 +40,8 @@ from merge_callback.rates import learning_rates, optimizer_step
 from merge_callback.records import TrunkValues
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
 from merge_callback.shadow import Average, is_average
-from merge_callback.shards import local, reshard
+from merge_callback.shards import local, put_shards, reshard, shard_reader
+from merge_callback.storage import SnapshotDirectory
 from merge_callback.swap import swapped_weights
 from merge_callback.weights import tensors_by_name
 
@@ -71,7 +73,9 @@ class MergeCallback(Callback):
             `PowerEma` over every step. Or several, as a mapping of names to any of these; the first is the primary one.
         start: ``"stable"`` captures while the learning rate is constant, and begins a new window when it is constant
             again at another value; an int captures from that optimizer step on, whatever the rate does.
-        storage: Where snapshots live: ``"device"`` is the memory of the model's device.
+        storage: Where snapshots live: ``"device"`` is the memory of the model's device; ``"cpu"`` is host memory,
+            pinned and filled beside the training where there is a GPU; a directory gets one file a snapshot and rank
+            (needs ``merge-callback[export]``), as a path or a `SnapshotDirectory`.
         dtype: Dtype in which snapshots are kept, e.g. ``torch.bfloat16`` or ``"bfloat16"``; None keeps each parameter's
             own. Merges accumulate in float32 or better all the same.
         evaluate_every_n_validations: Evaluates the merges at every n-th validation.
@@ -92,7 +96,6 @@ class MergeCallback(Callback):
     Raises:
         ValueError: If an argument has a value that makes no sense; the message names both.
         TypeError: If an argument is of another type than described.
-        NotImplementedError: If ``storage`` is one that is still to come.
 
     >>> from lightning.pytorch import Trainer
     >>> from merge_callback import MergeCallback, Window
@@ -107,7 +110,7 @@ class MergeCallback(Callback):
         *,
         merges: str | Rule | Average | Mapping[str, str | Rule | Average] = "sma",
         start: Literal["stable"] | int = "stable",
-        storage: str | os.PathLike[str] = "device",
+        storage: str | os.PathLike[str] | SnapshotDirectory = "device",
         dtype: torch.dtype | str | None = None,
         evaluate_every_n_validations: int = 1,
         limit_batches: int | float | None = None,
@@ -121,7 +124,6 @@ class MergeCallback(Callback):
         check_count("num_snapshots", num_snapshots)
         check_count("evaluate_every_n_validations", evaluate_every_n_validations)
         check_limit(limit_batches)
-        check_storage(storage)
         check_calibration(calibration)
         if start != "stable":
             check_count("start", start, minimum=0)
@@ -133,6 +135,7 @@ class MergeCallback(Callback):
         self.num_snapshots = num_snapshots
         self.merges = named_merges(merges)
         self.start = start
+        self.storage = snapshot_storage(storage)
         self.dtype = floating_dtype(dtype)
         self.evaluate_every_n_validations = evaluate_every_n_validations
         self.limit_batches = limit_batches
@@ -239,6 +242,7 @@ class MergeCallback(Callback):
             ValueError: If there is no merge of that name, its rule gives no proper coefficients, or the module has
                 other tensors.
         """
+        self._drop_unusable()
         self._check_captured(self._is_captured(name))
         with self._swapped_in(pl_module, self._row(name), self._buffers(name)):
             yield
@@ -258,6 +262,7 @@ class MergeCallback(Callback):
             ValueError: If the path ends otherwise, or there is no merge of that name.
             OSError: If the file cannot be written; the message says what was not saved.
         """
+        self._drop_unusable()
         state, merge = self.merged_state_dict(name), self._merge(name)
         assert self._module is not None
         checkpoint = weights_checkpoint(self._module, state, self._step)
@@ -286,11 +291,22 @@ class MergeCallback(Callback):
             "predictions": {metric: asdict(prediction) for metric, prediction in self._predictions.items()},
         }
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self._capture.sharding.is_sharded:
+            return
+        # Rank 0 alone writes what `state_dict` returns; shards go where the model's and the optimizers' go.
+        self._drop_unusable()
+        state = self.state_dict()
+        checkpoint["callbacks"][self.state_key] = state
+        if self.save_state == "full":
+            state["shards"] = put_shards(self._capture.shards(), checkpoint)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Some strategies load before the model is on its device: kept until the fit begins.
         self._loaded_state = state_dict
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_strategy(trainer.strategy)
         self._loaded_state = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -304,7 +320,8 @@ class MergeCallback(Callback):
             self._num_validations, self._worked, self._history, self._predictions = 0, set(), [], {}
         self._said.clear()
         if self._loaded_state is not None:
-            if changes := self._capture.load_state_dict(self._loaded_state["capture"], pl_module):
+            reader = shard_reader(self._loaded_state.get("shards"), trainer.ckpt_path)
+            if changes := self._capture.load_state_dict(self._loaded_state["capture"], pl_module, reader):
                 self._say(f"resumed, but {'; '.join(changes)}", topic="resumed", warn=True)
             self._num_validations = self._loaded_state["num_validations"]
             self._worked = set(self._loaded_state["worked"])
@@ -331,6 +348,9 @@ class MergeCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._rates = learning_rates(trainer.optimizers)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._capture.finish()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -372,6 +392,7 @@ class MergeCallback(Callback):
         self._evaluation = None
         if self._num_validations % self.evaluate_every_n_validations:
             return
+        self._drop_unusable()
         for name in self._capture.drop_nonfinite_shadows():
             rank_zero_warn(
                 f"MergeCallback({self.name!r}): no merge {name!r} at step {self._step}: its average holds NaN or inf,"
@@ -436,6 +457,8 @@ class MergeCallback(Callback):
             [merge for merge in self.merges.values() if not is_average(merge)],
             self.start,
             self.dtype,
+            storage=self.storage,
+            name=self.name,
             averages={name: merge for name, merge in self.merges.items() if is_average(merge)},
         )
 
@@ -448,6 +471,10 @@ class MergeCallback(Callback):
         if not is_captured:
             begins = "once the learning rate is constant" if self.start == "stable" else f"at step {self.start}"
             raise RuntimeError(f"nothing was captured yet, so there is no merge: capturing begins {begins}")
+
+    def _drop_unusable(self) -> None:
+        for problem in self._capture.drop_unusable():
+            rank_zero_warn(f"MergeCallback({self.name!r}): a snapshot is left out of the merges: {problem}")
 
     def _row(self, name: str | None) -> list[Tensor]:
         """The merge of that name, made anew."""
@@ -542,6 +569,7 @@ class MergeCallback(Callback):
     def _swapped_in(self, module: torch.nn.Module, row: list[Tensor], buffers: dict[str, Tensor]) -> Iterator[None]:
         assert self._capture.layout is not None
         merged = self._capture.layout.views(row) | buffers
+        self._capture.finish()
         live = tensors_by_name(module, merged)
         # Lightning takes the model off its device after a fit. Buffers are copied: a forward pass may write to them.
         merged = {k: v.to(local(live[k]).device, copy=k in buffers) for k, v in merged.items()}

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,18 @@ from torch import Tensor, nn
 
 from merge_callback.phase import CaptureSchedule, StablePhase, needs_thinning
 from merge_callback.rules import Rule, Window, required_span
-from merge_callback.shadow import Average, Shadow, shadow_bytes
-from merge_callback.shards import Sharding, added_up, local, local_tensors
-from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing, refuse_if_too_large
+from merge_callback.shadow import Average, Shadow, shadow_bytes, shadow_like
+from merge_callback.shards import Sharding, ShardReader, added_up, local, local_tensors, rank, united
+from merge_callback.snapshots import (
+    DeviceStorage,
+    RowLayout,
+    SnapshotRing,
+    SnapshotStorage,
+    new_rings,
+    refuse_if_too_large,
+    required_bytes,
+)
+from merge_callback.storage import HOST, DirectoryStorage, HostStorage, SnapshotDirectory
 from merge_callback.weights import has_lazy_parameters, merged_parameters, nonfinite_names, snapshot_buffers
 
 # Without an interval of its own the ring covers at least this share of the training so far.
@@ -28,6 +38,8 @@ class SnapshotCapture:
         rules: The rules of the merges; their `Window`s say how far back the ring has to reach.
         start: ``"stable"``, or the optimizer step from which on to capture.
         dtype: Dtype in which snapshots are kept; None keeps each parameter's own.
+        storage: ``"device"``, ``"cpu"``, or a directory.
+        name: Distinguishes files in a directory.
         averages: Name -> profile of every shadow. With shadows and no rules no snapshots are taken.
     """
 
@@ -39,12 +51,16 @@ class SnapshotCapture:
         start: Literal["stable"] | int,
         dtype: torch.dtype | None,
         *,
+        storage: str | SnapshotDirectory = "device",
+        name: str = "merge",
         averages: Mapping[str, Average] | None = None,
     ) -> None:
         self.every_n_train_steps = every_n_train_steps
         self.num_snapshots = num_snapshots
         self.start = start
         self.dtype = dtype
+        self.storage = storage
+        self.name = name
         self.phase = StablePhase()
         self.schedule = CaptureSchedule(every_n_train_steps or 1)
         self.sharding = Sharding({})
@@ -90,12 +106,21 @@ class SnapshotCapture:
             )
         self.layout = layout = RowLayout(local_tensors(parameters))
         num_snapshots = self.num_snapshots if self._takes_snapshots else 0
-        required = DeviceStorage.required_bytes(layout, num_snapshots, self.dtype)
+        is_in_files = isinstance(self.storage, SnapshotDirectory)
+        place = None if self.storage == "device" else HOST
+        required = required_bytes(layout, min(num_snapshots, 1) if is_in_files else num_snapshots, self.dtype, place)
         for device, size in shadow_bytes(layout).items():
-            required[device] += size * len(self.shadows)
+            required[device] = required.get(device, 0) + size * len(self.shadows)
         refuse_if_too_large(required, num_snapshots, len(self.shadows))
         if self._takes_snapshots:
-            self.ring = SnapshotRing(DeviceStorage(layout, num_snapshots, self.dtype), num_snapshots)
+            self.ring = SnapshotRing(self._new_storage(layout), num_snapshots)
+
+    def _new_storage(self, layout: RowLayout) -> SnapshotStorage:
+        if isinstance(self.storage, SnapshotDirectory):
+            prefix = f"{self.name}-rank{rank():05d}-"
+            return DirectoryStorage(layout, self.dtype, Path(self.storage.path), prefix)
+        storage = DeviceStorage if self.storage == "device" else HostStorage
+        return storage(layout, self.num_snapshots, self.dtype)
 
     def describe(self) -> str:
         """What will be captured, when and where, and how many bytes it takes."""
@@ -110,8 +135,20 @@ class SnapshotCapture:
             return f"{what}, of parameters whose shapes are not known yet"
         devices = ", ".join(sorted({str(device) for _, device in self.layout.groups}))
         size = self.ring.storage.size_bytes if self.ring is not None else 0
-        size += len(self.shadows) * sum(shadow_bytes(self.layout).values())
-        return f"{what}, in {size / 2**20:.1f} MiB on {devices}"
+        averages = len(self.shadows) * sum(shadow_bytes(self.layout).values())
+        if self.ring is None or self.storage == "device":
+            return f"{what}, in {(size + averages) / 2**20:.1f} MiB on {devices}"
+        beside = f" and {averages / 2**20:.1f} MiB on {devices}" if averages else ""
+        if isinstance(self.storage, SnapshotDirectory):
+            in_files = sum(required_bytes(self.layout, self.num_snapshots, self.dtype).values())
+            place = f"files in {self.storage.path}, up to {in_files / 2**20:.1f} MiB by each rank"
+            return f"{what}, in {place}, with {size / 2**20:.1f} MiB of host memory{beside}"
+        return f"{what}, in {size / 2**20:.1f} MiB of host memory{beside}"
+
+    def finish(self) -> None:
+        """Called before anything writes to the live weights: copies of them that are under way come first."""
+        if self.ring is not None:
+            self.ring.storage.finish()
 
     def after_step(self, module: nn.Module, step: int, used: Sequence[float], following: Sequence[float]) -> bool:
         """Takes note of an optimizer step, and a snapshot where one is due; returns whether one was taken.
@@ -157,6 +194,20 @@ class SnapshotCapture:
             self.shadows[name].clear()
         return dropped
 
+    def drop_unusable(self) -> list[str]:
+        """Drops snapshots that cannot be used on some rank; returns why. Ranks call it at the same time.
+
+        Raises:
+            OSError: If there are any, and the directory they are in is a strict one.
+        """
+        if self.ring is None or not (self.sharding.is_sharded or isinstance(self.storage, SnapshotDirectory)):
+            return []
+        problems = united(self.ring.problems())
+        if problems and isinstance(self.storage, SnapshotDirectory) and self.storage.strict:
+            raise OSError(next(iter(problems.values())))
+        self.ring.drop(problems)
+        return list(problems.values())
+
     def spread(self, coefficients: Sequence[float], row: Sequence[Tensor]) -> float:
         """`SnapshotRing.spread` over all shards of the model; for all ranks to call at the same time."""
         assert self.ring is not None
@@ -175,13 +226,14 @@ class SnapshotCapture:
     def _take_snapshot(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> bool:
         assert self.ring is not None
         if bad := nonfinite_names(parameters):
-            warnings.warn(
-                f"No snapshot at step {step}: {bad[0]} holds NaN or inf"
-                + (f", and {len(bad) - 1} more parameters do" if len(bad) > 1 else "")
-                + f". The window stays as it was, at steps {self.steps}.",
-                stacklevel=2,
-            )
-            return False
+            more = f", and {len(bad) - 1} more parameters do" if len(bad) > 1 else ""
+            problem = f"No snapshot at step {step}: {bad[0]} holds NaN or inf{more}"
+            if not self.sharding.is_sharded:
+                warnings.warn(f"{problem}. The window stays as it was, at steps {self.steps}.", stacklevel=2)
+                return False
+            warnings.warn(f"{problem} on rank {rank()}.", stacklevel=2)
+        else:
+            problem = None
         if self._is_outdated:
             self.ring.clear()
             self._is_outdated = False
@@ -190,6 +242,10 @@ class SnapshotCapture:
             self.schedule.double(newest=self.ring.steps[-1])
             if not self.schedule.take(step):
                 return False
+        if problem is not None:
+            # Other ranks may have taken theirs, and must go on in step with this one.
+            self.ring.leave_open(step, problem)
+            return False
         self.ring.append(step, parameters)
         self.buffers = _copied_buffers(module)
         return True
@@ -222,6 +278,14 @@ class SnapshotCapture:
         Args:
             with_snapshots: Without them a resumed window starts empty.
         """
+        ring, shadows = None, {}
+        if with_snapshots:
+            shadows = {name: shadow.state_dict() for name, shadow in self.shadows.items()}
+            ring = self.ring.state_dict() if self.ring is not None and not self.sharding.is_sharded else None
+            if self.ring is not None and self.sharding.is_sharded:
+                ring = self.ring.order() | {"shapes": self._whole_shapes()}
+        if self.sharding.is_sharded:
+            shadows = {name: {**state, "tensors": {}} for name, state in shadows.items()}
         return {
             "every_n_train_steps": self.every_n_train_steps,
             "phase": asdict(self.phase),
@@ -229,18 +293,37 @@ class SnapshotCapture:
             "is_outdated": self._is_outdated,
             "schedule": asdict(self.schedule),
             "num_snapshots": len(self.steps),
-            "ring": self.ring.state_dict() if self.ring is not None and with_snapshots else None,
+            "ring": ring,
             "buffers": self.buffers if with_snapshots else {},
-            "shadows": {name: shadow.state_dict() for name, shadow in self.shadows.items()} if with_snapshots else {},
+            "shadows": shadows,
             "shadow_buffers": self.shadow_buffers if with_snapshots else {},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], module: nn.Module) -> list[str]:
+    def shards(self) -> dict[str, Tensor]:
+        """What `state_dict` leaves out of a sharded model's: the tensors themselves, by reference and distributed."""
+        found: dict[str, Tensor] = {}
+        if self.ring is not None and self.layout is not None:
+            for index, row in enumerate(self.ring.state_dict()["rows"]):
+                whole = self.sharding.distributed(self.layout.views(row))
+                found |= {f"ring.{index}.{name}": tensor for name, tensor in whole.items()}
+        for average, shadow in self.shadows.items():
+            whole = self.sharding.distributed(shadow.tensors)
+            found |= {f"shadow.{average}.{name}": tensor for name, tensor in whole.items()}
+        return found
+
+    def _whole_shapes(self) -> dict[str, list[int]]:
+        assert self.layout is not None
+        return self.sharding.shapes({name: place.shape for name, place in self.layout.places.items()})
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], module: nn.Module, read: ShardReader | None = None
+    ) -> list[str]:
         """Takes over a saved state, as much of it as fits; call `prepare` before.
 
         Args:
             state: As `state_dict` made it.
             module: The live model.
+            read: Fills tensors that `shards` has named; None where the state holds them itself.
 
         Returns:
             What was dropped or changed on the way, in words; empty if the window goes on exactly.
@@ -252,7 +335,7 @@ class SnapshotCapture:
             if state["num_snapshots"]:
                 changes.append(f"the {state['num_snapshots']} snapshots of the window were not saved: it starts empty")
         else:
-            changes = self._load_ring(self.ring, state)
+            changes = self._load_ring(self.ring, state, read)
         if state["every_n_train_steps"] == self.every_n_train_steps and (self.steps or not state["num_snapshots"]):
             self.schedule = CaptureSchedule(**state["schedule"])
         elif self.steps:
@@ -261,10 +344,19 @@ class SnapshotCapture:
                 f" {state['every_n_train_steps'] or 'one that doubles'}"
             )
             self.schedule.next_step = self.steps[-1] + self.schedule.interval
-        return changes + self._load_shadows(state, module)
+        return changes + self._load_shadows(state, module, read)
 
-    def _load_shadows(self, state: Mapping[str, Any], module: nn.Module) -> list[str]:
+    def _load_shadows(self, state: Mapping[str, Any], module: nn.Module, read: ShardReader | None) -> list[str]:
         live = local_tensors(merged_parameters(module))
+        if read is not None:
+            shadows = {}
+            for average, saved in state["shadows"].items():
+                is_there = saved["step"] is not None and average in self.shadows
+                tensors = {name: shadow_like(tensor) for name, tensor in live.items()} if is_there else {}
+                whole = self.sharding.distributed(tensors)
+                read({f"shadow.{average}.{name}": tensor for name, tensor in whole.items()})
+                shadows[average] = {**saved, "tensors": tensors}
+            state = {**state, "shadows": shadows}
         lost = [
             name
             for name, shadow in self.shadows.items()
@@ -276,14 +368,28 @@ class SnapshotCapture:
             self.shadow_buffers = {name: buffer.to(buffers[name].device, copy=True) for name, buffer in saved}
         return [f"there is nothing of the average {name!r} to go on from: it starts anew" for name in lost]
 
-    def _load_ring(self, ring: SnapshotRing, state: Mapping[str, Any]) -> list[str]:
+    def _load_ring(self, ring: SnapshotRing, state: Mapping[str, Any], read: ShardReader | None) -> list[str]:
+        saved = state["ring"]
         try:
-            changes = ring.load_state_dict(state["ring"])
+            if read is None:
+                changes = ring.load_state_dict(saved)
+            elif saved["shapes"] != self._whole_shapes():
+                raise ValueError("the model's parameters have other names or shapes")
+            else:
+                rows = (self._read_row(index, read) for index in range(len(saved["steps"])))
+                changes = ring.load(saved["steps"], rows)
         except ValueError as error:
             return [f"its window of {state['num_snapshots']} snapshots was dropped: {error}"]
         device = ring.storage.layout.groups[0][1]
         self.buffers = {name: buffer.to(device, copy=True) for name, buffer in state["buffers"].items()}
         return changes
+
+    def _read_row(self, index: int, read: ShardReader) -> list[Tensor]:
+        assert self.layout is not None
+        row = [ring[0] for ring in new_rings(self.layout, 1, self.dtype)]
+        whole = self.sharding.distributed(self.layout.views(row))
+        read({f"ring.{index}.{name}": tensor for name, tensor in whole.items()})
+        return row
 
 
 def _copied_buffers(module: nn.Module) -> dict[str, Tensor]:

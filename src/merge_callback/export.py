@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning.pytorch import LightningModule
 from omegaconf import Container
 from torch import Tensor
 
+from merge_callback.files import complete_or_absent
 from merge_callback.rules import decay_from_coefficients
 
 # Under this key a `.ckpt` holds its provenance; a `.safetensors` holds the same entries as metadata.
@@ -99,7 +99,7 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
         raise ValueError(f"a .safetensors file takes tensors only, and {others[0]} is none; save the merge as .ckpt")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _complete_or_absent(path) as unfinished:
+        with complete_or_absent(path) as unfinished:
             if path.suffix == ".ckpt":
                 torch.save({**checkpoint, PROVENANCE_KEY: dict(origin)}, unfinished)
             else:
@@ -111,18 +111,6 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
     # A full disk is a RuntimeError to torch, and to safetensors an error of its own.
     except (OSError, RuntimeError, _safetensors_error()) as error:
         raise OSError(f"the merge of steps {origin['steps']} was not saved to {path}: {error}") from error
-
-
-@contextmanager
-def _complete_or_absent(path: Path) -> Iterator[Path]:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _check_suffix(path: Path) -> None:

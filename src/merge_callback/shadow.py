@@ -173,7 +173,7 @@ class Shadow:
             live: Name -> live tensor, always the same ones.
         """
         if self.step is None or self.tensors.keys() != live.keys():
-            self.tensors = {name: t.detach().to(_wide(t.dtype), copy=True) for name, t in live.items()}
+            self.tensors = {name: shadow_like(t).copy_(t.detach()) for name, t in live.items()}
         elif step > self.step:
             share = 1 - self.average.beta(step, step - self.step)
             shadows, now = list(self.tensors.values()), [live[name].detach() for name in self.tensors]
@@ -221,6 +221,11 @@ def shadow_bytes(layout: RowLayout) -> dict[torch.device, int]:
     for (dtype, device), numel in zip(layout.groups, layout.num_elements, strict=True):
         required[device] = required.get(device, 0) + numel * _wide(dtype).itemsize
     return required
+
+
+def shadow_like(tensor: Tensor) -> Tensor:
+    """An uninitialised tensor as a shadow of this one has it."""
+    return torch.empty_like(tensor, dtype=_wide(tensor.dtype), requires_grad=False)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

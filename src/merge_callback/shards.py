@@ -10,14 +10,19 @@ FSDP2 and tensor parallelism that decide how:
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+
+# Fills the distributed tensors that it is given by name.
+ShardReader: TypeAlias = Callable[[dict[str, Tensor]], None]
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -40,6 +45,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+def rank() -> int:
+    """The number of this process among those of the job."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
 def added_up(tensor: Tensor) -> Tensor:
     """The sum over all ranks of a job."""
     if torch.distributed.is_initialized():
@@ -48,6 +58,58 @@ def added_up(tensor: Tensor) -> Tensor:
         tensor = tensor.to(device)
         torch.distributed.all_reduce(tensor)
     return tensor.cpu()
+
+
+def united(found: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The entries of all ranks, in an order that is the same everywhere."""
+    if not torch.distributed.is_initialized():
+        return dict(found)
+    entries: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(entries, dict(found))
+    together = {key: value for entry in reversed(entries) for key, value in entry.items()}
+    return {key: together[key] for key in sorted(together)}
+
+
+def put_shards(shards: Mapping[str, Tensor], checkpoint: dict[str, Any]) -> str | dict[str, Tensor]:
+    """Adds distributed tensors to a Lightning checkpoint that is about to be saved.
+
+    A checkpoint of shards takes them as if they were one more optimizer's, which is written by every rank and never
+    asked for when Lightning loads; a checkpoint of whole tensors takes them whole, on rank 0.
+
+    Returns:
+        What `shard_reader` finds them by, to be kept in the checkpoint.
+    """
+    if any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values()):
+        checkpoint["optimizer_states"].append(dict(shards))
+        return f"optimizer_{len(checkpoint['optimizer_states']) - 1}"
+    # Tensor by tensor: no rank has more than one whole tensor at a time beside what rank 0 keeps.
+    gathered = ((name, whole(tensor)) for name, tensor in shards.items())
+    return {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
+
+
+def shard_reader(found: str | Mapping[str, Tensor] | None, path: Any) -> ShardReader | None:
+    """Reads what `put_shards` added, from a checkpoint at a path; None if it added nothing."""
+    if found is None:
+        return None
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        if isinstance(found, str):
+            if tensors:
+                dcp.load({found: tensors}, checkpoint_id=path)
+            return
+        for name, tensor in tensors.items():
+            source = found[name]
+            if isinstance(tensor, DTensor):
+                # Each rank cuts out its own part.
+                source = distribute_tensor(source, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+            local(tensor).copy_(source)
+
+    return read
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, gathered from all ranks if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,6 +157,12 @@ class Sharding:
             return num_ranks
         shards = [spec.mesh.size(axis) for axis, placed in enumerate(spec.placements) if not placed.is_replicate()]
         return num_ranks // math.prod(shards)
+
+    def shapes(self, locals_: Mapping[str, torch.Size]) -> dict[str, list[int]]:
+        """Shapes of the whole tensors, given those of this process's."""
+        return {
+            name: list(self._specs[name].shape if name in self._specs else shape) for name, shape in locals_.items()
+        }
 
     def distributed(self, locals_: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as parts of distributed ones where the model's are; nothing is copied or communicated."""

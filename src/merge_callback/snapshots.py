@@ -6,8 +6,9 @@ snapshots; where the rows live is the business of a `SnapshotStorage`. Here that
 memory and a directory fit behind the same interface.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,27 +102,63 @@ def _padded(numel: int) -> int:
     return math.ceil(numel / ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL
 
 
+class Row(Protocol):
+    """A flat row, or what gives parts of one: a tensor, or a file that is read as far as it is asked for."""
+
+    def __getitem__(self, part: slice, /) -> Tensor: ...
+
+
 class SnapshotStorage(Protocol):
     """Where rows live. Slots are numbered from zero to the ring's capacity."""
 
     layout: RowLayout
 
     @property
-    def size_bytes(self) -> int: ...
+    def size_bytes(self) -> int:
+        """Bytes of memory that it takes."""
 
-    def write(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copies live tensors into a slot."""
+    def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copies live tensors into a slot; until `finish` they may still be read."""
 
-    def rows(self, group: int, slots: Sequence[int]) -> list[Tensor]:
-        """The flat rows of some slots for one group of the layout, on the device where they are merged."""
+    def finish(self) -> None:
+        """Called before anything writes to the live tensors."""
 
-    def state_dict(self) -> list[Tensor]: ...
+    def row(self, slot: int) -> Sequence[Row]:
+        """The flat rows of a slot, one for each group of the layout."""
 
-    def load_slot(self, slot: int, state: Sequence[Tensor], from_slot: int) -> None: ...
+    def problem(self, slot: int) -> str | None:
+        """Why what was written into a slot cannot be used; None if it can."""
+
+    def load(self, slot: int, step: int, row: Sequence[Row]) -> None:
+        """Copies a saved row into a slot."""
+
+
+def new_rings(
+    layout: RowLayout,
+    capacity: int,
+    dtype: torch.dtype | None,
+    device: torch.device | None = None,
+    *,
+    pin_memory: bool = False,
+) -> list[Tensor]:
+    """One ``[capacity, num_elements]`` tensor per group, in a dtype and on a device or in the live tensors' own."""
+    # Zeroed on purpose: the pages are touched now and not at the first capture, and no stale memory is ever saved.
+    return [
+        torch.empty(
+            capacity, numel, dtype=dtype or own_dtype, device=device or own_device, pin_memory=pin_memory
+        ).zero_()
+        for (own_dtype, own_device), numel in zip(layout.groups, layout.num_elements, strict=True)
+    ]
+
+
+def slot_views(layout: RowLayout, rings: Sequence[Tensor]) -> list[list[Tensor]]:
+    """For each slot the tensors inside its row, in the layout's order."""
+    capacity = len(rings[0]) if rings else 0
+    return [list(layout.views([ring[slot] for ring in rings]).values()) for slot in range(capacity)]
 
 
 class DeviceStorage:
-    """Rows in the memory of the model's own device: one ``[capacity, num_elements]`` tensor per group, made once.
+    """Rows in the memory of the model's own device.
 
     Args:
         layout: Where each tensor lies in a row.
@@ -131,42 +168,44 @@ class DeviceStorage:
 
     def __init__(self, layout: RowLayout, capacity: int, dtype: torch.dtype | None = None) -> None:
         self.layout = layout
-        # Zeroed on purpose: the pages are touched now and not at the first capture, and no stale memory is ever saved.
-        self._rings = [
-            torch.empty(capacity, numel, dtype=dtype or own_dtype, device=device).zero_()
-            for (own_dtype, device), numel in zip(layout.groups, layout.num_elements, strict=True)
-        ]
-        self._views = [list(layout.views([ring[slot] for ring in self._rings]).values()) for slot in range(capacity)]
+        self._rings = new_rings(layout, capacity, dtype)
+        self._views = slot_views(layout, self._rings)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all rows."""
         return size_bytes(self._rings)
 
-    @staticmethod
-    def required_bytes(layout: RowLayout, capacity: int, dtype: torch.dtype | None = None) -> dict[torch.device, int]:
-        """Bytes that the rows will take on each device."""
-        required: dict[torch.device, int] = {}
-        for (own_dtype, device), numel in zip(layout.groups, layout.num_elements, strict=True):
-            required[device] = required.get(device, 0) + capacity * numel * (dtype or own_dtype).itemsize
-        return required
-
-    def write(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Copies live tensors into a slot; each byte is read once and written once."""
         torch._foreach_copy_(self._views[slot], [tensors[name].detach() for name in self.layout.places])
 
-    def rows(self, group: int, slots: Sequence[int]) -> list[Tensor]:
-        """The rows of some slots: views, nothing is copied."""
-        return [self._rings[group][slot] for slot in slots]
+    def finish(self) -> None:
+        """Copies are made in the order of the device's own work."""
 
-    def state_dict(self) -> list[Tensor]:
-        """The rings themselves, not copies: writing a checkpoint needs no second ring in memory."""
-        return self._rings
+    def row(self, slot: int) -> list[Tensor]:
+        """The row of a slot: views, nothing is copied."""
+        return [ring[slot] for ring in self._rings]
 
-    def load_slot(self, slot: int, state: Sequence[Tensor], from_slot: int) -> None:
-        """Copies one row of a saved state into a slot."""
-        for ring, saved in zip(self._rings, state, strict=True):
-            ring[slot].copy_(saved[from_slot])
+    def problem(self, slot: int) -> str | None:
+        """Memory does not spoil."""
+        return None
+
+    def load(self, slot: int, step: int, row: Sequence[Row]) -> None:
+        """Copies a saved row into a slot."""
+        for mine, saved in zip(self.row(slot), row, strict=True):
+            mine.copy_(saved[:])
+
+
+def required_bytes(
+    layout: RowLayout, capacity: int, dtype: torch.dtype | None, device: torch.device | None = None
+) -> dict[torch.device, int]:
+    """Bytes that so many rows take, by device; all on one device if that is given."""
+    required: dict[torch.device, int] = {}
+    for (own_dtype, own_device), numel in zip(layout.groups, layout.num_elements, strict=True):
+        place = device or own_device
+        required[place] = required.get(place, 0) + capacity * numel * (dtype or own_dtype).itemsize
+    return required
 
 
 class SnapshotRing:
@@ -182,6 +221,7 @@ class SnapshotRing:
         self.capacity = capacity
         self.steps: list[int] = []
         self._slots: list[int] = []
+        self._open: dict[int, str] = {}
 
     @property
     def is_full(self) -> bool:
@@ -190,12 +230,20 @@ class SnapshotRing:
 
     def append(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Stores the tensors as the snapshot of a step, in place of the oldest one where the ring is full."""
+        self.storage.write(self._next_slot(step), step, tensors)
+
+    def leave_open(self, step: int, problem: str) -> None:
+        """Keeps the place of a snapshot that this process cannot take, until all ranks know of it; see `problems`."""
+        self._next_slot(step)
+        self._open[step] = problem
+
+    def _next_slot(self, step: int) -> int:
         if self.is_full:
             self._keep(range(1, self.capacity))
         slot = min(set(range(self.capacity)) - set(self._slots))
-        self.storage.write(slot, tensors)
         self.steps.append(step)
         self._slots.append(slot)
+        return slot
 
     def thin(self) -> None:
         """Drops every second snapshot and keeps the oldest, so that half the ring covers what the whole one did."""
@@ -205,9 +253,10 @@ class SnapshotRing:
         """Drops all snapshots."""
         self._keep(range(0))
 
-    def _keep(self, positions: range) -> None:
+    def _keep(self, positions: Sequence[int]) -> None:
         self.steps = [self.steps[position] for position in positions]
         self._slots = [self._slots[position] for position in positions]
+        self._open = {step: problem for step, problem in self._open.items() if step in self.steps}
 
     def combine(self, coefficients: Sequence[float]) -> list[Tensor]:
         """The merge ``sum_j c_j x_j`` as a row in the live tensors' dtypes, accumulated in float32 or better.
@@ -222,8 +271,7 @@ class SnapshotRing:
         """
         merged = self.storage.layout.new_row()
         used = [value for value in coefficients if value != 0]
-        for group, out in enumerate(merged):
-            rows = self._rows(group, coefficients)
+        for out, rows in zip(merged, self._rows(coefficients), strict=True):
             for start in range(0, out.numel(), CHUNK_NUMEL):
                 chunk = slice(start, start + CHUNK_NUMEL)
                 combine_(out[chunk], [row[chunk] for row in rows], used)
@@ -246,32 +294,48 @@ class SnapshotRing:
         """
         # Squared distance and squared norm.
         sums = torch.zeros(2, dtype=torch.float64)
+        rows_of = self._rows(coefficients)
         for group, start, stop, shared_by in self.storage.layout.runs(copies or {}):
-            rows, center = self._rows(group, coefficients), merged[group]
+            rows, center = rows_of[group], merged[group]
             found = torch.zeros(2, dtype=torch.float64, device=center.device)
             for first in range(start, stop, CHUNK_NUMEL):
                 chunk = slice(first, min(first + CHUNK_NUMEL, stop))
                 middle = center[chunk].to(torch.promote_types(center.dtype, torch.float32))
                 for row in rows:
-                    difference = row[chunk].to(middle.dtype) - middle
+                    difference = row[chunk].to(middle) - middle
                     found[0] += difference.square_().sum(dtype=torch.float64) / len(rows)
                 found[1] += middle.square().sum(dtype=torch.float64)
             sums += found.cpu() / shared_by
         distance, norm = add_up(sums).tolist()
         return math.sqrt(distance / norm) if norm else 0.0
 
-    def _rows(self, group: int, coefficients: Sequence[float]) -> list[Tensor]:
+    def _rows(self, coefficients: Sequence[float]) -> list[list[Row]]:
+        """For each group of the layout the rows with a coefficient."""
         slots = [slot for slot, value in zip(self._slots, coefficients, strict=True) if value != 0]
-        return self.storage.rows(group, slots)
+        rows = [self.storage.row(slot) for slot in slots]
+        return [list(of_group) for of_group in zip(*rows, strict=True)]
+
+    def problems(self) -> dict[int, str]:
+        """Steps whose snapshots cannot be used, and why."""
+        found = {
+            step: self._open.get(step) or self.storage.problem(slot)
+            for step, slot in zip(self.steps, self._slots, strict=True)
+        }
+        return {step: problem for step, problem in found.items() if problem is not None}
+
+    def drop(self, steps: Iterable[int]) -> None:
+        """Drops the snapshots of some steps."""
+        dropped = set(steps)
+        self._keep([position for position, step in enumerate(self.steps) if step not in dropped])
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows by reference, and which of them are which snapshots."""
-        return {
-            "steps": list(self.steps),
-            "slots": list(self._slots),
-            "shapes": {name: list(place.shape) for name, place in self.storage.layout.places.items()},
-            "rows": self.storage.state_dict(),
-        }
+        """Rows by reference, oldest first, and of which steps they are."""
+        return self.order() | {"rows": [[row[:] for row in self.storage.row(slot)] for slot in self._slots]}
+
+    def order(self) -> dict[str, Any]:
+        """What `state_dict` has beside the rows."""
+        shapes = {name: list(place.shape) for name, place in self.storage.layout.places.items()}
+        return {"steps": list(self.steps), "shapes": shapes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Takes over the newest snapshots of a saved ring, as many as fit.
@@ -282,25 +346,29 @@ class SnapshotRing:
         Raises:
             ValueError: If the saved snapshots are of other tensors; the message names the first difference.
         """
-        shapes = {name: list(place.shape) for name, place in self.storage.layout.places.items()}
+        shapes = self.order()["shapes"]
         if shapes != state["shapes"]:
             name = next(name for name in [*shapes, *state["shapes"]] if shapes.get(name) != state["shapes"].get(name))
             raise ValueError(
                 f"{name} has shape {shapes.get(name)} in the model and {state['shapes'].get(name)} in the snapshots"
             )
-        saved = list(zip(state["steps"], state["slots"], strict=True))
-        newest = saved[-self.capacity :]
-        self.steps = [step for step, _ in newest]
-        self._slots = list(range(len(newest)))
-        for slot, (_, saved_slot) in enumerate(newest):
-            self.storage.load_slot(slot, state["rows"], saved_slot)
-        changes = []
-        if len(newest) < len(saved):
-            changes.append(f"the oldest {len(saved) - len(newest)} of {len(saved)} snapshots were dropped")
-        dtypes = {str(row.dtype) for row in state["rows"]}, {str(row.dtype) for row in self.storage.state_dict()}
-        if dtypes[0] != dtypes[1]:
-            changes.append(f"snapshots in {', '.join(sorted(dtypes[0]))} are now in {', '.join(sorted(dtypes[1]))}")
+        changes = self.load(state["steps"], state["rows"])
+        if self._slots:
+            saved, mine = (
+                {str(row[:0].dtype) for row in rows} for rows in (state["rows"][-1], self.storage.row(self._slots[-1]))
+            )
+            if saved != mine:
+                changes.append(f"snapshots in {', '.join(sorted(saved))} are now in {', '.join(sorted(mine))}")
         return changes
+
+    def load(self, steps: Sequence[int], rows: Iterable[Sequence[Row]]) -> list[str]:
+        """Takes over the newest snapshots, as many as fit; returns what was dropped, in words."""
+        num_dropped = max(0, len(steps) - self.capacity)
+        self.steps = list(steps[num_dropped:])
+        self._slots = list(range(len(self.steps)))
+        for slot, row in enumerate(itertools.islice(rows, num_dropped, None)):
+            self.storage.load(slot, self.steps[slot], row)
+        return [f"the oldest {num_dropped} of {len(steps)} snapshots were dropped"] if num_dropped else []
 
 
 def refuse_if_too_large(required: Mapping[torch.device, int], num_snapshots: int, num_shadows: int = 0) -> None:
@@ -351,7 +419,7 @@ def combine_(out: Tensor, rows: Sequence[Tensor], coefficients: Sequence[float])
         if total == 0.0:
             accumulator.copy_(row)
         else:
-            accumulator.lerp_(row.to(dtype), coefficient / (total + coefficient))
+            accumulator.lerp_(row.to(accumulator), coefficient / (total + coefficient))
         total += coefficient
     if accumulator is not out:
         out.copy_(accumulator)

@@ -1,0 +1,207 @@
+"""Where snapshots live if not on the model's own device: host memory, or a directory of files."""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_callback.files import complete_or_absent
+from merge_callback.snapshots import CHUNK_NUMEL, Row, RowLayout, new_rings, slot_views
+from merge_callback.weights import size_bytes
+
+HOST = torch.device("cpu")
+
+
+class HostStorage:
+    """Rows in host memory, pinned where there is a GPU; copied on a stream of their own beside the forward pass.
+
+    Args:
+        layout: Where each tensor lies in a row.
+        capacity: Number of rows.
+        dtype: Dtype in which snapshots are kept; None keeps each tensor's own.
+    """
+
+    def __init__(self, layout: RowLayout, capacity: int, dtype: torch.dtype | None = None) -> None:
+        self.layout = layout
+        self._gpus = sorted({device for _, device in layout.groups if device.type == "cuda"}, key=str)
+        self._rings = new_rings(layout, capacity, dtype, HOST, pin_memory=bool(self._gpus))
+        self._views = slot_views(layout, self._rings)
+        self._streams = {gpu: torch.cuda.Stream(gpu) for gpu in self._gpus}
+        self._copied: list[tuple[torch.device, torch.cuda.Event]] = []
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all rows."""
+        return size_bytes(self._rings)
+
+    def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copies live tensors into a slot; with a GPU the copy is under way when this returns."""
+        sources = [tensors[name].detach() for name in self.layout.places]
+        with ExitStack() as streams:
+            for gpu, stream in self._streams.items():
+                stream.wait_stream(torch.cuda.current_stream(gpu))
+                streams.enter_context(torch.cuda.stream(stream))
+            for view, source in zip(self._views[slot], sources, strict=True):
+                view.copy_(source, non_blocking=True)
+        self._copied = [(gpu, stream.record_event()) for gpu, stream in self._streams.items()]
+
+    def finish(self) -> None:
+        """What the GPU does from now on waits for copies under way; the host does not."""
+        for gpu, event in self._copied:
+            torch.cuda.current_stream(gpu).wait_event(event)
+
+    def row(self, slot: int) -> list[Tensor]:
+        """The row of a slot, when it has arrived."""
+        for _, event in self._copied:
+            event.synchronize()
+        return [ring[slot] for ring in self._rings]
+
+    def problem(self, slot: int) -> str | None:
+        """Memory does not spoil."""
+        return None
+
+    def load(self, slot: int, step: int, row: Sequence[Row]) -> None:
+        """Copies a saved row into a slot."""
+        for mine, saved in zip(self.row(slot), row, strict=True):
+            mine.copy_(saved[:])
+
+
+@dataclass(frozen=True)
+class SnapshotDirectory:
+    """A directory as the place of snapshots: one file a snapshot and rank, at most ``num_snapshots`` of them.
+
+    Args:
+        path: The directory; missing folders are made.
+        strict: What happens when a file is missing or corrupt as a merge is made. False leaves the snapshot out with a
+            warning, and the merge is made of the others; True is an error.
+    """
+
+    path: str | os.PathLike[str]
+    strict: bool = False
+
+
+class DirectoryStorage:
+    """Rows in files of a directory: written by a thread of their own, whole or not at all, and checked when read.
+
+    Args:
+        layout: Where each tensor lies in a row.
+        dtype: Dtype in which snapshots are kept; None keeps each tensor's own.
+        folder: Where the files go.
+        prefix: What their names begin with, another one for each callback and rank.
+    """
+
+    def __init__(self, layout: RowLayout, dtype: torch.dtype | None, folder: Path, prefix: str) -> None:
+        self.layout = layout
+        self.folder = folder
+        self.prefix = prefix
+        folder.mkdir(parents=True, exist_ok=True)
+        # One snapshot on its way to the disk; the next one waits until it has arrived.
+        self._staged = new_rings(layout, 1, dtype, HOST, pin_memory=False)
+        self._views = slot_views(layout, self._staged)[0]
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+        self._writing: Future[None] | None = None
+        self._steps: dict[int, int] = {}
+        # Why the latest write to a slot failed, and which state of a file has been checked already.
+        self._failed: dict[int, str] = {}
+        self._checked: dict[int, tuple[int, int]] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of memory: of the one row on its way to the disk."""
+        return size_bytes(self._staged)
+
+    def path(self, slot: int) -> Path:
+        """The file of a slot."""
+        return self.folder / f"{self.prefix}{slot:03d}.safetensors"
+
+    def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copies live tensors; the file is written when this has returned."""
+        self._wait()
+        for view, name in zip(self._views, self.layout.places, strict=True):
+            view.copy_(tensors[name].detach())
+        self._start_writing(slot, step)
+
+    def finish(self) -> None:
+        """Nothing still reads the live tensors."""
+
+    def row(self, slot: int) -> list[Row]:
+        """The row of a slot, read from the file as far as it is asked for."""
+        self._wait()
+        return [self._open(slot).get_slice(f"row{group}") for group in range(len(self.layout.groups))]
+
+    def problem(self, slot: int) -> str | None:
+        """Why the snapshot in a slot cannot be used; each file is read through once to find out."""
+        self._wait()
+        if slot in self._failed:
+            return self._failed[slot]
+        path = self.path(slot)
+        try:
+            state = path.stat().st_mtime_ns, path.stat().st_size
+            if self._checked.get(slot) == state:
+                return None
+            content = self._open(slot)
+            told = json.loads((content.metadata() or {})["snapshot"])
+            if told["step"] != self._steps[slot]:
+                return f"{path} holds step {told['step']}, not {self._steps[slot]}"
+            sums = [_checksum(content.get_slice(f"row{group}")) for group in range(len(self.layout.groups))]
+        except (OSError, KeyError, ValueError, _safetensors().SafetensorError) as error:
+            return f"{path} cannot be read: {error}"
+        if sums != told["checksums"]:
+            return f"{path} is corrupt: its checksum is not the one that was written"
+        self._checked[slot] = state
+        return None
+
+    def load(self, slot: int, step: int, row: Sequence[Row]) -> None:
+        """Writes a saved row to the file of a slot."""
+        self._wait()
+        for mine, saved in zip(self._staged, row, strict=True):
+            mine[0].copy_(saved[:])
+        self._start_writing(slot, step)
+
+    def _start_writing(self, slot: int, step: int) -> None:
+        self._steps[slot] = step
+        self._failed.pop(slot, None)
+        self._checked.pop(slot, None)
+        self._writing = self._writer.submit(self._write_file, slot, step)
+
+    def _write_file(self, slot: int, step: int) -> None:
+        rows = {f"row{group}": ring[0] for group, ring in enumerate(self._staged)}
+        told = {"step": step, "checksums": [_checksum(row) for row in rows.values()]}
+        path = self.path(slot)
+        try:
+            with complete_or_absent(path) as unfinished:
+                _safetensors().torch.save_file(rows, unfinished, {"snapshot": json.dumps(told)})
+        except (OSError, _safetensors().SafetensorError) as error:
+            self._failed[slot] = f"{path} could not be written: {error}"
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _open(self, slot: int) -> Any:
+        return _safetensors().safe_open(self.path(slot), "pt")
+
+
+def _checksum(row: Row) -> int:
+    found, start = 0, 0
+    while (chunk := row[start : start + CHUNK_NUMEL]).numel():
+        found = zlib.crc32(chunk.view(torch.uint8).numpy().data, found)
+        start += CHUNK_NUMEL
+    return found
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a directory of snapshots needs: pip install 'merge-callback[export]'") from error
+    return safetensors

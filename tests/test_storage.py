@@ -1,0 +1,106 @@
+"""Snapshots in host memory and in files: the same merges, and files that are missing, corrupt or cannot be written."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merge_callback import MergeCallback, SnapshotDirectory
+from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing
+from merge_callback.storage import DirectoryStorage, HostStorage
+from tests.test_snapshots import merged, tensors, uniform
+from tests.toys import Toy, fit, make
+
+
+def storage_of(kind, layout, capacity, tmp_path, dtype=None):
+    if kind == "files":
+        return DirectoryStorage(layout, dtype, tmp_path / "files", "merge-")
+    return {"device": DeviceStorage, "cpu": HostStorage}[kind](layout, capacity, dtype)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "files"])
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float64, torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_merges_are_the_same_wherever_the_rows_are(tmp_path, kind, dtypes, dtype):
+    rings = []
+    for each in ("device", kind):
+        ring = SnapshotRing(storage_of(each, RowLayout(tensors(0, dtypes)), 3, tmp_path, dtype), 3)
+        for step in range(5):
+            ring.append(step, tensors(step, dtypes))
+        rings.append(ring)
+    expected, found = (merged(ring, [0.2, 0.3, 0.5]) for ring in rings)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_there_are_never_more_files_than_snapshots_and_none_half_written(tmp_path):
+    callback = MergeCallback(1, 4, storage=tmp_path / "snapshots")
+    fit(make(Toy), tmp_path, callback)
+    callback.merged_state_dict()
+    files = sorted(file.name for file in (tmp_path / "snapshots").iterdir())
+    assert files == [f"merge-rank00000-{slot:03d}.safetensors" for slot in range(4)]
+    rows = load_file(tmp_path / "snapshots" / files[0])
+    assert list(rows) == ["row0"]
+
+
+def spoilt(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "flipped":
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    else:
+        save_file({"row0": torch.zeros(3)}, path)
+
+
+HOWS = {
+    "missing": "cannot be read",
+    "cut short": "cannot be read",
+    "flipped": "is corrupt",
+    "another": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_spoilt_file_is_named_and_left_out(tmp_path, how):
+    callback = MergeCallback(2, 3, storage=tmp_path / "snapshots")
+    fit(make(Toy), tmp_path / "run", callback)
+    assert callback.snapshot_steps == [20, 22, 24]
+    slot = callback._capture.ring._slots[1]
+    path = tmp_path / "snapshots" / f"merge-rank00000-{slot:03d}.safetensors"
+    spoilt(path, how)
+    with pytest.warns(UserWarning, match=rf"left out of the merges: .*{path.name} {HOWS[how]}"):
+        callback.merged_state_dict()
+    assert callback.coefficients() == {20: 0.5, 24: 0.5}
+
+
+def test_a_strict_directory_refuses_a_spoilt_file(tmp_path):
+    callback = MergeCallback(2, 3, storage=SnapshotDirectory(tmp_path / "snapshots", strict=True))
+    fit(make(Toy), tmp_path / "run", callback)
+    spoilt(tmp_path / "snapshots" / "merge-rank00000-001.safetensors", "flipped")
+    with pytest.raises(OSError, match=r"001\.safetensors is corrupt"):
+        callback.merged_state_dict()
+    assert callback.snapshot_steps == [20, 22, 24]
+
+
+def test_a_snapshot_that_cannot_be_written_is_left_out_and_the_run_goes_on(tmp_path):
+    storage = storage_of("files", RowLayout(tensors(0)), 3, tmp_path)
+    ring = SnapshotRing(storage, 3)
+    ring.append(1, tensors(1))
+    # A folder of the file's name is in the way.
+    storage.path(1).mkdir()
+    ring.append(2, tensors(2))
+    assert list(ring.problems()) == [2]
+    assert "could not be written" in ring.problems()[2]
+    ring.drop(ring.problems())
+    assert torch.equal(merged(ring, uniform(ring))["transposed"], tensors(1)["transposed"])
+
+
+def test_the_cost_is_told_by_place(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(make(Toy), tmp_path, MergeCallback(2, 3, storage=tmp_path / "snapshots"))
+        fit(make(Toy), tmp_path, MergeCallback(2, 3, storage="cpu"))
+    assert f"in files in {tmp_path / 'snapshots'}, up to 0.0 MiB by each rank" in caplog.text
+    assert "MiB of host memory" in caplog.text
