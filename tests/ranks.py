@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 # Long enough for a busy machine; a hang ends a test with the stack of nobody, so it should be rare.
-TIMEOUT_SECONDS = 180
+TIMEOUT_SECONDS = 90
 
 
 class Ranks:
@@ -20,9 +20,10 @@ class Ranks:
 
     Args:
         world_size: How many.
+        is_ended_by_errors: Whether a process ends with the first function that raises, as a program would.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, is_ended_by_errors: bool = False) -> None:
         context = mp.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -30,7 +31,11 @@ class Ranks:
         self._answers: Any = context.Queue()
         self._tasks = [context.Queue() for _ in range(world_size)]
         self._processes = [
-            context.Process(target=_serve, args=(rank, world_size, port, tasks, self._answers), daemon=True)
+            context.Process(
+                target=_serve,
+                args=(rank, world_size, port, is_ended_by_errors, (tasks, self._answers)),
+                daemon=True,
+            )
             for rank, tasks in enumerate(self._tasks)
         ]
         for process in self._processes:
@@ -47,7 +52,7 @@ class Ranks:
         """Whether the function returned on each rank, and what, or the traceback."""
         for tasks in self._tasks:
             tasks.put((function, arguments))
-        found = {}
+        found: dict[int, tuple[bool, Any]] = {}
         for _ in self._tasks:
             try:
                 rank, is_done, answer = self._answers.get(timeout=TIMEOUT_SECONDS)
@@ -66,7 +71,8 @@ class Ranks:
             process.kill()
 
 
-def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any) -> None:
+def _serve(rank: int, world_size: int, port: int, is_ended_by_errors: bool, queues: tuple[Any, Any]) -> None:
+    tasks, answers = queues
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -77,8 +83,9 @@ def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any) -> N
     }
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    for theirs in ("`isinstance", "The '.*' does not have many workers"):
-        warnings.filterwarnings("ignore", theirs)
+    theirs = "`isinstance", "The '.*' does not have many workers", "FSDP2-wrapped module .* returned a view tensor"
+    for message in theirs:
+        warnings.filterwarnings("ignore", message)
     while (task := tasks.get()) is not None:
         function, arguments = task
         # Lightning takes it away after each fit.
@@ -87,5 +94,7 @@ def _serve(rank: int, world_size: int, port: int, tasks: Any, answers: Any) -> N
             answers.put((rank, True, function(*arguments)))
         except BaseException:
             answers.put((rank, False, traceback.format_exc()))
+            if is_ended_by_errors:
+                return
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -42,6 +42,7 @@ class Sharded(Base):
         if any(isinstance(parameter, DTensor) for parameter in self.parameters()) or not self.form:
             return
         mesh = self.device_mesh
+        assert mesh is not None
         if "tp" in self.form:
             plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
             parallelize_module(self, mesh["tensor_parallel"], plan)

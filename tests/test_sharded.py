@@ -1,19 +1,26 @@
 """Sharded and replicated models, in real processes: merges, evaluation, observer and resume as in one process."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, strategies
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_callback import Ema, MergeCallback
+from merge_callback import Ema, MergeCallback, MergedCheckpoint
+from merge_callback.arguments import refuse_strategy
+from merge_callback.export import read_provenance, save_sharded, weights_checkpoint
 from merge_callback.shards import local
 from tests.ranks import Ranks
-from tests.sharded_toys import FullTracker, Sharded, fit_sharded, full, merge_by_hand, strategy, weights
+from tests.sharded_toys import WIDTH, FullTracker, Sharded, fit_sharded, full, merge_by_hand, strategy, weights
 from tests.toys import ResumableBatches, make, same
 
 pytestmark = pytest.mark.slow
@@ -199,3 +206,116 @@ def test_a_nan_on_one_rank_refuses_the_snapshot_on_all(tmp_path, two_ranks):
     assert first["steps"] == second["steps"] == [2, 4]
     assert any("No snapshot at step 6: up.weight holds NaN or inf on rank 1" in text for text in second["said"])
     assert any("left out of the merges: No snapshot at step 6: up.weight" in text for text in first["said"])
+
+
+def exported(folder: Path, form: str) -> dict[str, Any]:
+    callback = MergeCallback(2, 3)
+    best = MergedCheckpoint(callback, monitor="merged/val_loss", dirpath=folder / "best", filename="best")
+    run = fit_sharded(folder, form, callback, ModelCheckpoint(folder / "live"), best, enable_checkpointing=True)
+    largest = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor):
+                largest.append(result.nbytes)
+            return result
+
+    for name in ("merge.safetensors", "merge.ckpt"):
+        callback.save_merged(folder / name)
+    if form != "ddp":
+        checkpoint = weights_checkpoint(run.module, callback.merged_state_dict(), 12)
+        with Watching():
+            save_sharded(folder / "again.safetensors", checkpoint, {"steps": [12]})
+        callback.save_merged(folder / "merge")
+        with pytest.raises(OSError, match=r"the merge of steps \[8, 10, 12\] was not saved to .*File exists"):
+            callback.save_merged(folder / "merge.ckpt" / "merge.safetensors")
+    state = callback.merged_state_dict()
+    content = {name: torch.zeros_like(value) for name, value in state.items()}
+    if form != "ddp":
+        dcp.load({"state_dict": content}, checkpoint_id=folder / "merge")
+    return {
+        "merge": {name: full(value) for name, value in state.items()},
+        "directory": {name: full(value) for name, value in content.items()},
+        "largest": max(largest, default=0),
+        "num_parameters": sum(parameter.numel() for parameter in run.module.parameters()),
+    }
+
+
+@pytest.mark.parametrize("form", ["fsdp", "tp", "ddp"])
+def test_a_merge_of_several_ranks_is_exported_whole(tmp_path, two_ranks, form):
+    for found in two_ranks.run(exported, tmp_path, form):
+        assert same(load_file(tmp_path / "merge.safetensors"), found["merge"])
+        assert read_provenance(tmp_path / "merge.safetensors")["steps"] == [8, 10, 12]
+        checkpoint = torch.load(tmp_path / "merge.ckpt", weights_only=True)
+        assert same(dict(checkpoint["state_dict"]), found["merge"])
+        assert (tmp_path / "best" / "best.ckpt").exists()
+        if form != "ddp":
+            assert same(found["directory"], found["merge"])
+            assert json.loads((tmp_path / "merge" / "merge.json").read_text())["coefficients"] == [1 / 3] * 3
+            # Never more than the largest tensor at once.
+            assert found["largest"] <= 4 * 7 * WIDTH < 4 * found["num_parameters"]
+    whole_module = make(Sharded)
+    whole_module.load_state_dict(load_file(tmp_path / "merge.safetensors"), strict=True)
+
+
+def failing(folder: Path) -> None:
+    class Failing(Sharded):
+        def validation_step(self, batch, batch_idx):
+            is_merged = type(self.trainer.fit_loop.epoch_loop.val_loop.run).__name__ != "_ObservedRun"
+            if is_merged and self.trainer.global_rank == 1:
+                raise ZeroDivisionError("on rank 1 alone")
+            return super().validation_step(batch, batch_idx)
+
+    fit_sharded(folder, "fsdp", MergeCallback(2, 3), module=make(Failing, form="fsdp"))
+
+
+def test_a_rank_that_fails_in_the_merged_validation_ends_all_of_them_with_its_error(tmp_path):
+    ranks = Ranks(2, is_ended_by_errors=True)
+    (is_done, other), (is_done_too, failed) = ranks.outcomes(failing, tmp_path)
+    ranks.stop()
+    assert not is_done
+    assert not is_done_too
+    assert "ZeroDivisionError: on rank 1 alone" in failed
+    assert "Connection closed by peer" in other or "connection reset" in other.lower()
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+
+def test_four_ranks_with_shards_in_two_dimensions(tmp_path, four_ranks):
+    results = [four_ranks.run(function, tmp_path, "fsdp+tp", {}) for function in (watched, unwatched)]
+    alone = watched(tmp_path, "", {})
+    for found, without in zip(*results, strict=True):
+        assert same(found["weights"], without["weights"])
+        for name, expected in found["by_hand"].items():
+            for key, value in expected.items():
+                torch.testing.assert_close(found["merged"][name][key].double(), value, rtol=0, atol=1e-6)
+        for ours, theirs in zip(found["metrics"], alone["metrics"], strict=True):
+            names = [name for name in theirs if not name.endswith("seconds")]
+            assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], abs=1e-4)
+
+
+def test_four_ranks_go_on_where_they_were_interrupted(tmp_path, four_ranks):
+    whole = four_ranks.run(resumed_form, tmp_path / "whole", "fsdp+tp", "shards", None, 12)
+    four_ranks.run(resumed_form, tmp_path / "first", "fsdp+tp", "shards", None, 7)
+    again = four_ranks.run(resumed_form, tmp_path / "again", "fsdp+tp", "shards", str(tmp_path / "at-7.ckpt"), 12)
+    assert same(again, whole)
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_whose_merges_would_be_wrong_are_refused_with_what_to_use(name):
+    strategy_class = getattr(strategies, name)
+
+    class Here(strategy_class):
+        """Neither can be made on this machine."""
+
+        def __init__(self):
+            pass
+
+    with pytest.raises(NotImplementedError, match=f"does not work under {name}, .*; use ModelParallelStrategy"):
+        refuse_strategy(Here())

@@ -34,13 +34,13 @@ from merge_callback.evaluate import (
     stop_observing_validations,
     validation_follows,
 )
-from merge_callback.export import provenance, save, weights_checkpoint
+from merge_callback.export import provenance, save, save_sharded, weights_checkpoint
 from merge_callback.prediction import Prediction, gain
 from merge_callback.rates import learning_rates, optimizer_step
 from merge_callback.records import TrunkValues
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
 from merge_callback.shadow import Average, is_average
-from merge_callback.shards import local, put_shards, reshard, shard_reader
+from merge_callback.shards import local, put_shards, rank, reshard, shard_reader
 from merge_callback.storage import SnapshotDirectory
 from merge_callback.swap import swapped_weights
 from merge_callback.weights import tensors_by_name
@@ -199,7 +199,8 @@ class MergeCallback(Callback):
         """The merge as a state dict of the LightningModule, which takes it with ``strict=True``.
 
         Trainable parameters are merged; floating-point buffers are those of the newest snapshot; frozen parameters and
-        integer buffers are the live ones. The tensors are copies. Raises as `merged_weights` does.
+        integer buffers are the live ones. The tensors are copies; of a sharded model they are sharded as the live ones.
+        Raises as `merged_weights` does.
         """
         self._check_captured(self._is_captured(name))
         assert self._module is not None
@@ -253,6 +254,10 @@ class MergeCallback(Callback):
         A ``.ckpt`` is taken by ``load_from_checkpoint`` and by ``Trainer.fit(ckpt_path=...)``, which starts a new run
         from the merged weights; a ``.safetensors`` holds the state dict alone.
 
+        With several ranks all of them call this, and rank 0 writes. The tensors of a sharded model are gathered one
+        after the other; to a path without an ending every rank writes its own shards instead
+        (`torch.distributed.checkpoint`).
+
         Args:
             path: Ends in ``.ckpt`` or ``.safetensors``. Missing folders are made.
             name: Which merge; None is the primary one.
@@ -267,11 +272,13 @@ class MergeCallback(Callback):
         assert self._module is not None
         checkpoint = weights_checkpoint(self._module, state, self._step)
         if is_average(merge):
-            step = self._capture.shadows[name or self._primary].step
-            save(path, checkpoint, provenance(repr(merge), step=step))
+            origin = provenance(repr(merge), step=self._capture.shadows[name or self._primary].step)
         else:
-            coefficients = self.coefficients(name)
-            save(path, checkpoint, provenance(rule_label(merge), coefficients))
+            origin = provenance(rule_label(merge), self.coefficients(name))
+        if self._capture.sharding.is_sharded:
+            save_sharded(path, checkpoint, origin)
+        elif rank() == 0:
+            save(path, checkpoint, origin)
 
     # What Lightning calls.
 

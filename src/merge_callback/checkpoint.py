@@ -58,12 +58,11 @@ class MergedCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if not self.merge_callback.snapshot_steps:
             return
-        if trainer.is_global_zero:
-            try:
-                self.merge_callback.save_merged(filepath, self.merge)
-            except (OSError, ValueError) as error:
-                rank_zero_warn(f"MergedCheckpoint: {error}. Training goes on.")
-                return
+        try:
+            self.merge_callback.save_merged(filepath, self.merge)
+        except (OSError, ValueError) as error:
+            rank_zero_warn(f"MergedCheckpoint: {error}. Training goes on.")
+            return
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +13,24 @@ import torch
 from lightning.pytorch import LightningModule
 from omegaconf import Container
 from torch import Tensor
+from torch.distributed import checkpoint as dcp
 
 from merge_callback.files import complete_or_absent
 from merge_callback.rules import decay_from_coefficients
+from merge_callback.shards import rank, united, whole
 
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 # Under this key a `.ckpt` holds its provenance; a `.safetensors` holds the same entries as metadata.
 PROVENANCE_KEY = "merge_callback"
 
@@ -111,6 +125,74 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
     # A full disk is a RuntimeError to torch, and to safetensors an error of its own.
     except (OSError, RuntimeError, _safetensors_error()) as error:
         raise OSError(f"the merge of steps {origin['steps']} was not saved to {path}: {error}") from error
+
+
+def save_sharded(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    """As `save`, for a sharded model: all ranks call it, and none has more than one whole tensor at a time.
+
+    A ``.safetensors`` file is written by rank 0 as the tensors come in; for a ``.ckpt`` rank 0 keeps them all in host
+    memory. A path without an ending becomes a directory of `torch.distributed.checkpoint`, with the provenance in
+    ``merge.json``, and nothing is gathered.
+
+    Raises:
+        ValueError: If the path ends otherwise, or the state dict holds what the format does not take.
+        OSError: If it cannot be written, on all ranks; the message says what was not saved.
+    """
+    path, state = Path(path), checkpoint["state_dict"]
+    if not path.suffix:
+        dcp.save({"state_dict": state}, checkpoint_id=path)
+        if rank() == 0:
+            (path / "merge.json").write_text(json.dumps(dict(origin)))
+        return
+    _check_suffix(path)
+    gathered = ((name, whole(tensor)) for name, tensor in state.items())
+    problem = None
+    try:
+        if path.suffix == ".ckpt":
+            kept = {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
+            if rank() == 0:
+                save(path, {**checkpoint, "state_dict": kept}, origin)
+        elif rank() == 0:
+            metadata = {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with complete_or_absent(path) as unfinished:
+                write_safetensors(unfinished, state, (tensor for _, tensor in gathered), metadata)
+    except OSError as error:
+        problem = f"the merge of steps {origin['steps']} was not saved to {path}: {error}"
+    # Whatever happened to the file, the others wait for this rank's part of each tensor.
+    for _ in gathered:
+        pass
+    if found := united({} if problem is None else {rank(): problem}):
+        raise OSError(next(iter(found.values())))
+
+
+def write_safetensors(
+    path: Path, state: Mapping[str, Tensor], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes a .safetensors file tensor by tensor; the library wants them all at once.
+
+    Args:
+        path: Where to.
+        state: Name -> tensor that has the shape and dtype of what is written under that name.
+        tensors: What is written, in the same order, one at a time.
+        metadata: Kept in the header.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in state.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    content = json.dumps(header).encode()
+    # The tensors start at a multiple of eight bytes.
+    content += b" " * (-len(content) % 8)
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for tensor in tensors:
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _check_suffix(path: Path) -> None:
