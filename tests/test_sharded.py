@@ -253,8 +253,8 @@ def test_a_merge_of_several_ranks_is_exported_whole(tmp_path, two_ranks, form):
         if form != "ddp":
             assert same(found["directory"], found["merge"])
             assert json.loads((tmp_path / "merge" / "merge.json").read_text())["coefficients"] == [1 / 3] * 3
-            # Never more than the largest tensor at once.
-            assert found["largest"] <= 4 * 7 * WIDTH < 4 * found["num_parameters"]
+            # Never more than the largest tensor at once, which is gathered as shards of four rows each.
+            assert found["largest"] <= 4 * 8 * WIDTH < 4 * found["num_parameters"]
     whole_module = make(Sharded)
     whole_module.load_state_dict(load_file(tmp_path / "merge.safetensors"), strict=True)
 
