@@ -548,6 +548,8 @@ def test_a_model_without_trainable_parameters_is_refused_before_training(tmp_pat
         ({"dtype": torch.int64}, ValueError, "got torch.int64"),
         ({"storage": __file__ + "/snapshots"}, ValueError, "cannot be written: .* is not a writable directory"),
         ({"storage": 3}, TypeError, "storage must be 'device', 'cpu' or a directory, got 3"),
+        ({"max_overhead": 0.0}, ValueError, r"max_overhead must be a share in \(0, 1\), got 0.0"),
+        ({"max_overhead": "2%"}, TypeError, "max_overhead must be a float or None, got '2%'"),
         ({"name": ""}, ValueError, "name must be a non-empty string, got ''"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,16 @@ def check_limit(limit_batches: Any) -> None:
         raise ValueError(f"limit_batches must be a number of batches >= 1 or a share in (0, 1], got {limit_batches}")
 
 
+def check_share(argument: str, value: Any) -> None:
+    """Raises unless the value is a share between zero and one, or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument} must be a float or None, got {value!r}")
+    if not 0 < value < 1:
+        raise ValueError(f"{argument} must be a share in (0, 1), got {value}")
+
+
 def snapshot_storage(storage: Any) -> str | SnapshotDirectory:
     """``"device"``, ``"cpu"`` or a directory, also from its path; raises unless snapshots can be kept there."""
     if isinstance(storage, str) and storage in ("device", "cpu"):
@@ -42,8 +51,6 @@ def snapshot_storage(storage: Any) -> str | SnapshotDirectory:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"storage={str(directory.path)!r} cannot be written: {existing} is not a writable directory")
-    if find_spec("safetensors") is None:
-        raise ModuleNotFoundError("storage in a directory needs: pip install 'merge-callback[export]'")
     return directory
 
 

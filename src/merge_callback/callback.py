@@ -18,11 +18,13 @@ from merge_callback.arguments import (
     check_calibration,
     check_count,
     check_limit,
+    check_share,
     floating_dtype,
     named_merges,
     refuse_strategy,
     snapshot_storage,
 )
+from merge_callback.budget import Budget
 from merge_callback.calibration import PRIOR, AnnealCalibration
 from merge_callback.capture import SnapshotCapture
 from merge_callback.evaluate import (
@@ -74,14 +76,17 @@ class MergeCallback(Callback):
         start: ``"stable"`` captures while the learning rate is constant, and begins a new window when it is constant
             again at another value; an int captures from that optimizer step on, whatever the rate does.
         storage: Where snapshots live: ``"device"`` is the memory of the model's device; ``"cpu"`` is host memory,
-            pinned and filled beside the training where there is a GPU; a directory gets one file a snapshot and rank
-            (needs ``merge-callback[export]``), as a path or a `SnapshotDirectory`.
+            pinned and filled beside the training where there is a GPU; a directory, as a path or a `SnapshotDirectory`,
+            gets one file a snapshot and rank.
         dtype: Dtype in which snapshots are kept, e.g. ``torch.bfloat16`` or ``"bfloat16"``; None keeps each parameter's
             own. Merges accumulate in float32 or better all the same.
         evaluate_every_n_validations: Evaluates the merges at every n-th validation.
         limit_batches: How much of each validation loader the merged validation takes: a number of batches or a share;
             None for as much as the live validation. With a limit the gain compares the same batches, for which the live
             model is evaluated on them once more.
+        max_overhead: Largest share of the run's wall time that the callback may take, such as 0.02. Merged validations
+            that would exceed it are left out, and ``merge/num_skipped`` counts them; the first one is never left out.
+            None leaves none out. Which ones are left out depends on the clock, so it is not the same in every run.
         calibration: What real anneals said, to predict the next: the file that `AnnealBranch` adds its records to,
             which may grow while this run goes on, or not be there yet; or ``"prior"``, for what the benchmark of this
             project found of runs with AdamW, with its spread as interval. From two branches on, ``annealed/m`` is
@@ -114,6 +119,7 @@ class MergeCallback(Callback):
         dtype: torch.dtype | str | None = None,
         evaluate_every_n_validations: int = 1,
         limit_batches: int | float | None = None,
+        max_overhead: float | None = None,
         calibration: str | os.PathLike[str] | None = None,
         higher_is_better: str | Sequence[str] = (),
         save_state: Literal["full", "none"] = "full",
@@ -124,6 +130,7 @@ class MergeCallback(Callback):
         check_count("num_snapshots", num_snapshots)
         check_count("evaluate_every_n_validations", evaluate_every_n_validations)
         check_limit(limit_batches)
+        check_share("max_overhead", max_overhead)
         check_calibration(calibration)
         if start != "stable":
             check_count("start", start, minimum=0)
@@ -139,6 +146,7 @@ class MergeCallback(Callback):
         self.dtype = floating_dtype(dtype)
         self.evaluate_every_n_validations = evaluate_every_n_validations
         self.limit_batches = limit_batches
+        self.max_overhead = max_overhead
         self.calibration = calibration
         self.higher_is_better = (higher_is_better,) if isinstance(higher_is_better, str) else tuple(higher_is_better)
         self.save_state = save_state
@@ -150,6 +158,8 @@ class MergeCallback(Callback):
         self._step = 0
         self._rates: list[float] = []
         self._num_validations = 0
+        self._budget = Budget(max_overhead or 1.0)
+        self._began = time.perf_counter()
         self._evaluation: _Evaluation | None = None
         # Every validation of the primary merge at a constant rate: what real anneals are compared with.
         self._history: list[TrunkValues] = []
@@ -294,6 +304,7 @@ class MergeCallback(Callback):
             "rates": self._rates,
             "num_validations": self._num_validations,
             "worked": sorted(self._worked),
+            "budget": asdict(replace(self._budget, elapsed=self._elapsed())),
             "history": [asdict(values) for values in self._history],
             "predictions": {metric: asdict(prediction) for metric, prediction in self._predictions.items()},
         }
@@ -325,13 +336,16 @@ class MergeCallback(Callback):
             self._capture = self._new_capture()
             self._capture.prepare(pl_module)
             self._num_validations, self._worked, self._history, self._predictions = 0, set(), [], {}
+            self._budget = Budget(self._budget.share)
         self._said.clear()
+        self._began = time.perf_counter()
         if self._loaded_state is not None:
             reader = shard_reader(self._loaded_state.get("shards"), trainer.ckpt_path)
             if changes := self._capture.load_state_dict(self._loaded_state["capture"], pl_module, reader):
                 self._say(f"resumed, but {'; '.join(changes)}", topic="resumed", warn=True)
             self._num_validations = self._loaded_state["num_validations"]
             self._worked = set(self._loaded_state["worked"])
+            self._budget = replace(Budget(**self._loaded_state["budget"]), share=self._budget.share)
             self._history = [TrunkValues(**values) for values in self._loaded_state["history"]]
             if self._anneals is not None:
                 self._predictions = {m: Prediction(**kept) for m, kept in self._loaded_state["predictions"].items()}
@@ -367,7 +381,9 @@ class MergeCallback(Callback):
         if step == self._step:
             return
         self._step = step
+        began = time.perf_counter()
         self._capture.after_step(pl_module, step, self._rates, learning_rates(trainer.optimizers))
+        self._budget.spend(time.perf_counter() - began)
         self._explain_phase(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -399,6 +415,8 @@ class MergeCallback(Callback):
         self._evaluation = None
         if self._num_validations % self.evaluate_every_n_validations:
             return
+        if not self._fits_budget(trainer):
+            return
         self._drop_unusable()
         for name in self._capture.drop_nonfinite_shadows():
             rank_zero_warn(
@@ -429,12 +447,15 @@ class MergeCallback(Callback):
             del row
         live = evaluate(trainer, self.limit_batches) if num_batches < num_live_batches else None
         diagnostics["seconds"] = time.perf_counter() - began
+        self._budget.spend(diagnostics["seconds"], is_costly=True)
         self._evaluation = _Evaluation(merged, live, diagnostics)
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """What to log beside the live values: merged values, gains and diagnostics."""
         self._learn(trainer, live)
         logged = self._predicted(trainer, live)
+        if self.max_overhead is not None:
+            logged[f"merge{self._label()}/num_skipped"] = LoggedValue(torch.tensor(float(self._budget.num_skipped)))
         if (evaluation := self._evaluation) is None:
             return logged
         live = evaluation.live or live
@@ -478,6 +499,17 @@ class MergeCallback(Callback):
         if not is_captured:
             begins = "once the learning rate is constant" if self.start == "stable" else f"at step {self.start}"
             raise RuntimeError(f"nothing was captured yet, so there is no merge: capturing begins {begins}")
+
+    def _elapsed(self) -> float:
+        return self._budget.elapsed + time.perf_counter() - self._began
+
+    def _fits_budget(self, trainer: Trainer) -> bool:
+        if self.max_overhead is None:
+            return True
+        # Clocks of ranks differ, and all have to validate or none.
+        is_allowed: bool = trainer.strategy.broadcast(self._budget.allows(time.perf_counter() - self._began))
+        self._budget.num_skipped += not is_allowed
+        return is_allowed
 
     def _drop_unusable(self) -> None:
         for problem in self._capture.drop_unusable():

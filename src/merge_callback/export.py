@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,22 +15,10 @@ from omegaconf import Container
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from merge_callback.files import complete_or_absent
+from merge_callback.files import complete_or_absent, write_safetensors
 from merge_callback.rules import decay_from_coefficients
 from merge_callback.shards import rank, united, whole
 
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 # Under this key a `.ckpt` holds its provenance; a `.safetensors` holds the same entries as metadata.
 PROVENANCE_KEY = "merge_callback"
 
@@ -164,35 +152,6 @@ def save_sharded(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], or
         pass
     if found := united({} if problem is None else {rank(): problem}):
         raise OSError(next(iter(found.values())))
-
-
-def write_safetensors(
-    path: Path, state: Mapping[str, Tensor], tensors: Iterable[Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Writes a .safetensors file tensor by tensor; the library wants them all at once.
-
-    Args:
-        path: Where to.
-        state: Name -> tensor that has the shape and dtype of what is written under that name.
-        tensors: What is written, in the same order, one at a time.
-        metadata: Kept in the header.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in state.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    content = json.dumps(header).encode()
-    # The tensors start at a multiple of eight bytes.
-    content += b" " * (-len(content) % 8)
-    with path.open("wb") as file:
-        file.write(len(content).to_bytes(8, "little") + content)
-        for tensor in tensors:
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _check_suffix(path: Path) -> None:

@@ -8,12 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from merge_callback.files import complete_or_absent
+from merge_callback.files import FlatTensor, complete_or_absent, read_header, write_safetensors
 from merge_callback.snapshots import CHUNK_NUMEL, Row, RowLayout, new_rings, slot_views
 from merge_callback.weights import size_bytes
 
@@ -135,7 +134,7 @@ class DirectoryStorage:
     def row(self, slot: int) -> list[Row]:
         """The row of a slot, read from the file as far as it is asked for."""
         self._wait()
-        return [self._open(slot).get_slice(f"row{group}") for group in range(len(self.layout.groups))]
+        return [FlatTensor(self.path(slot), f"row{group}") for group in range(len(self.layout.groups))]
 
     def problem(self, slot: int) -> str | None:
         """Why the snapshot in a slot cannot be used; each file is read through once to find out."""
@@ -147,12 +146,11 @@ class DirectoryStorage:
             state = path.stat().st_mtime_ns, path.stat().st_size
             if self._checked.get(slot) == state:
                 return None
-            content = self._open(slot)
-            told = json.loads((content.metadata() or {})["snapshot"])
+            told = json.loads(read_header(path)[0]["__metadata__"]["snapshot"])
             if told["step"] != self._steps[slot]:
                 return f"{path} holds step {told['step']}, not {self._steps[slot]}"
-            sums = [_checksum(content.get_slice(f"row{group}")) for group in range(len(self.layout.groups))]
-        except (OSError, KeyError, ValueError, _safetensors().SafetensorError) as error:
+            sums = [_checksum(row) for row in self.row(slot)]
+        except (OSError, KeyError, ValueError) as error:
             return f"{path} cannot be read: {error}"
         if sums != told["checksums"]:
             return f"{path} is corrupt: its checksum is not the one that was written"
@@ -178,17 +176,14 @@ class DirectoryStorage:
         path = self.path(slot)
         try:
             with complete_or_absent(path) as unfinished:
-                _safetensors().torch.save_file(rows, unfinished, {"snapshot": json.dumps(told)})
-        except (OSError, _safetensors().SafetensorError) as error:
+                write_safetensors(unfinished, rows, rows.values(), {"snapshot": json.dumps(told)})
+        except OSError as error:
             self._failed[slot] = f"{path} could not be written: {error}"
 
     def _wait(self) -> None:
         if self._writing is not None:
             self._writing.result()
             self._writing = None
-
-    def _open(self, slot: int) -> Any:
-        return _safetensors().safe_open(self.path(slot), "pt")
 
 
 def _checksum(row: Row) -> int:
@@ -197,11 +192,3 @@ def _checksum(row: Row) -> int:
         found = zlib.crc32(chunk.view(torch.uint8).numpy().data, found)
         start += CHUNK_NUMEL
     return found
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch  # noqa: PLC0415 - an extra
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a directory of snapshots needs: pip install 'merge-callback[export]'") from error
-    return safetensors

@@ -1,0 +1,45 @@
+"""How much wall time a callback may take, as a share of the run's. Pure, on seconds."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Budget:
+    """Spaces out something costly so that all that was spent stays under a share of the time so far.
+
+    The first time is free, since nobody knows yet what it costs; later ones wait until they fit.
+
+    Args:
+        share: Largest share of the time, in (0, 1).
+        elapsed: Seconds of the run before it was interrupted.
+        spent: Seconds spent so far.
+        latest: What it cost the last time.
+        num_skipped: How many times it did not fit.
+
+    >>> budget = Budget(share=0.02)
+    >>> budget.allows(elapsed=10.0)
+    True
+    >>> budget.spend(1.0, is_costly=True)
+    >>> budget.allows(elapsed=90.0), budget.allows(elapsed=100.0)
+    (False, True)
+    """
+
+    share: float
+    elapsed: float = 0.0
+    spent: float = 0.0
+    latest: float = 0.0
+    num_skipped: int = 0
+
+    def allows(self, elapsed: float) -> bool:
+        """Whether as much as the last time fits now.
+
+        Args:
+            elapsed: Seconds since the run began or was resumed.
+        """
+        return self.latest == 0 or self.spent + self.latest <= self.share * (self.elapsed + elapsed)
+
+    def spend(self, seconds: float, *, is_costly: bool = False) -> None:
+        """Takes note of seconds that were spent; the costly ones are what is spaced out."""
+        self.spent += seconds
+        if is_costly:
+            self.latest = seconds
