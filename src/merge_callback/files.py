@@ -108,7 +108,9 @@ class FlatTensor:
             # Pages come in as they are touched, and need no memory of their own.
             storage = torch.UntypedStorage.from_file(str(self._path), False, self._path.stat().st_size)
             numel = self._numel * self._dtype.itemsize
-            return torch.empty(0, dtype=torch.uint8).set_(storage, self._begin, (numel,), (1,)).view(self._dtype)
+            content = torch.empty(0, dtype=torch.uint8)
+            content.set_(storage, self._begin, (numel,), (1,))  # type: ignore[arg-type]
+            return content.view(self._dtype)
         content = torch.empty(max(0, stop - start), dtype=self._dtype)
         with self._path.open("rb", buffering=0) as file:
             file.seek(self._begin + start * self._dtype.itemsize)
