@@ -46,9 +46,10 @@ def swapped_weights(
     for name, tensor in live.items():
         if name not in other:
             raise ValueError(f"no tensor to put in the place of {name}")
+        own = local(tensor)
         # A wrong dtype would be taken without a word, and the forward pass would then run in it.
         for attribute in ("shape", "dtype", "device"):
-            ours, theirs = getattr(local(tensor), attribute), getattr(other[name], attribute)
+            ours, theirs = getattr(own, attribute), getattr(other[name], attribute)
             if ours != theirs:
                 raise ValueError(f"{name} has {attribute} {ours} in the model, but {theirs} in what should replace it")
     exchange = _Exchange(live, other, before)

@@ -1,0 +1,352 @@
+"""Verdicts, tables and pictures of the overhead benchmark, from its records.
+
+    python benchmarks/overhead/report.py                     # benchmarks/records/overhead/
+    python benchmarks/overhead/report.py /tmp/overhead-abcd  # another folder, such as that of a smoke test
+
+Writes REPORT.md with its pictures into the folder of the records. Parts without a record are left out and named. Read
+protocol.py first.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent))
+from protocol import COPY, PASS_RULES, Median, bound_in_copies, median, paired_ratio
+from trainings import WITH, WITHOUT, live_seconds, share_by_clocks, share_of_run
+
+RECORDS = Path(__file__).parents[1] / "records" / "overhead"
+# In this order, with what stands above their tables.
+PARTS = {
+    "ema": "Averages over every step: milliseconds an update",
+    "capture": "Captures: milliseconds each",
+    "merge": "Merges of ten snapshots: milliseconds each",
+    "several": "Four merges of one ring: milliseconds",
+    "swap": "Other weights in and the live ones back: milliseconds",
+    "step": "A training step of the demo: milliseconds",
+    "whole": "Whole runs of the demo: seconds",
+    "scaling": "Captures and merges by size: milliseconds",
+}
+OURS = ("Shadow.update", "MergeCallback")
+LIGHTNING = "Lightning EMAWeightAveraging"
+
+Measured = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A median beside its pass rule."""
+
+    rule: str
+    where: str
+    found: Median
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the rule holds here."""
+        return PASS_RULES[self.rule].is_reached(self.found.value)
+
+    def row(self) -> list[str]:
+        """For the table."""
+        rule = PASS_RULES[self.rule]
+        limit = f"{'at most' if rule.is_upper else 'at least'} {rule.limit:g}{rule.unit}"
+        missed = f"missed by {rule.missed_by(self.found.value):.1%}"
+        value = f"{_number(self.found.value)}{rule.unit}"
+        between = f"{_number(self.found.low)} to {_number(self.found.high)}"
+        return [rule.what, self.where, value, between, limit, "reached" if self.is_reached else missed]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}"
+
+
+def samples(measured: Measured, contestant: str) -> list[float]:
+    """Seconds of every round of a contestant."""
+    return measured["seconds"][contestant]["samples"]
+
+
+def setting(measured: Measured) -> str:
+    """What was measured, in words."""
+    num_threads = measured["num_threads"]
+    parts = [measured.get("model"), measured.get("dtype"), f"{num_threads} thread{'s' * (num_threads > 1)}"]
+    return ", ".join(part for part in parts if part)
+
+
+def ema_verdicts(measured: Measured) -> list[Verdict]:
+    """Ours against the fastest peer, a plain copy and Lightning's callback."""
+    medians = {name: each["median"] for name, each in measured["seconds"].items()}
+    peers = [name for name in medians if name not in (COPY, *OURS)]
+    fastest = min(peers, key=medians.__getitem__)
+    verdicts = []
+    for name in OURS:
+        ours, where = samples(measured, name), setting(measured)
+        against_fastest = paired_ratio(ours, samples(measured, fastest))
+        verdicts += [
+            Verdict("fastest", f"{name} against {fastest}; {where}", against_fastest),
+            Verdict("copy", f"{name}; {where}", paired_ratio(ours, samples(measured, COPY))),
+            Verdict("lightning", f"{name}; {where}", paired_ratio(samples(measured, LIGHTNING), ours)),
+        ]
+    return verdicts
+
+
+def capture_verdicts(measured: Measured) -> list[Verdict]:
+    """The ring against a plain copy."""
+    found = paired_ratio(samples(measured, COPY), samples(measured, "ring, float32"))
+    return [Verdict("capture", setting(measured), found)]
+
+
+def merge_verdicts(measured: Measured) -> list[Verdict]:
+    """The merge against what the memory allows."""
+    dtype = measured["dtype"]
+    bound = bound_in_copies(measured["num_snapshots"], {"float32": 4, "bfloat16": 2}[dtype])
+    found = paired_ratio(samples(measured, COPY), samples(measured, "SnapshotRing.combine"))
+    return [Verdict(f"merge {dtype}", setting(measured), found.scaled(bound))]
+
+
+def several_verdicts(measured: Measured) -> list[Verdict]:
+    """Four merges against one."""
+    found = paired_ratio(samples(measured, "four merges"), samples(measured, "one merge"))
+    return [Verdict("several", f"{measured['how']}; {setting(measured)}", found)]
+
+
+def swap_verdicts(measured: Measured) -> list[Verdict]:
+    """Milliseconds of a swap."""
+    return [Verdict("swap", setting(measured), median(samples(measured, "swapped_weights")).scaled(1000))]
+
+
+def step_verdicts(measured: Measured) -> list[Verdict]:
+    """Blocks with the callback against their neighbours without."""
+    return [Verdict("step", setting(measured), paired_ratio(samples(measured, WITH), samples(measured, WITHOUT)))]
+
+
+def whole_verdicts(measured: Measured) -> list[Verdict]:
+    """Pairs of runs."""
+    return [Verdict("whole", setting(measured), median(map(share_of_run, measured["pairs"])))]
+
+
+VERDICTS: dict[str, Callable[[Measured], list[Verdict]]] = {
+    "ema": ema_verdicts,
+    "capture": capture_verdicts,
+    "merge": merge_verdicts,
+    "several": several_verdicts,
+    "swap": swap_verdicts,
+    "step": step_verdicts,
+    "whole": whole_verdicts,
+}
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    return f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:,.0f}"
+
+
+def contest_table(record: Measured) -> str:
+    """Medians of all contestants, a column for each setting; behind them the median ratio to a plain copy."""
+    measured = record["measured"]
+    rows = []
+    for name in dict.fromkeys(name for each in measured for name in each["seconds"]):
+        cells = [name]
+        for each in measured:
+            if name not in each["seconds"]:
+                cells.append("-")
+                continue
+            cell = milliseconds(each["seconds"][name]["median"])
+            if name != COPY and COPY in each["seconds"]:
+                ratio = paired_ratio(samples(each, name), samples(each, COPY)).value
+                cell += f" ({ratio:.2f})"
+            cells.append(cell)
+        rows.append(cells)
+    return table(["", *map(setting, measured)], rows)
+
+
+def step_table(record: Measured) -> str:
+    """Steps, and the share of them that hooks take."""
+    (measured,) = record["measured"]
+    without = measured["seconds"][WITHOUT]["median"]
+    rows = [
+        [name, f"{each['median'] * 1000:.3f}", f"{each['median'] / without:.2%}", str(len(each["samples"]))]
+        for name, each in measured["seconds"].items()
+    ]
+    return table(["", setting(measured), "of a step without", "samples"], rows)
+
+
+def whole_table(record: Measured) -> str:
+    """Every pair."""
+    (measured,) = record["measured"]
+    rows = []
+    for pair in measured["pairs"]:
+        merged = pair[WITH]["merged_validations"]
+        rows.append(
+            [
+                *(f"{pair[kind]['seconds']:.1f}" for kind in (WITHOUT, WITH)),
+                str(len(merged)),
+                f"{live_seconds(pair):.3f}",
+                f"{sum(merged) / len(merged):.3f}",
+                f"{pair[WITH]['hooks']:.3f}",
+                f"{share_of_run(pair):+.2%}",
+                f"{share_by_clocks(pair):+.2%}",
+            ]
+        )
+    header = [WITHOUT, WITH, "merged validations", "a live validation", "a merged one, merge included", "all hooks"]
+    header += ["beyond the batches", "by the clocks inside"]
+    return f"Runs of {measured['run_steps']} steps, {setting(measured)}.\n\n{table(header, rows)}"
+
+
+def scaling_table(record: Measured) -> str:
+    """A row for each number of parameters and threads; behind merges the share of their bound."""
+    measured = record["measured"]
+    nums = sorted({num for each in measured for num in each["num_snapshots"]})
+    rows = []
+    for each in measured:
+        copied, seconds = each["seconds"][COPY]["median"], each["seconds"]
+        cells = [f"{each['num_parameters'] / 1e6:,.0f} M", str(each["num_threads"])]
+        cells += [milliseconds(copied), milliseconds(seconds["capture"]["median"])]
+        for num in nums:
+            if num in each["num_snapshots"]:
+                took = seconds[f"merge of {num}"]["median"]
+                cells.append(f"{milliseconds(took)} ({bound_in_copies(num, 4) * copied / took:.2f})")
+            else:
+                cells.append("-")
+        rows.append(cells)
+    return table(["parameters", "threads", COPY, "capture", *(f"merge of {num}" for num in nums)], rows)
+
+
+TABLES = {"step": step_table, "whole": whole_table, "scaling": scaling_table}
+
+
+def plot_ema(record: Measured) -> Figure:
+    """Updates in plain copies of the same bytes."""
+    measured = record["measured"]
+    figure = Figure(figsize=(8, 0.8 * len(measured) + 1.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    names = [name for name in measured[0]["seconds"] if name != COPY]
+    for place, name in enumerate(names):
+        ratios = [paired_ratio(samples(each, name), samples(each, COPY)).value for each in measured]
+        at = [row + (place - (len(names) - 1) / 2) * 0.8 / len(names) for row in range(len(measured))]
+        axes.plot(ratios, at, "D" if name in OURS else "o", color=f"C{place}", markersize=5, label=name)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(measured)), list(map(setting, measured)))
+    axes.set_xticks([1, 2, 3, 5, 10, 20, 50], ["1", "2", "3", "5", "10", "20", "50"])
+    axes.minorticks_off()
+    axes.invert_yaxis()
+    axes.set_xlabel("an update, in plain copies of the same bytes")
+    axes.grid(alpha=0.3, axis="x")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def plot_scaling(record: Measured) -> Figure:
+    """Merges over the bytes that they read, and captures, each beside what the memory allows."""
+    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for color, num_threads in enumerate(sorted({each["num_threads"] for each in record["measured"]})):
+        several = [each for each in record["measured"] if each["num_threads"] == num_threads]
+        merges = [
+            (num * 4 * each["num_parameters"] / 1e9, seconds["median"], bound_in_copies(num, 4) * copied["median"])
+            for each in several
+            for num in each["num_snapshots"]
+            for seconds, copied in [(each["seconds"][f"merge of {num}"], each["seconds"][COPY])]
+        ]
+        size, took, bound = zip(*sorted(merges), strict=True)
+        label = f"{num_threads} thread{'s' * (num_threads > 1)}"
+        left.loglog(size, took, "o", color=f"C{color}", markersize=4, label=f"merge, {label}")
+        left.loglog(size, bound, "-", color=f"C{color}", linewidth=0.8, label=f"bound, {label}")
+        sizes = [each["num_parameters"] / 1e6 for each in several]
+        for name, style in (("capture", "o"), (COPY, "-")):
+            medians = [each["seconds"][name]["median"] for each in several]
+            right.loglog(sizes, medians, style, color=f"C{color}", markersize=4, label=f"{name}, {label}")
+    left.set(xlabel="snapshots read (GB)", ylabel="seconds", title="Merges")
+    right.set(xlabel="parameters (M)", ylabel="seconds", title="Captures")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+PICTURES = {"ema": plot_ema, "scaling": plot_scaling}
+
+
+def all_verdicts(records: dict[str, Measured]) -> list[Verdict]:
+    """Every rule with every model and number of threads."""
+    return [
+        verdict
+        for part, verdicts in VERDICTS.items()
+        if part in records
+        for measured in records[part]["measured"]
+        for verdict in verdicts(measured)
+    ]
+
+
+def rule_table(verdicts: list[Verdict]) -> str:
+    """Every rule, with its worst case."""
+    rows = []
+    for name, rule in PASS_RULES.items():
+        cases = [verdict for verdict in verdicts if verdict.rule == name]
+        if not cases:
+            continue
+        worst = max(cases, key=lambda verdict: rule.missed_by(verdict.found.value))
+        what, where, value, between, limit, outcome = worst.row()
+        num_reached = sum(verdict.is_reached for verdict in cases)
+        rows.append([what, limit, outcome, f"{num_reached} of {len(cases)}", value, between, where])
+    return table(["rule", "limit", "verdict", "reached in", "worst median", "95 % interval", "worst case"], rows)
+
+
+def verdict_table(verdicts: list[Verdict]) -> str:
+    """All of them."""
+    header = ["rule", "where", "median", "95 % interval", "limit", "verdict"]
+    return table(header, [verdict.row() for verdict in verdicts])
+
+
+def about(records: dict[str, Measured]) -> str:
+    """Machine, versions and commits of the records."""
+    lines = []
+    for part, record in records.items():
+        versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+        machine = f"{record['num_cores']} cores of {record['processor']}, {record['memory_gib']} GiB"
+        source = record["commit"][:7] + (" with changes" if record["has_uncommitted_source"] else "")
+        cells = [part, source, f"{versions}, Python {record['python']}", machine]
+        lines.append([*cells, f"{record['load_before']:.2f}", f"{record['part_seconds']:.0f}"])
+    return table(["part", "commit", "versions", "machine", "load before", "seconds"], lines)
+
+
+def main() -> None:
+    """Writes all of it."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS
+    files = {part: folder / f"{part}.json" for part in PARTS}
+    records = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+    if not records:
+        sys.exit(f"no records in {folder}; run.py makes them")
+    parts = [
+        "# What does merging cost?",
+        "Made by `benchmarks/overhead/report.py`; [`protocol.py`](../../overhead/protocol.py) holds question, statistic"
+        " and rules. Times are medians; in parentheses stands how many plain copies of the model that is.",
+    ]
+    if missing := [part for part in PARTS if part not in records]:
+        parts.append(f"Not run: {', '.join(missing)}.")
+    verdicts = all_verdicts(records)
+    parts += ["## Pass rules", rule_table(verdicts)]
+    for part, record in records.items():
+        parts += [f"## {PARTS[part]}", TABLES.get(part, contest_table)(record)]
+        if part == "scaling":
+            parts.append("In parentheses: the share of the speed that the memory allows.")
+        if part in PICTURES:
+            PICTURES[part](record).savefig(folder / f"{part}.png")
+            parts.append(f"![{PARTS[part]}]({part}.png)")
+    parts += ["## Every case of the pass rules", verdict_table(verdicts), "## Records", about(records)]
+    (folder / "REPORT.md").write_text("\n\n".join(parts) + "\n")
+    print(folder / "REPORT.md")
+
+
+if __name__ == "__main__":
+    main()

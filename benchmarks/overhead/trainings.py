@@ -1,0 +1,173 @@
+"""The demo with and without the callback, in turns."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from lightning.pytorch import Callback
+from omegaconf import DictConfig
+
+from merge_callback import MergeCallback
+from merge_callback.train import prepare
+
+WITHOUT, WITH = "without the callback", "with the callback"
+NUM_HOOK_STEPS = 50
+HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
+
+
+def demo_config(*overrides: str) -> DictConfig:
+    """The demo's, without its progress bar."""
+    with initialize_config_module("merge_callback.conf", version_base="1.3"):
+        return compose("demo", ["~callbacks.progress_bar", "+trainer.enable_progress_bar=false", *overrides])
+
+
+class HookClock:
+    """Adds up the seconds that a callback spends in its hooks of every training batch."""
+
+    def __init__(self, callback: Callback) -> None:
+        self.calls: dict[str, list[float]] = {hook: [] for hook in HOOKS}
+        for hook in HOOKS:
+            setattr(callback, hook, self._timed(hook, getattr(callback, hook)))
+
+    @property
+    def seconds_of_steps(self) -> list[float]:
+        """Per training step."""
+        return [sum(calls) for calls in zip(*self.calls.values(), strict=True)]
+
+    def _timed(self, name: str, hook: Any) -> Any:
+        def timed(*arguments: Any) -> None:
+            began = time.perf_counter()
+            hook(*arguments)
+            self.calls[name].append(time.perf_counter() - began)
+
+        return timed
+
+
+class AlternatingBlocks(Callback):
+    """Takes a callback out of the trainer's list and puts it back, block by block, with a clock on every block.
+
+    Has to be the last callback: a block ends when all others have seen its last batch. In every second pair of blocks
+    the one with the callback comes first.
+    """
+
+    def __init__(self, callback: Callback, block_steps: int, num_pairs: int) -> None:
+        self.callback = callback
+        self.block_steps = block_steps
+        # One block of warm-up, with the callback.
+        order = [name for pair in range(num_pairs) for name in ((WITHOUT, WITH) if pair % 2 == 0 else (WITH, WITHOUT))]
+        self.blocks = [WITH, *order]
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """Of all blocks."""
+        return len(self.blocks) * self.block_steps
+
+    @property
+    def counted(self) -> dict[str, list[float]]:
+        """Seconds of a step in every block but the first, by kind."""
+        blocks = list(zip(self.blocks, self.seconds, strict=True))[1:]
+        return {kind: [s / self.block_steps for name, s in blocks if name == kind] for kind in (WITHOUT, WITH)}
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step % self.block_steps:
+            return
+        now = time.perf_counter()
+        self.seconds.append(now - self._began)
+        if len(self.seconds) < len(self.blocks):
+            # Another list, since this one is being gone through.
+            others = [callback for callback in trainer.callbacks if callback is not self.callback]
+            is_in = self.blocks[len(self.seconds)] == WITH
+            trainer.callbacks = [self.callback, *others] if is_in else others
+        self._began = time.perf_counter()
+
+
+def paired_blocks(block_steps: int, num_pairs: int) -> dict[str, list[float]]:
+    """Seconds of a training step by block, without and with the callback; and those that it spends in its hooks."""
+
+    def fit(num_steps: int, *callbacks: Callback) -> None:
+        options = {"max_steps": num_steps, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        prepare(demo_config("callbacks/merge=none"), callbacks, loggers=[], **options).fit()
+
+    callback = MergeCallback(every_n_train_steps=10**9)
+    blocks = AlternatingBlocks(callback, block_steps, num_pairs)
+    fit(blocks.num_steps, callback, blocks)
+    callback = MergeCallback(every_n_train_steps=10**9)
+    clock = HookClock(callback)
+    fit(NUM_HOOK_STEPS, callback)
+    return {**blocks.counted, "in the callback's hooks": clock.seconds_of_steps}
+
+
+class ValidationClock(Callback):
+    """Seconds of every live validation, and of the merged ones before it."""
+
+    def __init__(self) -> None:
+        self.live: list[float] = []
+        self.merged: list[float] = []
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self._began = time.perf_counter()
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if trainer.sanity_checking:
+            return
+        self.live.append(time.perf_counter() - self._began)
+        if "merge/seconds" in trainer.callback_metrics:
+            self.merged.append(float(trainer.callback_metrics["merge/seconds"]))
+
+
+def demo_run(num_steps: int, *, merges: bool) -> dict[str, Any]:
+    """Seconds of a run of the demo, and of its validations and hooks."""
+    validations = ValidationClock()
+    with tempfile.TemporaryDirectory() as folder:
+        config = demo_config(
+            f"trainer.max_steps={num_steps}",
+            "~logger.tensorboard",
+            f"logger.csv.save_dir={folder}",
+            *([f"callbacks.merge.calibration={Path(folder, 'anneals.jsonl')}"] if merges else ["callbacks/merge=none"]),
+        )
+        run = prepare(config, [validations])
+        clocks = [HookClock(c) for c in run.trainer.callbacks if isinstance(c, MergeCallback)]
+        began = time.perf_counter()
+        run.fit()
+        seconds = time.perf_counter() - began
+    return {
+        "seconds": round(seconds, 4),
+        "live_validations": [round(each, 5) for each in validations.live],
+        "merged_validations": [round(each, 5) for each in validations.merged],
+        "hooks": round(sum(sum(clock.seconds_of_steps) for clock in clocks), 5),
+    }
+
+
+def paired_runs(num_steps: int, num_pairs: int) -> Iterator[dict[str, Any]]:
+    """Pairs of runs, the order of which changes from pair to pair."""
+    demo_run(20, merges=True)
+    for pair in range(num_pairs):
+        order = (False, True) if pair % 2 == 0 else (True, False)
+        runs = {merges: demo_run(num_steps, merges=merges) for merges in order}
+        yield {WITHOUT: runs[False], WITH: runs[True]}
+
+
+def live_seconds(pair: dict[str, Any]) -> float:
+    """What one live validation takes: the median over both runs of a pair."""
+    return statistics.median(pair[WITHOUT]["live_validations"] + pair[WITH]["live_validations"])
+
+
+def share_of_run(pair: dict[str, Any]) -> float:
+    """What the callback costs beyond the batches that its merges are validated on, over the run without it."""
+    batches = len(pair[WITH]["merged_validations"]) * live_seconds(pair)
+    return (pair[WITH]["seconds"] - pair[WITHOUT]["seconds"] - batches) / pair[WITHOUT]["seconds"]
+
+
+def share_by_clocks(pair: dict[str, Any]) -> float:
+    """The same from the clocks inside the run."""
+    merged = pair[WITH]["merged_validations"]
+    return (sum(merged) - len(merged) * live_seconds(pair) + pair[WITH]["hooks"]) / pair[WITHOUT]["seconds"]
