@@ -25,7 +25,7 @@ FAULTS = [
     (
         "an exception in the merged validation leaves the merge in the model",
         "swap.py",
-        "    finally:\n        for name, tensor in live.items():\n            tensor.data = saved[name]\n",
+        "    finally:\n        exchange.put_back()\n",
         "    finally:\n",
         "test_callback.py::test_an_exception_in_the_merged_validation_arrives_and_the_live_weights_are_back",
     ),
@@ -46,8 +46,8 @@ FAULTS = [
     (
         "a checkpoint kept by a merged metric holds live weights",
         "checkpoint.py",
-        "                self.merge_callback.save_merged(filepath, self.merge)\n",
-        "                trainer.save_checkpoint(filepath)\n",
+        "            self.merge_callback.save_merged(filepath, self.merge)\n",
+        "            trainer.save_checkpoint(filepath)\n",
         "test_exports.py::test_merged_checkpoints_keep_the_best_merges_and_live_checkpoints_live_weights",
     ),
     (
@@ -109,7 +109,7 @@ FAULTS = [
     (
         "resume loses the window",
         "callback.py",
-        '            if changes := self._capture.load_state_dict(self._loaded_state["capture"], pl_module):',
+        '            if changes := self._capture.load_state_dict(self._loaded_state["capture"], pl_module, reader):',
         "            if changes := []:",
         "test_resume.py::test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on",
     ),
@@ -297,7 +297,7 @@ FAULTS = [
     ),
     (
         "a half-written file takes the place of the old one",
-        "export.py",
+        "files.py",
         '    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")',
         "    unfinished = path",
         "test_exports.py::test_a_full_disk_leaves_no_half_file_and_the_older_one_stays",
