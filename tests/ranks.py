@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 # Long enough for a busy machine; a hang ends a test with the stack of nobody, so it should be rare.
-TIMEOUT_SECONDS = 90
+TIMEOUT_SECONDS = 240
 
 
 class Ranks:
