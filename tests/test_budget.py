@@ -30,6 +30,7 @@ class SlowValidation(Toy):
         super().validation_step(batch, batch_idx)
 
 
+@pytest.mark.slow
 def test_merged_validations_that_cost_too_much_are_left_out_and_counted(tmp_path):
     without = fit(make(SlowValidation), tmp_path / "without")
     callback = MergeCallback(1, 4, max_overhead=0.01)
@@ -41,11 +42,13 @@ def test_merged_validations_that_cost_too_much_are_left_out_and_counted(tmp_path
     assert callback.snapshot_steps == [21, 22, 23, 24]
 
 
+@pytest.mark.slow
 def test_with_a_large_share_none_is_left_out(tmp_path):
     run = fit(make(SlowValidation), tmp_path, MergeCallback(1, 4, max_overhead=0.99))
     assert len(run.logged("merged/val_loss")) == 6
 
 
+@pytest.mark.slow
 def test_what_was_spent_is_remembered_over_a_restart(tmp_path):
     callback = MergeCallback(1, 4, max_overhead=0.01)
     first = fit(make(SlowValidation), tmp_path / "first", callback, train=ResumableBatches(), max_steps=6)

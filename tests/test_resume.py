@@ -29,7 +29,15 @@ def seeded(**arguments):
 
 
 @pytest.mark.usefixtures("both_lightnings")
-@pytest.mark.parametrize(("every", "storage"), [(None, "device"), (3, "device"), (None, "cpu"), (3, "files")])
+@pytest.mark.parametrize(
+    ("every", "storage"),
+    [
+        (None, "device"),
+        (3, "device"),
+        pytest.param(None, "cpu", marks=pytest.mark.slow),
+        pytest.param(3, "files", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on(tmp_path, every, storage):
     def place(name):
         return tmp_path / f"snapshots-{name}" if storage == "files" else storage
