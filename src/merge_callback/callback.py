@@ -277,7 +277,6 @@ class MergeCallback(Callback):
             ValueError: If the path ends otherwise, or there is no merge of that name.
             OSError: If the file cannot be written; the message says what was not saved.
         """
-        self._drop_unusable()
         state, merge = self.merged_state_dict(name), self._merge(name)
         assert self._module is not None
         checkpoint = weights_checkpoint(self._module, state, self._step)
