@@ -277,8 +277,8 @@ FAULTS = [
     (
         "the window goes on in the decay",
         "capture.py",
-        "                    self._drop_spurious_window()\n                return False\n",
-        "                    self._drop_spurious_window()\n",
+        "                self._drop_spurious_window()\n            return False\n",
+        "                self._drop_spurious_window()\n",
         "test_capture.py::test_nothing_is_captured_in_warmup_or_decay_and_the_window_is_frozen_and_kept",
     ),
     (

@@ -8,8 +8,9 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from merge_callback import Ema, MergeCallback, PowerEma
+from merge_callback.combine import CHUNK_NUMEL
 from merge_callback.export import read_provenance
-from merge_callback.shadow import Shadow, is_average, synthesis_coefficients
+from merge_callback.shadow import HostShadows, Shadow, is_average, synthesis_coefficients
 from merge_callback.snapshots import RowLayout
 from tests.toys import ResumableBatches, Toy, Tracker, fit, make, same
 
@@ -102,8 +103,53 @@ def test_a_shadow_follows_float64_and_mixed_dtypes():
     shadow.update(2, {name: tensor + 1 for name, tensor in live.items()})
     assert [tensor.dtype for tensor in shadow.tensors.values()] == [torch.float64, torch.float32, torch.float32]
     assert all(torch.all(tensor == 0.5) for tensor in shadow.tensors.values())
-    views = RowLayout(live).views(shadow.row(RowLayout(live)))
+    views = RowLayout(live).views(shadow.write_row_(RowLayout(live).new_row(), RowLayout(live)))
     assert {name: view.dtype for name, view in views.items()} == {name: t.dtype for name, t in live.items()}
+
+
+def test_large_narrow_weights_are_averaged_as_small_ones():
+    flat, transposed = torch.zeros(2 * CHUNK_NUMEL + 5), torch.zeros(3, 2).t()
+    live = {name: tensor.bfloat16() for name, tensor in {"flat": flat, "transposed": transposed}.items()}
+    shadow = Shadow(Ema(half_life_steps=1))
+    shadow.update(1, live)
+    shadow.update(2, {name: torch.ones_like(tensor) for name, tensor in live.items()})
+    assert all(torch.all(tensor == 0.5) for tensor in shadow.tensors.values())
+
+
+def test_averages_in_host_memory_are_made_of_the_weights_as_they_were_at_each_step():
+    """The weights change at once after each update is begun, as those of a training do."""
+    live = {"a": torch.zeros(200_000), "b": torch.zeros(300, dtype=torch.bfloat16)}
+    shadows = [Shadow(Ema(half_life_steps=1)), Shadow(Ema(half_life_steps=50))]
+    twins = [Shadow(shadow.average) for shadow in shadows]
+    beside = HostShadows(shadows, RowLayout(live))
+    for step in range(1, 60):
+        for twin_ in twins:
+            twin_.update(step, live)
+        beside.update(step, live)
+        beside.finish()
+        for tensor in live.values():
+            tensor.add_(step)
+    beside.wait()
+    for shadow, twin_ in zip(shadows, twins, strict=True):
+        assert same(shadow.state_dict(), twin_.state_dict())
+
+
+def test_what_goes_wrong_beside_the_training_arrives_there():
+    class Failing(Shadow):
+        def update(self, step, live):
+            raise ZeroDivisionError
+
+    live = {"a": torch.zeros(3)}
+    beside = HostShadows([Failing(Ema(half_life_steps=1))], RowLayout(live))
+    beside.update(1, live)
+    with pytest.raises(ZeroDivisionError):
+        beside.update(2, live)
+
+
+def test_averages_in_host_memory_are_told_with_their_copy(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(make(Toy), tmp_path, MergeCallback(merges=Ema(half_life_steps=3), storage="cpu"))
+    assert "1 averages over every step while the learning rate is constant, in 0.0 MiB of host memory" in caplog.text
 
 
 def test_a_step_seen_twice_counts_once():

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,21 @@ import torch
 from lightning.pytorch import Callback, strategies
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_callback import Ema, MergeCallback, MergedCheckpoint
+from merge_callback import AnnealBranch, Ema, MergeCallback, MergedCheckpoint
 from merge_callback.arguments import refuse_strategy
 from merge_callback.export import read_provenance, save_sharded, weights_checkpoint
+from merge_callback.records import read_records
 from merge_callback.shards import local
 from tests.ranks import Ranks
 from tests.sharded_toys import WIDTH, FullTracker, Sharded, fit_sharded, full, merge_by_hand, strategy, weights
-from tests.toys import ResumableBatches, make, same
+from tests.toys import ResumableBatches, batches, make, same
 
 pytestmark = pytest.mark.slow
 
@@ -104,11 +108,13 @@ def count_communication(folder: Path, form: str) -> list[int]:
                 super().on_train_batch_end(*arguments)
             counts.append(mode.get_total_counts())
 
-        def _row(self, name):
-            with CommDebugMode() as mode:
-                row = super()._row(name)
-            counts.append(mode.get_total_counts())
-            return row
+        def _rows(self, names):
+            rows = super()._rows(names)
+            for _ in names:
+                with CommDebugMode() as mode:
+                    name, row = next(rows)
+                counts.append(mode.get_total_counts())
+                yield name, row
 
     fit_sharded(folder, form, Counting(2, 3, merges=MERGES))
     return counts
@@ -162,6 +168,74 @@ def test_a_run_on_two_ranks_goes_on_with_its_window_on_one(tmp_path, two_ranks, 
     for name in MERGES:
         for key, tensor in whole["merged"][name].items():
             torch.testing.assert_close(alone["merged"][name][key], tensor, rtol=0, atol=1e-5)
+
+
+class Normed(Sharded):
+    """Has batch-norm statistics, and is trained on other batches on each rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return super().forward(self.batch_norm(x))
+
+
+def normed(folder: Path, *, is_watched: bool) -> dict[str, Any]:
+    callback = MergeCallback(2, 3)
+    callbacks = [callback] if is_watched else []
+    options = {"validation": batches(24, 4, shuffle=False, seed=1), "use_distributed_sampler": True}
+    run = fit_sharded(folder, "ddp", *callbacks, module=make(Normed), **options)
+    return {
+        "state": {name: tensor.clone() for name, tensor in run.module.state_dict().items()},
+        "merged": callback.merged_state_dict() if is_watched else {},
+        "logged": float(run.epoch_metrics[-1]["merged/val_loss"]) if is_watched else 0.0,
+    }
+
+
+def test_batch_norm_statistics_that_differ_by_rank_are_those_of_rank_0_as_in_a_live_validation(tmp_path, two_ranks):
+    alone = two_ranks.run(partial(normed, is_watched=False), tmp_path / "alone")
+    watched = two_ranks.run(partial(normed, is_watched=True), tmp_path / "watched")
+    for with_it, without in zip(watched, alone, strict=True):
+        assert same(with_it["state"], without["state"])
+    first, second = (found["merged"] for found in watched)
+    assert torch.equal(first["up.weight"], second["up.weight"])
+    assert not torch.equal(first["batch_norm.running_mean"], second["batch_norm.running_mean"])
+    module = make(Normed).eval()
+    module.load_state_dict(first)
+    with torch.no_grad():
+        losses = [F.cross_entropy(module(x), y) for x, y in batches(24, 4, shuffle=False, seed=1)]
+    for found in watched:
+        assert found["logged"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+
+
+def trunk_and_branch(folder: Path, form: str) -> dict[str, Any]:
+    """A trunk of 16 steps, and a decay over its steps 8 to 16 for real; the branch learns of the trunk what it can."""
+    form_folder = folder / (form or "alone")
+    first, last = (form_folder / f"at-{step}.ckpt" for step in (8, 16))
+
+    def goes_on(path: Path | None, *callbacks: Any, max_steps: int) -> Any:
+        options = {"train": ResumableBatches(), "ckpt_path": path and str(path), "max_steps": max_steps}
+        return fit_sharded(form_folder / "run", form, MergeCallback(2, 3), *callbacks, **options)
+
+    goes_on(None, max_steps=8).trainer.save_checkpoint(first)
+    goes_on(first, max_steps=16).trainer.save_checkpoint(last)
+    run = goes_on(first, AnnealBranch(8, record=form_folder / "anneals.jsonl", trunk=last), max_steps=40)
+    return {"steps": run.trainer.global_step, "is_folder": last.is_dir()}
+
+
+@pytest.mark.parametrize("form", ["fsdp", "tp", "ddp"])
+def test_a_branch_of_a_sharded_run_is_recorded_once_as_that_of_one_process(tmp_path, two_ranks, form):
+    trunk_and_branch(tmp_path, "")
+    for found in two_ranks.run(trunk_and_branch, tmp_path, form):
+        assert found == {"steps": 16, "is_folder": form != "ddp"}
+    (alone,), (ours,) = (read_records(tmp_path / name / "anneals.jsonl") for name in ("alone", form))
+    assert (ours.start_step, ours.step, ours.span_steps) == (8, 16, 8)
+    assert ours.annealed == pytest.approx(alone.annealed, abs=1e-4)
+    assert ours.matched is not None
+    assert alone.matched is not None
+    assert ours.matched.merged == pytest.approx(alone.matched.merged, abs=1e-4)
+    assert ours.matched.live == pytest.approx(alone.matched.live, abs=1e-4)
 
 
 class PoisonOneRank(Callback):

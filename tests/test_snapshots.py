@@ -1,14 +1,12 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from merge_callback import snapshots
+from merge_callback.combine import CHUNK_NUMEL
 from merge_callback.snapshots import (
     DeviceStorage,
     RowLayout,
     SnapshotRing,
-    combine_,
     refuse_if_too_large,
     required_bytes,
 )
@@ -84,39 +82,8 @@ def test_the_memory_order_of_the_live_tensors_is_kept():
         assert tensor.stride() == tensors(0)[name].stride(), name
 
 
-@given(st.integers(1, 12), st.lists(st.floats(-1, 1), min_size=1, max_size=12), st.integers(0, 2**16))
-@settings(deadline=None)
-def test_a_merge_of_equal_snapshots_returns_them_exactly(count, raw, seed):
-    raw = (raw * count)[:count]
-    total = sum(raw)
-    coefficients = [c / total for c in raw] if abs(total) > 0.1 else [1 / count] * count
-    coefficients = [c if c != 0 else 0.0 for c in coefficients]
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        row = torch.randn(1000, generator=torch.Generator().manual_seed(seed)).to(dtype)
-        out = torch.empty_like(row)
-        used = [c for c in coefficients if c != 0]
-        combine_(out, [row] * len(used), used)
-        assert torch.equal(out, row)
-
-
-@given(
-    st.lists(st.floats(-1, 1).filter(lambda c: abs(c) > 1e-3), min_size=1, max_size=12).filter(lambda c: sum(c) > 0.2),
-    st.integers(0, 2**16),
-)
-@settings(deadline=None)
-def test_the_kernel_agrees_with_a_float64_sum_also_for_negative_coefficients(raw, seed):
-    coefficients = [c / sum(raw) for c in raw]
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randn(257, generator=generator) for _ in raw]
-    out = torch.empty(257)
-    combine_(out, rows, coefficients)
-    expected = sum(c * row.double() for c, row in zip(coefficients, rows, strict=True))
-    scale = sum(abs(c) for c in coefficients)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5 * scale)
-
-
 def test_a_model_larger_than_one_chunk_is_merged_whole():
-    size = 2 * snapshots.CHUNK_NUMEL + 17
+    size = 2 * CHUNK_NUMEL + 17
     ring = ring_of(3, {"weight": torch.empty(size)})
     taken = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     for step, tensor in enumerate(taken):
@@ -143,6 +110,34 @@ def test_snapshots_without_a_coefficient_are_not_read():
     ring.append(1, {"weight": torch.full((3,), torch.nan)})
     ring.append(2, {"weight": torch.ones(3)})
     assert torch.equal(merged(ring, [0.0, 1.0])["weight"], torch.ones(3))
+
+
+@pytest.mark.parametrize("ample_share", [0.25, 0.0])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_merges_made_at_once_are_those_made_alone_to_the_bit(monkeypatch, ample_share, dtype):
+    # Without memory to spare they are made one after the other.
+    monkeypatch.setattr(snapshots, "AMPLE_SHARE", ample_share)
+    ring = ring_of(4, tensors(0), dtype)
+    for step in range(4):
+        ring.append(step, tensors(step))
+    many = [[0.25] * 4, [0.0, 0.5, 0.0, 0.5], [0.0, 0.0, 0.0, 1.0], [-0.5, 0.5, 0.5, 0.5], [0.7, 0.7, 0.0, -0.4]]
+    for _ in range(2):
+        made = [[part.clone() for part in row] for row in ring.merges(many)]
+        for coefficients, row in zip(many, made, strict=True):
+            assert all(map(torch.equal, row, ring.combine(coefficients)))
+    assert len(ring._kept_rows) == (5 if ample_share else 1)
+
+
+def test_a_merge_to_keep_is_not_overwritten_by_the_next_one():
+    ring = ring_of(2, {"weight": torch.empty(3)})
+    for step in (1.0, 2.0):
+        ring.append(int(step), {"weight": torch.full((3,), step)})
+    kept = merged(ring, [1.0, 0.0])
+    (fleeting,) = map(ring.storage.layout.views, ring.merges([[0.5, 0.5]]))
+    assert torch.equal(fleeting["weight"], torch.full((3,), 1.5))
+    list(ring.merges([[0.0, 1.0]]))
+    assert torch.equal(kept["weight"], torch.ones(3))
+    assert torch.equal(fleeting["weight"], torch.full((3,), 2.0))
 
 
 def test_the_ring_owns_its_snapshots():

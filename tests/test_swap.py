@@ -1,7 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from merge_callback.combine import CHUNK_NUMEL
 from merge_callback.swap import live_weights, swapped_weights
 
 
@@ -31,6 +33,44 @@ def test_swaps_nest():
             assert weight == 2
         assert weight == 1
     assert weight == 0
+
+
+@pytest.mark.parametrize("numel", [1, 1000, CHUNK_NUMEL + 17])
+def test_in_place_contents_change_and_addresses_stay(numel):
+    weights = {"flat": nn.Parameter(torch.zeros(numel)), "transposed": torch.zeros(5, 3).t(), "empty": torch.zeros(0)}
+    addresses = [tensor.data_ptr() for tensor in weights.values()]
+    for _ in range(2):
+        others = {name: torch.ones_like(tensor) for name, tensor in weights.items()}
+        with swapped_weights(weights, others, in_place=True):
+            assert [tensor.data_ptr() for tensor in weights.values()] == addresses
+            assert all((tensor == 1).all() for tensor in weights.values())
+            assert all((tensor == 0).all() for tensor in others.values())
+            with live_weights():
+                assert all((tensor == 0).all() for tensor in weights.values())
+            assert all((tensor == 1).all() for tensor in weights.values())
+        assert all((tensor == 0).all() for tensor in weights.values())
+    assert [tensor.data_ptr() for tensor in weights.values()] == addresses
+
+
+def test_an_interrupt_while_contents_are_exchanged_leaves_the_live_ones():
+    class Interrupting(TorchDispatchMode):
+        """Lets so many copies pass."""
+
+        num_copies = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.num_copies += function is torch.ops.aten.copy_.default
+            if self.num_copies == num_passing + 1:
+                raise KeyboardInterrupt
+            return function(*arguments, **(options or {}))
+
+    # Three copies for each of two parts.
+    for num_passing in range(6):
+        live = {name: torch.zeros(3) for name in "ab"}
+        others = {name: torch.ones(3) for name in "ab"}
+        with pytest.raises(KeyboardInterrupt), Interrupting(), swapped_weights(live, others, in_place=True):
+            pass
+        assert all((tensor == 0).all() for tensor in live.values()), num_passing
 
 
 def test_tied_tensors_stay_tied():

@@ -1,7 +1,10 @@
+import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from merge_callback.weights import (
+    LiveTensors,
     has_lazy_parameters,
     merged_parameters,
     nonfinite_names,
@@ -42,3 +45,48 @@ def test_lazy_parameters_are_recognised_until_they_have_a_shape():
     assert has_lazy_parameters(module)
     module(torch.ones(1, 2))
     assert not has_lazy_parameters(module)
+
+
+def remove_a_layer_and_add_another(module):
+    del module.out
+    module.other = nn.Linear(6, 3)
+
+
+CHANGES = {
+    "unfrozen": lambda module: module.frozen.requires_grad_(True),
+    "frozen": lambda module: module.out.bias.requires_grad_(False),
+    "replaced layer": lambda module: setattr(module, "out", nn.Linear(6, 3)),
+    "replaced parameter": lambda module: setattr(module.out, "bias", nn.Parameter(torch.ones(3))),
+    "added layer": lambda module: setattr(module.out, "inside", nn.Linear(2, 2)),
+    "layer for layer": remove_a_layer_and_add_another,
+    "pruned": lambda module: prune.l1_unstructured(module.out, "weight", 0.5),
+    "parametrised": lambda module: parametrizations.weight_norm(module.out),
+    "compiled": lambda module: setattr(module, "out", torch.compile(module.out, backend="eager")),
+    "dtype": lambda module: module.out.double(),
+    "added buffer": lambda module: module.out.register_buffer("seen", torch.zeros(2)),
+    "removed buffer": lambda module: delattr(module, "position_ids"),
+    "buffer of another kind": lambda module: setattr(module, "position_ids", torch.zeros(6)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_live_tensors_are_found_again_after_any_change_of_the_module(change):
+    module = make(Toy)
+    live = LiveTensors(module)
+    assert live.find() == live.find()
+    before = live.find()
+    CHANGES[change](module)
+    assert live.find() > before
+    expected = merged_parameters(module), snapshot_buffers(module)
+    for found, wanted in zip((live.parameters(), live.buffers()), expected, strict=True):
+        assert list(found) == list(wanted)
+        assert all(found[name] is tensor for name, tensor in wanted.items())
+
+
+def test_a_buffer_that_another_one_replaced_is_the_one_that_is_copied():
+    module = make(Toy)
+    live = LiveTensors(module)
+    before = live.find()
+    module.norm.running_mean = torch.full((6,), 7.0)
+    assert live.find() == before
+    assert live.buffers()["norm.running_mean"] is module.norm.running_mean

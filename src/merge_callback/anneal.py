@@ -16,6 +16,9 @@ from merge_callback.rates import RateOverlay, learning_rates, optimizer_step
 from merge_callback.records import AnnealRecord, TrunkValues, append_record, completed, trunk_in_checkpoint
 from merge_callback.rules import DECAY_SHAPES
 
+# A checkpoint of shards is a folder, in which Lightning gives this name to what is no shard.
+_METADATA = "meta.pt"
+
 
 class AnnealBranch(Callback):
     """Turns a run that is resumed from a trunk's checkpoint into a branch whose learning rate decays to zero.
@@ -65,7 +68,7 @@ class AnnealBranch(Callback):
         for name, path in (("record", record), ("trunk", trunk)):
             if path is not None and not isinstance(path, str | os.PathLike):
                 raise TypeError(f"{name} must be the path of a file, got {path!r}")
-            if path is not None and Path(path).is_dir():
+            if path is not None and Path(path).is_dir() and not (name == "trunk" and Path(path, _METADATA).exists()):
                 raise ValueError(f"{name} must be the path of a file, but {str(path)!r} is a folder")
         self.span_steps = span_steps
         self.shape = shape
@@ -247,7 +250,8 @@ def _span_steps(start: int, span: float) -> int:
 
 
 def _trunk_in_file(path: str | os.PathLike[str]) -> tuple[str | None, list[TrunkValues]]:
+    file = Path(path, _METADATA) if Path(path).is_dir() else Path(path)
     try:
-        return trunk_in_checkpoint(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        return trunk_in_checkpoint(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"trunk={str(path)!r} is no checkpoint that loads with weights_only=True: {error}") from error

@@ -428,15 +428,8 @@ class MergeCallback(Callback):
         began = time.perf_counter()
         num_batches, num_live_batches = num_limited_batches(trainer, self.limit_batches)
         merged, diagnostics = {}, {}
-        for name in captured:
-            try:
-                row = self._row(name)
-            except ValueError as error:
-                # A rule that never worked is a mistake to mend; one that worked before must not end a long run.
-                if name not in self._worked:
-                    raise
-                rank_zero_warn(f"MergeCallback({self.name!r}): no merge {name!r} at step {self._step}: {error}")
-                continue
+        usable = [name for name in captured if self._is_usable(name)]
+        for name, row in self._rows(usable):
             if name == self._primary:
                 diagnostics = self._diagnostics(row)
             with self._swapped_in(trainer.lightning_module, row, self._buffers(name)):
@@ -514,16 +507,32 @@ class MergeCallback(Callback):
         for problem in self._capture.drop_unusable():
             rank_zero_warn(f"MergeCallback({self.name!r}): a snapshot is left out of the merges: {problem}")
 
+    def _is_usable(self, name: str) -> bool:
+        """Whether the rule of a merge gives proper coefficients."""
+        try:
+            if not is_average(self._merge(name)):
+                self.coefficients(name)
+        except ValueError as error:
+            # A rule that never worked is a mistake to mend; one that worked before must not end a long run.
+            if name not in self._worked:
+                raise
+            rank_zero_warn(f"MergeCallback({self.name!r}): no merge {name!r} at step {self._step}: {error}")
+            return False
+        return True
+
+    def _rows(self, names: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
+        """The merges of those names, each good until the next one."""
+        coefficients = [list(self.coefficients(name).values()) for name in names if not is_average(self._merge(name))]
+        rows = self._capture.ring.merges(coefficients) if self._capture.ring is not None else iter(())
+        for name in names:
+            yield name, self._row(name) if is_average(self._merge(name)) else next(rows)
+
     def _row(self, name: str | None) -> list[Tensor]:
         """The merge of that name, made anew."""
-        if not is_average(self._merge(name)):
-            assert self._capture.ring is not None
-            return self._capture.ring.combine(list(self.coefficients(name).values()))
-        shadow, layout = self._capture.shadows[name or self._primary], self._capture.layout
-        if not shadow.is_finite:
-            raise ValueError(f"the average over every step, {shadow.average}, holds NaN or inf")
-        assert layout is not None
-        return shadow.row(layout)
+        if is_average(self._merge(name)):
+            return self._capture.shadow_row(name or self._primary)
+        assert self._capture.ring is not None
+        return self._capture.ring.combine(list(self.coefficients(name).values()))
 
     def _buffers(self, name: str | None) -> dict[str, Tensor]:
         return self._capture.shadow_buffers if is_average(self._merge(name)) else self._capture.buffers
@@ -606,11 +615,11 @@ class MergeCallback(Callback):
     @contextmanager
     def _swapped_in(self, module: torch.nn.Module, row: list[Tensor], buffers: dict[str, Tensor]) -> Iterator[None]:
         assert self._capture.layout is not None
-        merged = self._capture.layout.views(row) | buffers
+        merged = self._capture.layout.views(row)
         self._capture.finish()
-        live = tensors_by_name(module, merged)
-        # Lightning takes the model off its device after a fit. Buffers are copied: a forward pass may write to them.
-        merged = {k: v.to(local(live[k]).device, copy=k in buffers) for k, v in merged.items()}
+        live = tensors_by_name(module, [*merged, *buffers])
+        # Copies, since a forward pass may write to buffers; and Lightning takes the model off its device after a fit.
+        merged |= {name: buffer.to(local(live[name]).device, copy=True) for name, buffer in buffers.items()}
         with swapped_weights(live, merged, before=partial(reshard, module)):
             yield
 

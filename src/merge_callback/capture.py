@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from merge_callback.phase import CaptureSchedule, StablePhase, needs_thinning
 from merge_callback.rules import Rule, Window, required_span
-from merge_callback.shadow import Average, Shadow, shadow_bytes, shadow_like
+from merge_callback.shadow import Average, HostShadows, Shadow, shadow_bytes, shadow_like
 from merge_callback.shards import Sharding, ShardReader, added_up, local, local_tensors, rank, united
 from merge_callback.snapshots import (
     DeviceStorage,
@@ -22,8 +22,14 @@ from merge_callback.snapshots import (
     refuse_if_too_large,
     required_bytes,
 )
-from merge_callback.storage import HOST, DirectoryStorage, HostStorage, SnapshotDirectory
-from merge_callback.weights import has_lazy_parameters, merged_parameters, nonfinite_names, snapshot_buffers
+from merge_callback.storage import HOST, DirectoryStorage, HostStorage, SnapshotDirectory, host_row
+from merge_callback.weights import (
+    LiveTensors,
+    has_lazy_parameters,
+    merged_parameters,
+    nonfinite_names,
+    snapshot_buffers,
+)
 
 # Without an interval of its own the ring covers at least this share of the training so far.
 DEFAULT_SPAN = 0.1
@@ -68,16 +74,27 @@ class SnapshotCapture:
         self.ring: SnapshotRing | None = None
         # Floating buffers at the newest snapshot: batch-norm statistics are taken over, not averaged.
         self.buffers: dict[str, Tensor] = {}
-        self.shadows = {name: Shadow(average) for name, average in (averages or {}).items()}
+        self._shadows = {name: Shadow(average) for name, average in (averages or {}).items()}
+        self._host_shadows: HostShadows | None = None
         # Floating buffers when the shadows were last updated.
         self.shadow_buffers: dict[str, Tensor] = {}
         self._rules = list(rules)
-        self._takes_snapshots = bool(self._rules) or not self.shadows
+        self._takes_snapshots = bool(self._rules) or not self._shadows
         if every_n_train_steps is None:
             self._rules.append(Window(span=DEFAULT_SPAN))
         # The phase that the schedule belongs to, and whether the ring's snapshots are of an earlier one.
         self._window_phase = 0
         self._is_outdated = False
+        # What is captured, and which finding of it the layout is known to fit.
+        self._live: LiveTensors | None = None
+        self._fitting = 0
+
+    @property
+    def shadows(self) -> dict[str, Shadow]:
+        """By name, as of the latest step."""
+        if self._host_shadows is not None:
+            self._host_shadows.wait()
+        return self._shadows
 
     @property
     def is_comparable(self) -> bool:
@@ -109,11 +126,17 @@ class SnapshotCapture:
         is_in_files = isinstance(self.storage, SnapshotDirectory)
         place = None if self.storage == "device" else HOST
         required = required_bytes(layout, min(num_snapshots, 1) if is_in_files else num_snapshots, self.dtype, place)
-        for device, size in shadow_bytes(layout).items():
-            required[device] = required.get(device, 0) + size * len(self.shadows)
-        refuse_if_too_large(required, num_snapshots, len(self.shadows))
+        for device, size in shadow_bytes(layout, self._shadow_device).items():
+            required[device] = required.get(device, 0) + size * len(self._shadows)
+        refuse_if_too_large(required, num_snapshots, len(self._shadows))
         if self._takes_snapshots:
             self.ring = SnapshotRing(self._new_storage(layout), num_snapshots)
+        if self._shadows and self._shadow_device is not None:
+            self._host_shadows = HostShadows(self._shadows.values(), layout)
+
+    @property
+    def _shadow_device(self) -> torch.device | None:
+        return HOST if self.storage == "cpu" else None
 
     def _new_storage(self, layout: RowLayout) -> SnapshotStorage:
         if isinstance(self.storage, SnapshotDirectory):
@@ -126,7 +149,7 @@ class SnapshotCapture:
         """What will be captured, when and where, and how many bytes it takes."""
         every = self.every_n_train_steps
         during = "while the learning rate is constant" if self.start == "stable" else f"from step {self.start} on"
-        parts = [f"{len(self.shadows)} averages over every step {during}"] if self.shadows else []
+        parts = [f"{len(self._shadows)} averages over every step {during}"] if self._shadows else []
         if self._takes_snapshots:
             interval = f"every {every} steps" if every else "at an interval that doubles"
             parts.insert(0, f"up to {self.num_snapshots} snapshots, {interval} {during}")
@@ -135,7 +158,9 @@ class SnapshotCapture:
             return f"{what}, of parameters whose shapes are not known yet"
         devices = ", ".join(sorted({str(device) for _, device in self.layout.groups}))
         size = self.ring.storage.size_bytes if self.ring is not None else 0
-        averages = len(self.shadows) * sum(shadow_bytes(self.layout).values())
+        averages = len(self._shadows) * sum(shadow_bytes(self.layout).values())
+        if self._host_shadows is not None:
+            return f"{what}, in {(size + averages + self._host_shadows.size_bytes) / 2**20:.1f} MiB of host memory"
         if self.ring is None or self.storage == "device":
             return f"{what}, in {(size + averages) / 2**20:.1f} MiB on {devices}"
         beside = f" and {averages / 2**20:.1f} MiB on {devices}" if averages else ""
@@ -149,6 +174,8 @@ class SnapshotCapture:
         """Called before anything writes to the live weights: copies of them that are under way come first."""
         if self.ring is not None:
             self.ring.storage.finish()
+        if self._host_shadows is not None:
+            self._host_shadows.finish()
 
     def after_step(self, module: nn.Module, step: int, used: Sequence[float], following: Sequence[float]) -> bool:
         """Takes note of an optimizer step, and a snapshot where one is due; returns whether one was taken.
@@ -159,30 +186,58 @@ class SnapshotCapture:
             used: Learning rates of that step.
             following: Learning rates of the next step.
         """
-        is_stable = self.phase.observe(used, following)
-        if self.start == "stable":
-            if not is_stable:
-                if self.phase.was_spurious and self._window_phase > self.phase.num_begun:
-                    self._drop_spurious_window()
-                return False
-            if self._window_phase != self.phase.num_begun:
-                # The old window stays until the new one has its first snapshot.
-                self._window_phase, self._is_outdated = self.phase.num_begun, True
-                self.schedule = CaptureSchedule(self.every_n_train_steps or 1)
-                for shadow in self.shadows.values():
-                    shadow.clear()
-        elif step < self.start:
+        if not self._follow(step, used, following):
             return False
         is_due = self._takes_snapshots and self.schedule.take(step)
-        if not (is_due or self.shadows):
+        if not (is_due or self._shadows):
             return False
-        parameters = local_tensors(merged_parameters(module))
-        self._fit_to(module, parameters, step)
-        if self.shadows:
+        if self._live is None or self._live.module is not module:
+            self._live, self._fitting = LiveTensors(module), 0
+        found, parameters = self._live.find(), self._live.parameters()
+        if is_due or found != self._fitting:
+            self._fit_to(module, parameters, step)
+            self._fitting = found
+        if self._shadows:
+            self._update_shadows(step, parameters)
+            self.shadow_buffers = _copied(self._live.buffers())
+        return is_due and self._take_snapshot(parameters, self._live.buffers(), step)
+
+    def _follow(self, step: int, used: Sequence[float], following: Sequence[float]) -> bool:
+        """Takes note of the rates of a step; returns whether it belongs to a window."""
+        is_stable = self.phase.observe(used, following)
+        if self.start != "stable":
+            return step >= self.start
+        if not is_stable:
+            if self.phase.was_spurious and self._window_phase > self.phase.num_begun:
+                self._drop_spurious_window()
+            return False
+        if self._window_phase != self.phase.num_begun:
+            # The old window stays until the new one has its first snapshot.
+            self._window_phase, self._is_outdated = self.phase.num_begun, True
+            self.schedule = CaptureSchedule(self.every_n_train_steps or 1)
             for shadow in self.shadows.values():
-                shadow.update(step, parameters)
-            self.shadow_buffers = _copied_buffers(module)
-        return is_due and self._take_snapshot(module, parameters, step)
+                shadow.clear()
+        return True
+
+    def _update_shadows(self, step: int, parameters: Mapping[str, Tensor]) -> None:
+        if self._host_shadows is not None:
+            self._host_shadows.update(step, parameters)
+            return
+        for shadow in self._shadows.values():
+            shadow.update(step, parameters)
+
+    def shadow_row(self, name: str) -> list[Tensor]:
+        """A copy of the average of that name, as a row of the layout.
+
+        Raises:
+            ValueError: If it holds NaN or inf.
+        """
+        shadow = self.shadows[name]
+        if not shadow.is_finite:
+            raise ValueError(f"the average over every step, {shadow.average}, holds NaN or inf")
+        assert self.layout is not None
+        row = self.layout.new_row() if self._shadow_device is None else host_row(self.layout)
+        return shadow.write_row_(row, self.layout)
 
     def drop_nonfinite_shadows(self) -> list[str]:
         """Names of the shadows that hold NaN or inf, which would stay for good; they begin anew. Waits for the device.
@@ -223,7 +278,7 @@ class SnapshotCapture:
         for shadow in self.shadows.values():
             shadow.clear()
 
-    def _take_snapshot(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> bool:
+    def _take_snapshot(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: int) -> bool:
         assert self.ring is not None
         if bad := nonfinite_names(parameters):
             more = f", and {len(bad) - 1} more parameters do" if len(bad) > 1 else ""
@@ -247,7 +302,7 @@ class SnapshotCapture:
             self.ring.leave_open(step, problem)
             return False
         self.ring.append(step, parameters)
-        self.buffers = _copied_buffers(module)
+        self.buffers = _copied(buffers)
         return True
 
     def _fit_to(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> None:
@@ -357,16 +412,16 @@ class SnapshotCapture:
                 read({f"shadow.{average}.{name}": tensor for name, tensor in whole.items()})
                 shadows[average] = {**saved, "tensors": tensors}
             state = {**state, "shadows": shadows}
-        lost = [
-            name
-            for name, shadow in self.shadows.items()
-            if name not in state["shadows"] or not shadow.load_state_dict(state["shadows"][name], live)
-        ]
+        lost = [name for name, shadow in self.shadows.items() if not self._load_shadow(name, shadow, state, live)]
         if len(lost) < len(self.shadows):
             buffers = snapshot_buffers(module)
             saved = state["shadow_buffers"].items()
             self.shadow_buffers = {name: buffer.to(buffers[name].device, copy=True) for name, buffer in saved}
         return [f"there is nothing of the average {name!r} to go on from: it starts anew" for name in lost]
+
+    def _load_shadow(self, name: str, shadow: Shadow, state: Mapping[str, Any], live: Mapping[str, Tensor]) -> bool:
+        saved = state["shadows"].get(name)
+        return saved is not None and shadow.load_state_dict(saved, live, self._shadow_device)
 
     def _load_ring(self, ring: SnapshotRing, state: Mapping[str, Any], read: ShardReader | None) -> list[str]:
         saved = state["ring"]
@@ -392,5 +447,5 @@ class SnapshotCapture:
         return row
 
 
-def _copied_buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: local(buffer).clone() for name, buffer in snapshot_buffers(module).items()}
+def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: local(buffer).clone() for name, buffer in buffers.items()}

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyExperiment, Logger
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from merge_callback.preserve import preserved_attributes, preserved_loaders, preserved_rng
 from merge_callback.shards import local
@@ -203,6 +204,10 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         stack.enter_context(preserved_attributes(module))
         buffers = dict(module.named_buffers())
         stack.enter_context(swapped_weights(buffers, {name: local(buffer).clone() for name, buffer in buffers.items()}))
+        if isinstance(wrapper := trainer.model, DistributedDataParallel):
+            # DDP takes over rank 0's buffers at the first evaluation after a training step; that is still to come.
+            is_due = wrapper.require_forward_param_sync
+            stack.enter_context(_replaced(wrapper, require_forward_param_sync=is_due))
         stack.enter_context(_replaced(trainer.fit_loop.epoch_loop, val_loop=loop))
         stack.enter_context(
             _replaced(

@@ -11,7 +11,8 @@ A shadow is moved towards the live weights by ``1 - beta`` at each update. Two p
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
+from merge_callback.combine import Room, parts
 from merge_callback.rules import check_exactly_one, in_steps
 from merge_callback.snapshots import RowLayout
+from merge_callback.storage import HostStorage
 from merge_callback.weights import nonfinite_names
 
 
@@ -173,21 +176,28 @@ class Shadow:
             live: Name -> live tensor, always the same ones.
         """
         if self.step is None or self.tensors.keys() != live.keys():
-            self.tensors = {name: shadow_like(t).copy_(t.detach()) for name, t in live.items()}
+            self.tensors = {name: shadow_like(tensor).copy_(tensor) for name, tensor in live.items()}
         elif step > self.step:
-            share = 1 - self.average.beta(step, step - self.step)
-            shadows, now = list(self.tensors.values()), [live[name].detach() for name in self.tensors]
-            # Tensors of the shadow's own dtype, nearly all of them, are read where they are.
-            now = [tensor.to(shadow) for tensor, shadow in zip(now, shadows, strict=True)]
-            torch._foreach_lerp_(shadows, now, share)
+            self._move(live, 1 - self.average.beta(step, step - self.step))
         self.step = step
 
-    def row(self, layout: RowLayout) -> list[Tensor]:
-        """The average as a row of the layout, in the live tensors' dtypes."""
-        row = layout.new_row()
-        for name, view in layout.views(row).items():
+    def _move(self, live: Mapping[str, Tensor], share: float) -> None:
+        pairs = [(shadow, live[name]) for name, shadow in self.tensors.items()]
+        # Nearly all tensors are of their shadow's own dtype and read where they are.
+        if alike := [pair for pair in pairs if pair[0].dtype == pair[1].dtype]:
+            torch._foreach_lerp_([shadow for shadow, _ in alike], [now for _, now in alike], share)
+        rooms: dict[tuple[torch.dtype, torch.device], Room] = {}
+        for shadow, now in pairs:
+            if shadow.dtype != now.dtype:
+                room = rooms.setdefault((shadow.dtype, shadow.device), Room(shadow.dtype))
+                for moved, part in parts(shadow, now):
+                    moved.lerp_(room.like(part).copy_(part), share)
+
+    def write_row_(self, out: list[Tensor], layout: RowLayout) -> list[Tensor]:
+        """Writes the average, in the live tensors' dtypes, into a row of the layout; returns the row."""
+        for name, view in layout.views(out).items():
             view.copy_(self.tensors[name])
-        return row
+        return out
 
     @property
     def is_finite(self) -> bool:
@@ -201,8 +211,16 @@ class Shadow:
     def state_dict(self) -> dict[str, Any]:
         return {"average": repr(self.average), "step": self.step, "tensors": self.tensors}
 
-    def load_state_dict(self, state: Mapping[str, Any], live: Mapping[str, Tensor]) -> bool:
-        """Takes over a saved average of the same profile if it fits the live tensors; returns whether it did."""
+    def load_state_dict(
+        self, state: Mapping[str, Any], live: Mapping[str, Tensor], device: torch.device | None = None
+    ) -> bool:
+        """Takes over a saved average of the same profile if it fits the live tensors; returns whether it did.
+
+        Args:
+            state: What was saved.
+            live: Name -> live tensor.
+            device: Where the average is kept; None is where the live tensors are.
+        """
         saved: Mapping[str, Tensor] = state["tensors"]
         if state["average"] != repr(self.average):
             return False
@@ -211,15 +229,60 @@ class Shadow:
         if saved.keys() != live.keys() or any(saved[name].shape != live[name].shape for name in saved):
             return False
         self.step = state["step"]
-        self.tensors = {name: tensor.to(live[name].device, copy=True) for name, tensor in saved.items()}
+        self.tensors = {name: tensor.to(device or live[name].device, copy=True) for name, tensor in saved.items()}
         return True
 
 
-def shadow_bytes(layout: RowLayout) -> dict[torch.device, int]:
-    """Bytes that a shadow of the live tensors of a layout takes on each device."""
+class HostShadows:
+    """Shadows in host memory, updated by a thread of their own beside the training.
+
+    An update copies the live weights (on a stream of its own where they are on a GPU), and the averages are moved
+    towards the copy while the training goes on. The next update waits for it, and so does whoever asks for an average.
+
+    Args:
+        shadows: What is updated.
+        layout: Of the live tensors.
+    """
+
+    def __init__(self, shadows: Iterable[Shadow], layout: RowLayout) -> None:
+        self._shadows = list(shadows)
+        self._copy = HostStorage(layout, capacity=1)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shadows")
+        self._update: Future[None] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the copy."""
+        return self._copy.size_bytes
+
+    def update(self, step: int, live: Mapping[str, Tensor]) -> None:
+        """`Shadow.update` of each, which is under way when this returns; until `finish` the live tensors are read."""
+        self.wait()
+        self._copy.write(0, step, live)
+        self._update = self._thread.submit(self._move, step)
+
+    def finish(self) -> None:
+        """Called before anything writes to the live tensors."""
+        self._copy.finish()
+
+    def wait(self) -> None:
+        """Returns when the averages are up to date; raises what their update raised."""
+        if self._update is not None:
+            self._update.result()
+            self._update = None
+
+    def _move(self, step: int) -> None:
+        now = self._copy.layout.views(self._copy.row(0))
+        for shadow in self._shadows:
+            shadow.update(step, now)
+
+
+def shadow_bytes(layout: RowLayout, device: torch.device | None = None) -> dict[torch.device, int]:
+    """Bytes that a shadow of the live tensors of a layout takes by device; all on one device if that is given."""
     required: dict[torch.device, int] = {}
-    for (dtype, device), numel in zip(layout.groups, layout.num_elements, strict=True):
-        required[device] = required.get(device, 0) + numel * _wide(dtype).itemsize
+    for (dtype, own_device), numel in zip(layout.groups, layout.num_elements, strict=True):
+        place = device or own_device
+        required[place] = required.get(place, 0) + numel * _wide(dtype).itemsize
     return required
 
 

@@ -8,7 +8,7 @@ memory and a directory fit behind the same interface.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from merge_callback.combine import Row, chunks, combine_
 from merge_callback.weights import size_bytes
 
-# Elements merged at a time: small enough that the chunk being summed stays in a CPU's cache.
-CHUNK_NUMEL = 2**18
 # Tensors start at multiples of this many elements, so that kernels find them aligned as in the live model.
 ALIGNMENT_NUMEL = 16
+# Of the memory that is free, what may be taken for nothing but speed.
+AMPLE_SHARE = 0.25
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -82,11 +83,11 @@ class RowLayout:
                     found.append((group, place.offset, stop, label))
         return found
 
-    def new_row(self) -> list[Tensor]:
-        """An uninitialised row in the live tensors' dtypes, on their devices."""
+    def new_row(self, device: torch.device | None = None, *, pin_memory: bool = False) -> list[Tensor]:
+        """An uninitialised row in the live tensors' dtypes, on a device or on their own."""
         return [
-            torch.empty(numel, dtype=dtype, device=device)
-            for (dtype, device), numel in zip(self.groups, self.num_elements, strict=True)
+            torch.empty(numel, dtype=dtype, device=device or own_device, pin_memory=pin_memory)
+            for (dtype, own_device), numel in zip(self.groups, self.num_elements, strict=True)
         ]
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -100,12 +101,6 @@ class RowLayout:
 
 def _padded(numel: int) -> int:
     return math.ceil(numel / ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL
-
-
-class Row(Protocol):
-    """A flat row, or what gives parts of one: a tensor, or a file that is read as far as it is asked for."""
-
-    def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
 class SnapshotStorage(Protocol):
@@ -125,6 +120,13 @@ class SnapshotStorage(Protocol):
 
     def row(self, slot: int) -> Sequence[Row]:
         """The flat rows of a slot, one for each group of the layout."""
+
+    @property
+    def is_merged_in_host_memory(self) -> bool:
+        """Whether `new_row` is there."""
+
+    def new_row(self) -> list[Tensor]:
+        """Room for a merge, in the memory where merges of these rows are made."""
 
     def problem(self, slot: int) -> str | None:
         """Why what was written into a slot cannot be used; None if it can."""
@@ -176,9 +178,10 @@ class DeviceStorage:
         """Bytes of all rows."""
         return size_bytes(self._rings)
 
+    @torch.no_grad()
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Copies live tensors into a slot; each byte is read once and written once."""
-        torch._foreach_copy_(self._views[slot], [tensors[name].detach() for name in self.layout.places])
+        torch._foreach_copy_(self._views[slot], [tensors[name] for name in self.layout.places])
 
     def finish(self) -> None:
         """Copies are made in the order of the device's own work."""
@@ -186,6 +189,15 @@ class DeviceStorage:
     def row(self, slot: int) -> list[Tensor]:
         """The row of a slot: views, nothing is copied."""
         return [ring[slot] for ring in self._rings]
+
+    @property
+    def is_merged_in_host_memory(self) -> bool:
+        """Whether the model is."""
+        return all(device.type == "cpu" for _, device in self.layout.groups)
+
+    def new_row(self) -> list[Tensor]:
+        """Room for a merge, on the model's own device."""
+        return self.layout.new_row()
 
     def problem(self, slot: int) -> str | None:
         """Memory does not spoil."""
@@ -222,6 +234,7 @@ class SnapshotRing:
         self.steps: list[int] = []
         self._slots: list[int] = []
         self._open: dict[int, str] = {}
+        self._kept_rows: list[list[Tensor]] = []
 
     @property
     def is_full(self) -> bool:
@@ -258,24 +271,60 @@ class SnapshotRing:
         self._slots = [self._slots[position] for position in positions]
         self._open = {step: problem for step, problem in self._open.items() if step in self.steps}
 
-    def combine(self, coefficients: Sequence[float]) -> list[Tensor]:
+    def combine(self, coefficients: Sequence[float], out: list[Tensor] | None = None) -> list[Tensor]:
         """The merge ``sum_j c_j x_j`` as a row in the live tensors' dtypes, accumulated in float32 or better.
 
         Each snapshot with a coefficient is read once and the merge is written once; beside it only chunks are needed.
 
         Args:
             coefficients: One per snapshot, oldest first, summing to one.
+            out: The row to write to; None is a new one.
 
         Returns:
-            A new row; `RowLayout.views` shows the tensors in it.
+            The row; `RowLayout.views` shows the tensors in it.
         """
-        merged = self.storage.layout.new_row()
-        used = [value for value in coefficients if value != 0]
-        for out, rows in zip(merged, self._rows(coefficients), strict=True):
-            for start in range(0, out.numel(), CHUNK_NUMEL):
-                chunk = slice(start, start + CHUNK_NUMEL)
-                combine_(out[chunk], [row[chunk] for row in rows], used)
-        return merged
+        return self.combine_all([coefficients], [out or self.storage.new_row()])[0]
+
+    def combine_all(
+        self, coefficients: Sequence[Sequence[float]], outs: Sequence[list[Tensor]]
+    ) -> Sequence[list[Tensor]]:
+        """Several merges at once, for which each snapshot is read once all the same.
+
+        Args:
+            coefficients: Those of each merge.
+            outs: As many rows to write to.
+
+        Returns:
+            The rows.
+        """
+        used = [any(of_snapshot) for of_snapshot in zip(*coefficients, strict=True)]
+        coefficients = [list(itertools.compress(each, used)) for each in coefficients]
+        for out, rows in zip(zip(*outs, strict=True), self._rows(used), strict=True):
+            combine_(out, rows, coefficients)
+        return outs
+
+    def merges(self, coefficients: Sequence[Sequence[float]]) -> Iterator[list[Tensor]]:
+        """`combine` for each; a row is good until the next one is asked for, here or in a later call.
+
+        In host memory the rows are kept and written to again, since touching fresh memory takes as long as merging, and
+        all merges are made at once where there is ample memory for them. On a GPU there is one at a time.
+        """
+        outs = self._kept(len(coefficients)) if self.storage.is_merged_in_host_memory else []
+        if len(outs) == len(coefficients):
+            yield from self.combine_all(coefficients, outs)
+        else:
+            for each in coefficients:
+                yield self.combine(each, *outs)
+
+    def _kept(self, num_rows: int) -> list[list[Tensor]]:
+        """As many rows, or a single one where memory is short."""
+        num_new = num_rows - len(self._kept_rows)
+        free = free_bytes(torch.device("cpu"))
+        required = sum(required_bytes(self.storage.layout, num_new, None).values())
+        if num_new > 0 and free is not None and required > AMPLE_SHARE * free:
+            num_rows = 1
+        self._kept_rows += [self.storage.new_row() for _ in range(num_rows - len(self._kept_rows))]
+        return self._kept_rows[:num_rows]
 
     def spread(
         self,
@@ -294,24 +343,24 @@ class SnapshotRing:
         """
         # Squared distance and squared norm.
         sums = torch.zeros(2, dtype=torch.float64)
-        rows_of = self._rows(coefficients)
+        rows_of = self._rows([value != 0 for value in coefficients])
         for group, start, stop, shared_by in self.storage.layout.runs(copies or {}):
             rows, center = rows_of[group], merged[group]
             found = torch.zeros(2, dtype=torch.float64, device=center.device)
-            for first in range(start, stop, CHUNK_NUMEL):
-                chunk = slice(first, min(first + CHUNK_NUMEL, stop))
+            for chunk in chunks(start, stop, center.device):
                 middle = center[chunk].to(torch.promote_types(center.dtype, torch.float32))
+                difference = torch.empty_like(middle)
                 for row in rows:
-                    difference = row[chunk].to(middle) - middle
-                    found[0] += difference.square_().sum(dtype=torch.float64) / len(rows)
-                found[1] += middle.square().sum(dtype=torch.float64)
+                    torch.sub(row[chunk].to(middle), middle, out=difference)
+                    found[0] += torch.dot(difference, difference) / len(rows)
+                found[1] += torch.dot(middle, middle)
             sums += found.cpu() / shared_by
         distance, norm = add_up(sums).tolist()
         return math.sqrt(distance / norm) if norm else 0.0
 
-    def _rows(self, coefficients: Sequence[float]) -> list[list[Row]]:
-        """For each group of the layout the rows with a coefficient."""
-        slots = [slot for slot, value in zip(self._slots, coefficients, strict=True) if value != 0]
+    def _rows(self, is_used: Sequence[bool]) -> list[list[Row]]:
+        """For each group of the layout the rows that are used."""
+        slots = list(itertools.compress(self._slots, is_used))
         rows = [self.storage.row(slot) for slot in slots]
         return [list(of_group) for of_group in zip(*rows, strict=True)]
 
@@ -397,29 +446,3 @@ def free_bytes(device: torch.device) -> int | None:
         available = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
         return int(available.split()[1]) * 1024
     return None
-
-
-def combine_(out: Tensor, rows: Sequence[Tensor], coefficients: Sequence[float]) -> None:
-    """Writes ``sum_j coefficients[j] * rows[j]`` into ``out``; the kernel behind every merge.
-
-    The sum is a chain of interpolations, ``m_j = m_(j-1) + (c_j / (c_1 + ... + c_j)) (x_j - m_(j-1))``: one operation a
-    row, accumulated in float32 or better, and equal rows give exactly that row. Negative coefficients come last, which
-    keeps the running total positive.
-
-    Args:
-        out: ``[num_elements]``, where the merge goes, of any floating dtype.
-        rows: Tensors of the same shape, of any floating dtype.
-        coefficients: Not zero, summing to one.
-    """
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    accumulator = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-    pairs = sorted(zip(coefficients, rows, strict=True), key=lambda pair: pair[0] < 0)
-    total = 0.0
-    for coefficient, row in pairs:
-        if total == 0.0:
-            accumulator.copy_(row)
-        else:
-            accumulator.lerp_(row.to(accumulator), coefficient / (total + coefficient))
-        total += coefficient
-    if accumulator is not out:
-        out.copy_(accumulator)

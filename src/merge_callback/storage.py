@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from merge_callback.combine import CHUNK_NUMEL, Row
 from merge_callback.files import FlatTensor, complete_or_absent, read_header, write_safetensors
-from merge_callback.snapshots import CHUNK_NUMEL, Row, RowLayout, new_rings, slot_views
+from merge_callback.snapshots import RowLayout, new_rings, slot_views
 from merge_callback.weights import size_bytes
 
 HOST = torch.device("cpu")
@@ -27,6 +28,8 @@ class HostStorage:
         capacity: Number of rows.
         dtype: Dtype in which snapshots are kept; None keeps each tensor's own.
     """
+
+    is_merged_in_host_memory = True
 
     def __init__(self, layout: RowLayout, capacity: int, dtype: torch.dtype | None = None) -> None:
         self.layout = layout
@@ -63,6 +66,10 @@ class HostStorage:
             event.synchronize()
         return [ring[slot] for ring in self._rings]
 
+    def new_row(self) -> list[Tensor]:
+        """Room for a merge in host memory: a GPU's need not hold model, live weights and merge at once."""
+        return host_row(self.layout)
+
     def problem(self, slot: int) -> str | None:
         """Memory does not spoil."""
         return None
@@ -96,6 +103,8 @@ class DirectoryStorage:
         folder: Where the files go.
         prefix: What their names begin with, another one for each callback and rank.
     """
+
+    is_merged_in_host_memory = True
 
     def __init__(self, layout: RowLayout, dtype: torch.dtype | None, folder: Path, prefix: str) -> None:
         self.layout = layout
@@ -135,6 +144,10 @@ class DirectoryStorage:
         """The row of a slot, read from the file as far as it is asked for."""
         self._wait()
         return [FlatTensor(self.path(slot), f"row{group}") for group in range(len(self.layout.groups))]
+
+    def new_row(self) -> list[Tensor]:
+        """Room for a merge in host memory."""
+        return host_row(self.layout)
 
     def problem(self, slot: int) -> str | None:
         """Why the snapshot in a slot cannot be used; each file is read through once to find out."""
@@ -184,6 +197,11 @@ class DirectoryStorage:
         if self._writing is not None:
             self._writing.result()
             self._writing = None
+
+
+def host_row(layout: RowLayout) -> list[Tensor]:
+    """An uninitialised row in host memory, pinned if its tensors come from a GPU."""
+    return layout.new_row(HOST, pin_memory=any(device.type == "cuda" for _, device in layout.groups))
 
 
 def _checksum(row: Row) -> int:

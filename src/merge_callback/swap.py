@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from merge_callback.combine import Room, parts
 from merge_callback.shards import is_shard, local
 
 # What is swapped at the moment, outermost first.
@@ -18,22 +19,28 @@ def _nothing() -> None:
 
 @contextmanager
 def swapped_weights(
-    live: Mapping[str, Tensor], other: Mapping[str, Tensor], before: Callable[[], None] = _nothing
+    live: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    before: Callable[[], None] = _nothing,
+    *,
+    in_place: bool = False,
 ) -> Iterator[None]:
     """Inside the context the live tensors hold other values; afterwards, whatever happened, their own again.
 
     Of plain tensors the pointers are exchanged, nothing is copied: the live values are never touched, tied tensors stay
     tied, optimizers keep their parameters, and compiled code is not compiled anew. Shards (DTensors) are written in
-    place, since FSDP2 would ignore another pointer; meanwhile ``other`` holds the live values.
+    place, since FSDP2 would ignore another pointer, and so is what has its other values on another device; ``other``
+    then holds the live values from there on.
 
     Args:
         live: Name -> parameter or buffer of the live model.
-        other: Name -> tensor of the same shape, dtype and device as what this process holds of the live one, for every
-            name in ``live``. Its own while the context lasts.
+        other: Name -> tensor of the same shape and dtype as what this process holds of the live one, for every name in
+            ``live``. Its own while the context lasts.
         before: Called before each exchange; for a sharded model, `merge_callback.shards.reshard` of it.
+        in_place: Whether all tensors are written in place, as a CUDA graph wants it, which knows them by address.
 
     Raises:
-        ValueError: If a tensor is missing or differs in shape, dtype or device; nothing was exchanged then.
+        ValueError: If a tensor is missing, differs in shape or dtype, or has no values; nothing was exchanged then.
 
     >>> import torch
     >>> weight = torch.zeros(2)
@@ -43,22 +50,13 @@ def swapped_weights(
     >>> weight
     tensor([0., 0.])
     """
-    for name, tensor in live.items():
-        if name not in other:
-            raise ValueError(f"no tensor to put in the place of {name}")
-        own = local(tensor)
-        # A wrong dtype would be taken without a word, and the forward pass would then run in it.
-        for attribute in ("shape", "dtype", "device"):
-            ours, theirs = getattr(own, attribute), getattr(other[name], attribute)
-            if ours != theirs:
-                raise ValueError(f"{name} has {attribute} {ours} in the model, but {theirs} in what should replace it")
-    exchange = _Exchange(live, other, before)
+    exchange = _Exchange(live, other, before, in_place)
     _swaps.append(exchange)
     try:
         exchange.put_in()
         yield
     finally:
-        exchange.put_back()
+        exchange.put_back(for_good=True)
         _swaps.pop()
 
 
@@ -82,55 +80,80 @@ def live_weights() -> Iterator[None]:
 class _Exchange:
     """Live tensors and what takes their place; both ways can be repeated, also after either was cut short."""
 
-    def __init__(self, live: Mapping[str, Tensor], other: Mapping[str, Tensor], before: Callable[[], None]) -> None:
+    def __init__(
+        self, live: Mapping[str, Tensor], other: Mapping[str, Tensor], before: Callable[[], None], in_place: bool
+    ) -> None:
         self._before = before
-        self._plain = {name: tensor for name, tensor in live.items() if not is_shard(tensor)}
-        self._others = {name: other[name] for name in self._plain}
-        self._own = {name: tensor.data for name, tensor in self._plain.items()}
-        self._shards = {
-            name: _ShardExchange(local(tensor), other[name]) for name, tensor in live.items() if is_shard(tensor)
-        }
-
-    def put_in(self) -> None:
-        self._before()
-        for name, tensor in self._plain.items():
-            tensor.data = self._others[name]
-        for shard in self._shards.values():
-            shard.put_in()
-
-    def put_back(self) -> None:
-        self._before()
-        for name, tensor in self._plain.items():
-            tensor.data = self._own[name]
-        for shard in self._shards.values():
-            shard.put_back()
-
-
-class _ShardExchange:
-    """Two tensors that exchange their contents through a third that lives no longer than it takes."""
-
-    def __init__(self, live: Tensor, other: Tensor) -> None:
-        self._live, self._other = live, other
-        self._is_in = False
-        self._own: Tensor | None = None
+        # Live tensor, its own values, the others.
+        self._pointers: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._contents: list[_Contents] = []
+        rooms: dict[tuple[torch.dtype, torch.device], Room] = {}
+        for name, tensor in live.items():
+            if name not in other:
+                raise ValueError(f"no tensor to put in the place of {name}")
+            values, is_part = other[name], is_shard(tensor)
+            own = local(tensor) if is_part else tensor.data
+            _check_fit(name, own, values)
+            if in_place or is_part or own.device != values.device:
+                room = rooms.setdefault((own.dtype, own.device), Room(own.dtype))
+                self._contents += [_Contents(part, other, room) for part, other in parts(own, values)]
+            else:
+                self._pointers.append((tensor, own, values))
 
     @torch.no_grad()
     def put_in(self) -> None:
+        self._before()
+        for tensor, _, values in self._pointers:
+            tensor.data = values
+        for contents in self._contents:
+            contents.put_in()
+
+    @torch.no_grad()
+    def put_back(self, *, for_good: bool = False) -> None:
+        self._before()
+        for tensor, own, _ in self._pointers:
+            tensor.data = own
+        # The one that an interrupt came upon has its live values in the room of all: it comes first.
+        for contents in reversed(self._contents):
+            contents.put_back(for_good=for_good)
+
+
+def _check_fit(name: str, own: Tensor, values: Tensor) -> None:
+    # A wrong dtype would be taken without a word, and the forward pass would then run in it.
+    if own.shape == values.shape and own.dtype == values.dtype and own.is_meta == values.is_meta:
+        return
+    attribute = next(each for each in ("shape", "dtype", "device") if getattr(own, each) != getattr(values, each))
+    ours, theirs = getattr(own, attribute), getattr(values, attribute)
+    raise ValueError(f"{name} has {attribute} {ours} in the model, but {theirs} in what should replace it")
+
+
+class _Contents:
+    """Two tensors that exchange their contents through room that others use in between."""
+
+    def __init__(self, live: Tensor, other: Tensor, room: Room) -> None:
+        self._live, self._other, self._room = live, other, room
+        self._is_in = False
+        # The live values, while they are nowhere else.
+        self._own: Tensor | None = None
+
+    def put_in(self) -> None:
         if self._is_in:
             return
-        self._own = self._live.clone()
+        self._own = self._room.like(self._live).copy_(self._live)
         self._live.copy_(self._other)
         self._other.copy_(self._own)
         self._is_in, self._own = True, None
 
-    @torch.no_grad()
-    def put_back(self) -> None:
+    def put_back(self, *, for_good: bool) -> None:
         if self._own is not None:
             # An interrupt came in between.
             self._live.copy_(self._own)
-            self._own = None
-        elif self._is_in:
-            values = self._live.clone()
+            self._is_in, self._own = False, None
+        elif self._is_in and for_good:
             self._live.copy_(self._other)
-            self._other.copy_(values)
             self._is_in = False
+        elif self._is_in:
+            values = self._room.like(self._live).copy_(self._live)
+            self._live.copy_(self._other)
+            self._is_in = False
+            self._other.copy_(values)

@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import chain
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 
-from merge_callback.shards import reshard
+from merge_callback.shards import is_shard, local_tensors, reshard
 
 # Names that wrappers put into the path of a parameter: torch.compile, activation checkpointing, FSDP.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
@@ -44,12 +48,85 @@ def snapshot_buffers(module: nn.Module) -> dict[str, Tensor]:
         Clean name -> live buffer. Integer buffers (counters, position ids) and non-persistent ones (caches, masks) are
         absent: they come from the live model and are never averaged.
     """
-    buffers = {}
+    return {name: owner._buffers[leaf] for name, (owner, leaf) in _buffer_owners(module).items()}  # type: ignore[misc]
+
+
+def _buffer_owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where `snapshot_buffers` finds them: the submodule and the name in it."""
+    owners = {}
     for name, buffer in module.named_buffers():
         path, _, leaf = name.rpartition(".")
-        if buffer.is_floating_point() and leaf not in module.get_submodule(path)._non_persistent_buffers_set:
-            buffers[clean_name(name)] = buffer
-    return buffers
+        owner = module.get_submodule(path)
+        if buffer.is_floating_point() and leaf not in owner._non_persistent_buffers_set:
+            owners[clean_name(name)] = owner, leaf
+    return owners
+
+
+class LiveTensors:
+    """What of a module is merged, found anew only when the module has changed.
+
+    A walk over the names of many submodules takes longer than averaging their weights does, and is due at every step.
+
+    Args:
+        module: The live model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._num_found = 0
+        self._find()
+
+    def find(self) -> int:
+        """Looks whether the module has changed; returns a number that goes up when it has."""
+        for submodule in self._resharded:
+            submodule.reshard()
+        if self._is_changed():
+            self._find()
+        return self._num_found
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """`merged_parameters`, or of a sharded model what this process holds of them; as of the last `find`."""
+        return local_tensors(self._parameters) if self._is_sharded else self._parameters
+
+    def buffers(self) -> dict[str, Tensor]:
+        """`snapshot_buffers`; as of the last `find`."""
+        return {name: owner._buffers[leaf] for name, (owner, leaf) in self._owners.items()}  # type: ignore[misc]
+
+    def _find(self) -> None:
+        self._num_found += 1
+        submodules = list(self.module.modules())
+        self._resharded = [submodule for submodule in submodules if isinstance(submodule, FSDPModule)]
+        self._parameters = merged_parameters(self.module)
+        self._owners = _buffer_owners(self.module)
+        self._is_sharded = any(map(is_shard, self._parameters.values()))
+        fixed: list[Mapping[str, Any]] = [
+            contents for submodule in submodules for contents in (submodule._modules, submodule._parameters)
+        ]
+        buffers = [submodule._buffers for submodule in submodules]
+        # Most are empty; that they still are is seen by their sizes.
+        self._contents = [*fixed, *buffers]
+        self._num_entries = sum(map(len, self._contents))
+        self._fixed, self._buffers = [each for each in fixed if each], [each for each in buffers if each]
+        # Held, so that no others can pass for them.
+        self._found = _values(self._fixed)
+        self._all_parameters = [each for each in self._found if isinstance(each, Tensor)]
+        self._decisive = self._look()
+
+    def _is_changed(self) -> bool:
+        if sum(map(len, self._contents)) != self._num_entries:
+            return True
+        now = _values(self._fixed)
+        is_same = len(now) == len(self._found) and all(map(is_, now, self._found))
+        return not is_same or self._look() != self._decisive
+
+    def _look(self) -> list[torch.dtype | None]:
+        """What decides about parameters and buffers whether they are merged; other buffers may take their places."""
+        parameters = [each.dtype if each.requires_grad else None for each in self._all_parameters]
+        return parameters + [None if buffer is None else buffer.dtype for buffer in _values(self._buffers)]
+
+
+def _values(contents: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable([content.values() for content in contents]))
 
 
 def tensors_by_name(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -71,13 +148,14 @@ def has_lazy_parameters(module: nn.Module) -> bool:
     return any(is_lazy(parameter) for parameter in module.parameters())
 
 
+@torch.no_grad()
 def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold a NaN or an infinity; reads each tensor once and synchronises once."""
-    norms = torch._foreach_norm([tensor.detach() for tensor in tensors.values()])
+    norms = torch._foreach_norm(list(tensors.values()))
     if torch.stack([norm.float() for norm in norms]).isfinite().all():
         return []
     # A norm may overflow where no element does, so the verdict is by element.
-    return [name for name, tensor in tensors.items() if not tensor.detach().isfinite().all()]
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
 def size_bytes(tensors: Iterable[Tensor]) -> int:
