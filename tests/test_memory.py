@@ -8,12 +8,14 @@ import pytest
 
 MIB = 2**20
 pytestmark = pytest.mark.slow
-# Prints by how many bytes the process grew at most during captures, and during a merge that is swapped in.
+# Prints by how many bytes the process grew at most during captures, during a merge that is swapped in, during four
+# merges one after the other of which the first has been made before, and during updates of an average.
 PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from merge_callback.shards import local
+from merge_callback.shadow import Ema, Shadow
+from merge_callback import snapshots
 from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing
 from merge_callback.storage import DirectoryStorage, HostStorage
 from merge_callback.swap import swapped_weights
@@ -50,7 +52,23 @@ def merge():
     with swapped_weights(live, layout.views(row)):
         assert float(live["weight0"][0]) == 1.0
 
-print(growth(capture), growth(merge))
+def merges_again():
+    for row in ring.merges([[0.25] * 4] * 4):
+        with swapped_weights(live, layout.views(row)):
+            assert float(live["weight0"][0]) == 1.0
+
+shadow = Shadow(Ema(half_life_steps=3))
+shadow.update(0, {name: tensor.to(dtype) for name, tensor in live.items()})
+
+def average():
+    for step in range(1, 4):
+        shadow.update(step, narrow)
+
+narrow = {name: tensor.detach().to(dtype) for name, tensor in live.items()}
+grown = [growth(capture), growth(merge)]
+snapshots.AMPLE_SHARE = 0.0
+next(ring.merges([[0.25] * 4]))
+print(*grown, growth(merges_again), growth(average))
 """
 # Eight tensors of 2**21 float32 elements.
 MODEL_BYTES = 64 * MIB
@@ -59,9 +77,13 @@ CHUNK_BYTES = 64 * MIB
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["device", "cpu", "files"])
-def test_a_merge_takes_one_copy_of_the_model_and_a_capture_takes_nothing(tmp_path: Path, kind: str, dtype: str) -> None:
+def test_a_merge_takes_one_copy_of_the_model_and_captures_and_averages_take_nothing(
+    tmp_path: Path, kind: str, dtype: str
+) -> None:
     command = [sys.executable, "-c", PROGRAM, kind, str(tmp_path), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    captured, merged = map(int, done.stdout.split())
+    captured, merged, merged_again, averaged = map(int, done.stdout.split())
     assert captured <= CHUNK_BYTES / 4
     assert MODEL_BYTES / 2 < merged <= MODEL_BYTES + CHUNK_BYTES / 4
+    assert merged_again <= CHUNK_BYTES / 4
+    assert averaged <= CHUNK_BYTES / 4

@@ -17,7 +17,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent))
-from protocol import COPY, PASS_RULES, Median, bound_in_copies, median, paired_ratio
+from protocol import (
+    COPY,
+    IN_PLACE,
+    LIGHTNING_EXCHANGE,
+    MERGES,
+    PASS_RULES,
+    Median,
+    bound_in_copies,
+    median,
+    paired_ratio,
+)
 from trainings import WITH, WITHOUT, live_seconds, share_by_clocks, share_of_run
 
 RECORDS = Path(__file__).parents[1] / "records" / "overhead"
@@ -31,6 +41,7 @@ PARTS = {
     "step": "A training step of the demo: milliseconds",
     "whole": "Whole runs of the demo: seconds",
     "scaling": "Captures and merges by size: milliseconds",
+    "ranks": "A model spread over processes: milliseconds of the slowest",
 }
 OURS = ("Shadow.update", "MergeCallback")
 LIGHTNING = "Lightning EMAWeightAveraging"
@@ -104,19 +115,23 @@ def merge_verdicts(measured: Measured) -> list[Verdict]:
     """The merge against what the memory allows."""
     dtype = measured["dtype"]
     bound = bound_in_copies(measured["num_snapshots"], {"float32": 4, "bfloat16": 2}[dtype])
-    found = paired_ratio(samples(measured, COPY), samples(measured, "SnapshotRing.combine"))
+    found = paired_ratio(samples(measured, COPY), samples(measured, MERGES))
     return [Verdict(f"merge {dtype}", setting(measured), found.scaled(bound))]
 
 
 def several_verdicts(measured: Measured) -> list[Verdict]:
     """Four merges against one."""
     found = paired_ratio(samples(measured, "four merges"), samples(measured, "one merge"))
-    return [Verdict("several", f"{measured['how']}; {setting(measured)}", found)]
+    return [Verdict("several", setting(measured), found)]
 
 
 def swap_verdicts(measured: Measured) -> list[Verdict]:
-    """Milliseconds of a swap."""
-    return [Verdict("swap", setting(measured), median(samples(measured, "swapped_weights")).scaled(1000))]
+    """Milliseconds of a swap, and a swap in place against Lightning's."""
+    verdicts = [Verdict("swap", setting(measured), median(samples(measured, "swapped_weights")).scaled(1000))]
+    if IN_PLACE in measured["seconds"]:
+        against = paired_ratio(samples(measured, IN_PLACE), samples(measured, LIGHTNING_EXCHANGE))
+        verdicts.append(Verdict("in place", setting(measured), against))
+    return verdicts
 
 
 def step_verdicts(measured: Measured) -> list[Verdict]:
@@ -221,7 +236,21 @@ def scaling_table(record: Measured) -> str:
     return table(["parameters", "threads", COPY, "capture", *(f"merge of {num}" for num in nums)], rows)
 
 
-TABLES = {"step": step_table, "whole": whole_table, "scaling": scaling_table}
+def ranks_table(record: Measured) -> str:
+    """A row for each number of processes; in parentheses plain copies of as many bytes at the same time."""
+    rows = []
+    for each in record["measured"]:
+        num_ranks, copied = each["num_ranks"], each["seconds"][COPY]["median"]
+        cells = [str(num_ranks), f"{each['num_parameters'] / num_ranks / 1e6:,.0f} M"]
+        cells += [f"{each['num_snapshots'] * each['num_parameters'] * 4 / num_ranks / 2**20:,.0f} MiB"]
+        for name, seconds in each["seconds"].items():
+            took = milliseconds(seconds["median"])
+            cells.append(took if name == COPY else f"{took} ({seconds['median'] / copied:.2f})")
+        rows.append(cells)
+    return table(["processes", "parameters of each", "ring of each", *record["measured"][0]["seconds"]], rows)
+
+
+TABLES = {"ranks": ranks_table, "step": step_table, "whole": whole_table, "scaling": scaling_table}
 
 
 def plot_ema(record: Measured) -> Figure:

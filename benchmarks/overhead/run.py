@@ -40,13 +40,28 @@ from merge_callback.rules import merge_coefficients, resolve_rule
 from merge_callback.shadow import Shadow
 from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing
 from merge_callback.swap import swapped_weights
-from merge_callback.weights import merged_parameters
+from merge_callback.weights import LiveTensors, merged_parameters
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contest import batch_end, take_turns, take_turns_in_fit
 from models import Weights, touched_like
 from peers import ema_peers, merge_peers
-from protocol import COPY, DECAY, FULL, MAX_RING_BYTES, NUM_SNAPSHOTS, RULES_OF_FOUR, SMOKE, Amount, Shapes, median
+from protocol import (
+    COPY,
+    DECAY,
+    FULL,
+    IN_PLACE,
+    LIGHTNING_EXCHANGE,
+    MAX_RING_BYTES,
+    MERGES,
+    NUM_SNAPSHOTS,
+    RULES_OF_FOUR,
+    SMOKE,
+    Amount,
+    Shapes,
+    median,
+)
+from ranks import Job, sharded_seconds
 from trainings import paired_blocks, paired_runs
 
 ROOT = Path(__file__).parents[2]
@@ -104,17 +119,21 @@ def ema(amount: Amount) -> list[Record]:
     measured = []
     for _, shapes, setting in settings(amount):
         module = Weights(shapes)
-        shadow = Shadow(Ema(half_life_steps=HALF_LIFE_STEPS))
+        shadow, tensors = Shadow(Ema(half_life_steps=HALF_LIFE_STEPS)), LiveTensors(module)
         ours = MergeCallback(merges=Ema(half_life_steps=HALF_LIFE_STEPS))
         lightning = EMAWeightAveraging(decay=DECAY)
         foreach = WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(DECAY))
         steps = iter(range(1, 10**9))
 
-        def actions(trainer, module=module, shadow=shadow, steps=steps, hooks=(ours, lightning, foreach)):
+        def update(shadow=shadow, tensors=tensors, steps=steps) -> None:
+            tensors.find()
+            shadow.update(next(steps), tensors.parameters())
+
+        def actions(trainer, module=module, update=update, hooks=(ours, lightning, foreach)):
             hooks = [batch_end(hook, trainer, module) for hook in hooks]
             return {
                 COPY: copy_action(module.live),
-                "Shadow.update": lambda: shadow.update(next(steps), merged_parameters(module)),
+                "Shadow.update": update,
                 "MergeCallback": hooks[0],
                 "Lightning EMAWeightAveraging": hooks[1],
                 "Lightning WeightAveraging, foreach": hooks[2],
@@ -165,7 +184,8 @@ def merge(amount: Amount) -> list[Record]:
             peers = merge_peers(snapshots, weights)
             actions = {
                 COPY: copy_action(module.live),
-                "SnapshotRing.combine": lambda ring=ring: ring.combine(weights),
+                MERGES: lambda ring=ring: list(ring.merges([weights])),
+                "SnapshotRing.combine, a new row": lambda ring=ring: ring.combine(weights),
                 **peers,
             }
             leaving_after = dict.fromkeys(peers, amount.num_peer_rounds)
@@ -183,16 +203,12 @@ def several(amount: Amount) -> list[Record]:
     for _, shapes, setting in settings(amount):
         module = Weights(shapes)
         ring = filled_ring(module.live, NUM_SNAPSHOTS)
-        at_once = getattr(ring, "combine_all", None)
         actions = {
-            "one merge": lambda ring=ring: ring.combine(weights[0]),
-            "four merges": (lambda at_once=at_once: list(at_once(weights)))
-            if at_once is not None
-            else lambda ring=ring: [ring.combine(each) for each in weights],
+            "one merge": lambda ring=ring: list(ring.merges(weights[:1])),
+            "four merges": lambda ring=ring: list(ring.merges(weights)),
         }
         seconds = take_turns(actions, amount.num_rounds, amount.num_warm_up)
-        how = {"how": "combine_all" if at_once is not None else "combine, four times"}
-        measured.append({**setting, **how, **module.description, "seconds": summary(seconds)})
+        measured.append({**setting, **module.description, "seconds": summary(seconds)})
     return measured
 
 
@@ -218,8 +234,9 @@ def swap(amount: Amount) -> list[Record]:
 
         actions = {
             "swapped_weights": _swap_action(parameters, other),
+            IN_PLACE: _swap_action(parameters, other, in_place=True),
             "copies through buffers": through_buffers,
-            "Lightning WeightAveraging's exchange": exchange,
+            LIGHTNING_EXCHANGE: exchange,
         }
         seconds = take_turns(actions, amount.num_quick_rounds, amount.num_warm_up)
         measured.append({**setting, **module.description, "seconds": summary(seconds)})
@@ -233,9 +250,11 @@ def swap(amount: Amount) -> list[Record]:
     return measured
 
 
-def _swap_action(live: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Callable[[], object]:
+def _swap_action(
+    live: Mapping[str, Tensor], other: Mapping[str, Tensor], *, in_place: bool = False
+) -> Callable[[], object]:
     def swap_in_and_out() -> None:
-        with swapped_weights(live, other):
+        with swapped_weights(live, other, in_place=in_place):
             pass
 
     return swap_in_and_out
@@ -278,9 +297,19 @@ def scaling(amount: Amount) -> list[Record]:
     return measured
 
 
+def ranks(amount: Amount) -> list[Record]:
+    """Captures, averages and merges of a model that is spread over processes on this machine, one thread each."""
+    measured = []
+    for num_ranks in amount.num_ranks:
+        seconds = sharded_seconds(Job(num_ranks, amount.num_sharded_parameters, NUM_SNAPSHOTS, amount.num_rounds))
+        about = {"num_ranks": num_ranks, "num_threads": 1, "num_parameters": amount.num_sharded_parameters}
+        measured.append({**about, "num_snapshots": NUM_SNAPSHOTS, "seconds": summary(seconds)})
+    return measured
+
+
 def _newest_merged(ring: SnapshotRing, num: int) -> Callable[[], object]:
     weights = [0.0] * (ring.capacity - num) + coefficients("wma", num)
-    return lambda: ring.combine(weights)
+    return lambda: list(ring.merges([weights]))
 
 
 PARTS: dict[str, Callable[[Amount], list[Record]]] = {
@@ -292,6 +321,7 @@ PARTS: dict[str, Callable[[Amount], list[Record]]] = {
     "step": step,
     "whole": whole,
     "scaling": scaling,
+    "ranks": ranks,
 }
 
 
