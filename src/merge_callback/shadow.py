@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +28,9 @@ from merge_callback.rules import check_exactly_one, in_steps
 from merge_callback.snapshots import RowLayout
 from merge_callback.storage import HostStorage
 from merge_callback.weights import nonfinite_names
+
+# Kept as they are; narrower ones are averaged in float32.
+_WIDE = (torch.float32, torch.float64)
 
 
 class Average(Protocol):
@@ -182,15 +186,18 @@ class Shadow:
         self.step = step
 
     def _move(self, live: Mapping[str, Tensor], share: float) -> None:
-        pairs = [(shadow, live[name]) for name, shadow in self.tensors.items()]
-        # Nearly all tensors are of their shadow's own dtype and read where they are.
-        if alike := [pair for pair in pairs if pair[0].dtype == pair[1].dtype]:
-            torch._foreach_lerp_([shadow for shadow, _ in alike], [now for _, now in alike], share)
+        now = [live[name] for name in self.tensors]
+        alike = [tensor.dtype in _WIDE for tensor in now]
+        # Tensors of the shadow's own dtype are read where they are.
+        if any(alike):
+            torch._foreach_lerp_(list(compress(self.tensors.values(), alike)), list(compress(now, alike)), share)
+        if all(alike):
+            return
         rooms: dict[tuple[torch.dtype, torch.device], Room] = {}
-        for shadow, now in pairs:
-            if shadow.dtype != now.dtype:
+        for shadow, tensor in zip(self.tensors.values(), now, strict=True):
+            if tensor.dtype not in _WIDE:
                 room = rooms.setdefault((shadow.dtype, shadow.device), Room(shadow.dtype))
-                for moved, part in parts(shadow, now):
+                for moved, part in parts(shadow, tensor):
                     moved.lerp_(room.like(part).copy_(part), share)
 
     def write_row_(self, out: list[Tensor], layout: RowLayout) -> list[Tensor]:
@@ -292,7 +299,7 @@ def shadow_like(tensor: Tensor) -> Tensor:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype in _WIDE else torch.promote_types(dtype, torch.float32)
 
 
 def is_average(merge: Any) -> TypeIs[Average]:

@@ -89,11 +89,13 @@ class _Exchange:
         self._contents: list[_Contents] = []
         rooms: dict[tuple[torch.dtype, torch.device], Room] = {}
         for name, tensor in live.items():
-            if name not in other:
+            if (values := other.get(name)) is None:
                 raise ValueError(f"no tensor to put in the place of {name}")
-            values, is_part = other[name], is_shard(tensor)
+            is_part = is_shard(tensor)
             own = local(tensor) if is_part else tensor.data
-            _check_fit(name, own, values)
+            # A wrong dtype would be taken without a word, and the forward pass would then run in it.
+            if own.shape != values.shape or own.dtype != values.dtype or own.is_meta != values.is_meta:
+                raise ValueError(_misfit(name, own, values))
             if in_place or is_part or own.device != values.device:
                 room = rooms.setdefault((own.dtype, own.device), Room(own.dtype))
                 self._contents += [_Contents(part, other, room) for part, other in parts(own, values)]
@@ -118,13 +120,10 @@ class _Exchange:
             contents.put_back(for_good=for_good)
 
 
-def _check_fit(name: str, own: Tensor, values: Tensor) -> None:
-    # A wrong dtype would be taken without a word, and the forward pass would then run in it.
-    if own.shape == values.shape and own.dtype == values.dtype and own.is_meta == values.is_meta:
-        return
+def _misfit(name: str, own: Tensor, values: Tensor) -> str:
     attribute = next(each for each in ("shape", "dtype", "device") if getattr(own, each) != getattr(values, each))
     ours, theirs = getattr(own, attribute), getattr(values, attribute)
-    raise ValueError(f"{name} has {attribute} {ours} in the model, but {theirs} in what should replace it")
+    return f"{name} has {attribute} {ours} in the model, but {theirs} in what should replace it"
 
 
 class _Contents:
