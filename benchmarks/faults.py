@@ -87,9 +87,9 @@ FAULTS = [
     ),
     (
         "the merge is summed in bfloat16",
-        "snapshots.py",
-        "    dtype = torch.promote_types(out.dtype, torch.float32)\n    accumulator",
-        "    dtype = torch.bfloat16\n    accumulator",
+        "combine.py",
+        "        self.dtype = torch.promote_types(out.dtype, torch.float32)\n",
+        "        self.dtype = torch.bfloat16\n",
         "test_snapshots.py::test_bfloat16_storage_keeps_what_a_bfloat16_sum_would_lose",
     ),
     (
@@ -386,12 +386,101 @@ FAULTS = [
         "        return True\n",
         "test_resume.py::test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on",
     ),
+    (
+        "what is trained is looked up once and for all",
+        "weights.py",
+        "        if self._is_changed():\n",
+        "        if False:\n",
+        "test_weights.py::test_live_tensors_are_found_again_after_any_change_of_the_module",
+    ),
+    (
+        "weights are copied for an average while it still moves towards those of the step before",
+        "shadow.py",
+        "        self.wait()\n        self._copy.write(0, step, live)\n",
+        "        self._copy.write(0, step, live)\n        self.wait()\n",
+        "test_shadow.py::test_averages_in_host_memory_are_made_of_the_weights_as_they_were_at_each_step",
+    ),
+    (
+        "a merge to keep lies where the next one is made",
+        "snapshots.py",
+        "[out or self.storage.new_row()]",
+        "[out or self._kept(1)[0]]",
+        "test_snapshots.py::test_a_merge_to_keep_is_not_overwritten_by_the_next_one",
+    ),
+    (
+        "each of several merges reads the snapshots for itself",
+        "combine.py",
+        "        by_order[tuple(value < 0 for value in values)].append((out, values))\n",
+        "        by_order[len(by_order), *(value < 0 for value in values)].append((out, values))\n",
+        "test_combine.py::test_every_row_is_read_once_for_several_sums_and_never_without_a_coefficient",
+    ),
+    (
+        "an interrupt while contents are exchanged loses live weights",
+        "swap.py",
+        "        for contents in reversed(self._contents):\n",
+        "        for contents in self._contents:\n",
+        "test_swap.py::test_an_interrupt_while_contents_are_exchanged_leaves_the_live_ones",
+    ),
+    (
+        "a corrupt snapshot is merged",
+        "storage.py",
+        '        if sums != told["checksums"]:\n',
+        "        if False:\n",
+        "test_storage.py::test_a_spoilt_file_is_named_and_left_out",
+    ),
+    (
+        "the share of the wall time is ignored",
+        "budget.py",
+        "        return self.latest == 0 or ",
+        "        return True or ",
+        "test_budget.py",
+    ),
+    (
+        "gathered parameters are captured instead of shards",
+        "shards.py",
+        "            submodule.reshard()\n",
+        "            pass\n",
+        "test_sharded.py::test_training_on_two_ranks_is_bit_identical_with_and_without_the_callback",
+    ),
+    (
+        "a snapshot with NaN on one rank is taken on the others",
+        "capture.py",
+        "            self.ring.leave_open(step, problem)\n",
+        "            pass\n",
+        "test_sharded.py::test_a_nan_on_one_rank_refuses_the_snapshot_on_all",
+    ),
+    (
+        "the live validation under DDP keeps the buffers of each rank",
+        "evaluate.py",
+        "            stack.enter_context(_replaced(wrapper, require_forward_param_sync=is_due))\n",
+        "",
+        "test_sharded.py::test_batch_norm_statistics_that_differ_by_rank_are_those_of_rank_0_as_in_a_live_validation",
+    ),
+    (
+        "every rank records the branch",
+        "anneal.py",
+        "        if not trainer.is_global_zero:\n            return\n",
+        "",
+        "test_sharded.py::test_a_branch_of_a_sharded_run_is_recorded_once_as_that_of_one_process",
+    ),
+    (
+        "rank 0's shards are resumed everywhere",
+        "shards.py",
+        "                dcp.load({found: tensors}, checkpoint_id=path)\n",
+        "                dcp.load({found: {n: local(t) for n, t in tensors.items()}}, checkpoint_id=path)\n",
+        "test_sharded.py::test_a_sharded_run_that_was_interrupted_equals_the_one_that_was_not",
+    ),
 ]
 
 
 def passes(folder: Path, tests: list[str]) -> bool:
     """Whether these tests pass in a copy of the repository."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    # Of files that are slow as a whole all cases are run, of others those that are not.
+    slow = [test for test in tests if "test_sharded.py" in test]
+    if slow and len(slow) < len(tests):
+        return passes(folder, slow) and passes(folder, [test for test in tests if test not in slow])
+    which = [] if slow else ["-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *which, "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     assert names["callback"].snapshot_steps
 
 
+@pytest.fixture(autouse=True)
+def modules_of_benchmarks_are_their_own(monkeypatch):
+    """Each folder of `benchmarks/` has a protocol.py, which its scripts import by that name."""
+    for name in ("protocol", "report", "trainings"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_the_table_is_the_one_made_from_the_records():
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "demo.py"))
     begin, end = benchmark["MARKS"]
@@ -45,8 +54,18 @@ def test_the_table_of_anneals_and_the_prior_are_those_of_the_records():
     assert prior == json.loads(json.dumps(report["prior"]()))
 
 
+def test_the_overhead_report_and_the_plan_of_a_large_run_are_those_of_the_records(monkeypatch):
+    folder = ROOT / "benchmarks" / "overhead"
+    monkeypatch.syspath_prepend(str(folder))
+    report, plan = (runpy.run_path(str(folder / name)) for name in ("report.py", "plan.py"))
+    assert report["RECORDS"].joinpath("REPORT.md").read_text() == report["page"](report["read_records"]())
+    assert plan["PAGE"].read_text() == plan["page"]()
+    begin, end = report["MARKS"]
+    assert README.split(begin)[1].split(end)[0].strip() == report["readme_table"](report["read_records"]())
+
+
 def test_every_relative_link_leads_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/promises.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/promises.md", "docs/planning-70b.md"):
         text = (ROOT / name).read_text()
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
             assert ((ROOT / name).parent / target).exists(), (name, target)

@@ -229,7 +229,9 @@ def test_a_branch_of_a_sharded_run_is_recorded_once_as_that_of_one_process(tmp_p
     trunk_and_branch(tmp_path, "")
     for found in two_ranks.run(trunk_and_branch, tmp_path, form):
         assert found == {"steps": 16, "is_folder": form != "ddp"}
-    (alone,), (ours,) = (read_records(tmp_path / name / "anneals.jsonl") for name in ("alone", form))
+    files = [tmp_path / name / "anneals.jsonl" for name in ("alone", form)]
+    assert [len(file.read_text().splitlines()) for file in files] == [1, 1]
+    (alone,), (ours,) = map(read_records, files)
     assert (ours.start_step, ours.step, ours.span_steps) == (8, 16, 8)
     assert ours.annealed == pytest.approx(alone.annealed, abs=1e-4)
     assert ours.matched is not None

@@ -30,7 +30,9 @@ from protocol import (
 )
 from trainings import WITH, WITHOUT, live_seconds, share_by_clocks, share_of_run
 
-RECORDS = Path(__file__).parents[1] / "records" / "overhead"
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "benchmarks" / "records" / "overhead"
+MARKS = "<!-- overhead table: made by benchmarks/overhead/report.py -->", "<!-- end of overhead table -->"
 # In this order, with what stands above their tables.
 PARTS = {
     "ema": "Averages over every step: milliseconds an update",
@@ -67,6 +69,8 @@ class Verdict:
         rule = PASS_RULES[self.rule]
         limit = f"{'at most' if rule.is_upper else 'at least'} {rule.limit:g}{rule.unit}"
         missed = f"missed by {rule.missed_by(self.found.value):.1%}"
+        if self.found.low < rule.limit < self.found.high:
+            missed += ", within its interval"
         value = f"{_number(self.found.value)}{rule.unit}"
         between = f"{_number(self.found.low)} to {_number(self.found.high)}"
         return [rule.what, self.where, value, between, limit, "reached" if self.is_reached else missed]
@@ -331,6 +335,20 @@ def rule_table(verdicts: list[Verdict]) -> str:
     return table(["rule", "limit", "verdict", "reached in", "worst median", "95 % interval", "worst case"], rows)
 
 
+def readme_table(records: dict[str, Measured]) -> str:
+    """Every rule with its best and its worst case."""
+    rows, verdicts = [], all_verdicts(records)
+    for name, rule in PASS_RULES.items():
+        cases = sorted(
+            (each for each in verdicts if each.rule == name), key=lambda each: rule.missed_by(each.found.value)
+        )
+        best, worst = (f"{_number(each.found.value)}{rule.unit}" for each in (cases[0], cases[-1]))
+        limit = f"{'at most' if rule.is_upper else 'at least'} {rule.limit:g}{rule.unit}"
+        num_reached = sum(each.is_reached for each in cases)
+        rows.append([rule.what, limit, best, worst, f"{num_reached} of {len(cases)}"])
+    return table(["what", "limit", "best", "worst", "reached in"], rows)
+
+
 def verdict_table(verdicts: list[Verdict]) -> str:
     """All of them."""
     header = ["rule", "where", "median", "95 % interval", "limit", "verdict"]
@@ -349,32 +367,47 @@ def about(records: dict[str, Measured]) -> str:
     return table(["part", "commit", "versions", "machine", "load before", "seconds"], lines)
 
 
-def main() -> None:
-    """Writes all of it."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS
+def read_records(folder: Path = RECORDS) -> dict[str, Measured]:
+    """By part; those that were not run are absent."""
     files = {part: folder / f"{part}.json" for part in PARTS}
-    records = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
-    if not records:
-        sys.exit(f"no records in {folder}; run.py makes them")
-    parts = [
+    return {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+
+
+def page(records: dict[str, Measured]) -> str:
+    """The whole report."""
+    sections = [
         "# What does merging cost?",
         "Made by `benchmarks/overhead/report.py`; [`protocol.py`](../../overhead/protocol.py) holds question, statistic"
         " and rules. Times are medians; in parentheses stands how many plain copies of the model that is.",
     ]
     if missing := [part for part in PARTS if part not in records]:
-        parts.append(f"Not run: {', '.join(missing)}.")
+        sections.append(f"Not run: {', '.join(missing)}.")
     verdicts = all_verdicts(records)
-    parts += ["## Pass rules", rule_table(verdicts)]
+    sections += ["## Pass rules", rule_table(verdicts)]
     for part, record in records.items():
-        parts += [f"## {PARTS[part]}", TABLES.get(part, contest_table)(record)]
+        sections += [f"## {PARTS[part]}", TABLES.get(part, contest_table)(record)]
         if part == "scaling":
-            parts.append("In parentheses: the share of the speed that the memory allows.")
+            sections.append("In parentheses: the share of the speed that the memory allows.")
         if part in PICTURES:
-            PICTURES[part](record).savefig(folder / f"{part}.png")
-            parts.append(f"![{PARTS[part]}]({part}.png)")
-    parts += ["## Every case of the pass rules", verdict_table(verdicts), "## Records", about(records)]
-    (folder / "REPORT.md").write_text("\n\n".join(parts) + "\n")
+            sections.append(f"![{PARTS[part]}]({part}.png)")
+    sections += ["## Every case of the pass rules", verdict_table(verdicts), "## Records", about(records)]
+    return "\n\n".join(sections) + "\n"
+
+
+def main() -> None:
+    """Writes it with its pictures."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS
+    records = read_records(folder)
+    if not records:
+        sys.exit(f"no records in {folder}; run.py makes them")
+    for part in PICTURES.keys() & records.keys():
+        PICTURES[part](records[part]).savefig(folder / f"{part}.png")
+    (folder / "REPORT.md").write_text(page(records))
     print(folder / "REPORT.md")
+    readme = ROOT / "README.md"
+    if folder == RECORDS:
+        before, rest = readme.read_text().split(MARKS[0])
+        readme.write_text(f"{before}{MARKS[0]}\n{readme_table(records)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
 if __name__ == "__main__":
