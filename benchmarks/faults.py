@@ -25,7 +25,7 @@ FAULTS = [
     (
         "an exception in the merged validation leaves the merge in the model",
         "swap.py",
-        "    finally:\n        exchange.put_back()\n",
+        "    finally:\n        exchange.put_back(for_good=True)\n",
         "    finally:\n",
         "test_callback.py::test_an_exception_in_the_merged_validation_arrives_and_the_live_weights_are_back",
     ),
