@@ -25,8 +25,8 @@ FAULTS = [
     (
         "an exception in the merged validation leaves the merge in the model",
         "swap.py",
-        "    finally:\n        exchange.put_back(for_good=True)\n",
-        "    finally:\n",
+        "        try:\n            exchange.put_back(for_good=True)\n",
+        "        try:\n            pass\n",
         "test_callback.py::test_an_exception_in_the_merged_validation_arrives_and_the_live_weights_are_back",
     ),
     (
@@ -415,10 +415,17 @@ FAULTS = [
         "test_combine.py::test_every_row_is_read_once_for_several_sums_and_never_without_a_coefficient",
     ),
     (
-        "an interrupt while contents are exchanged loses live weights",
+        "a signal while contents are exchanged loses live weights",
         "swap.py",
         "        for contents in reversed(self._contents):\n",
         "        for contents in self._contents:\n",
+        "test_swap.py::test_a_signal_handler_has_the_live_contents_and_the_others_are_there_afterwards",
+    ),
+    (
+        "a second interrupt leaves some of the merge in the model",
+        "swap.py",
+        "            exchange.put_back(for_good=True)\n            raise\n",
+        "            raise\n",
         "test_swap.py::test_an_interrupt_while_contents_are_exchanged_leaves_the_live_ones",
     ),
     (

@@ -52,25 +52,52 @@ def test_in_place_contents_change_and_addresses_stay(numel):
     assert [tensor.data_ptr() for tensor in weights.values()] == addresses
 
 
-def test_an_interrupt_while_contents_are_exchanged_leaves_the_live_ones():
-    class Interrupting(TorchDispatchMode):
-        """Lets so many copies pass."""
+class AfterCopy(TorchDispatchMode):
+    """Does something when the copy of that number has ended, as Python does with a signal that came in the meantime."""
 
-        num_copies = 0
+    def __init__(self, number, action):
+        super().__init__()
+        self.number, self.action = number, action
+        self.num_copies = 0
 
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            self.num_copies += function is torch.ops.aten.copy_.default
-            if self.num_copies == num_passing + 1:
-                raise KeyboardInterrupt
-            return function(*arguments, **(options or {}))
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        self.num_copies += function is torch.ops.aten.copy_.default
+        if self.num_copies == self.number:
+            self.number = None
+            self.action()
+        return result
 
-    # Three copies for each of two parts.
-    for num_passing in range(6):
-        live = {name: torch.zeros(3) for name in "ab"}
-        others = {name: torch.ones(3) for name in "ab"}
-        with pytest.raises(KeyboardInterrupt), Interrupting(), swapped_weights(live, others, in_place=True):
-            pass
-        assert all((tensor == 0).all() for tensor in live.values()), num_passing
+
+def all_are(tensors, value):
+    return all((tensor == value).all() for tensor in tensors.values())
+
+
+# Three copies for each of two parts on the way in, one on the way back.
+@pytest.mark.parametrize("number", range(1, 9))
+def test_an_interrupt_while_contents_are_exchanged_leaves_the_live_ones(number):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    live, others = ({name: torch.full((3,), value) for name in "ab"} for value in (0.0, 1.0))
+    with pytest.raises(KeyboardInterrupt), AfterCopy(number, interrupt), swapped_weights(live, others, in_place=True):
+        pass
+    assert all_are(live, 0)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_signal_handler_has_the_live_contents_and_the_others_are_there_afterwards(number):
+    def save():
+        with live_weights():
+            assert all_are(live, 0)
+        saved.append(number)
+
+    live, others = ({name: torch.full((3,), value) for name in "ab"} for value in (0.0, 1.0))
+    saved: list[int] = []
+    with AfterCopy(number, save), swapped_weights(live, others, in_place=True):
+        assert all_are(live, 1)
+    assert all_are(live, 0)
+    assert saved == [number]
 
 
 def test_tied_tensors_stay_tied():

@@ -76,8 +76,9 @@ class MergeCallback(Callback):
         start: ``"stable"`` captures while the learning rate is constant, and begins a new window when it is constant
             again at another value; an int captures from that optimizer step on, whatever the rate does.
         storage: Where snapshots live: ``"device"`` is the memory of the model's device; ``"cpu"`` is host memory,
-            pinned and filled beside the training where there is a GPU; a directory, as a path or a `SnapshotDirectory`,
-            gets one file a snapshot and rank.
+            pinned and filled beside the training where there is a GPU, and averages over every step live there too,
+            updated by a thread of their own; a directory, as a path or a `SnapshotDirectory`, gets one file a snapshot
+            and rank. But for ``"device"``, merges are made in host memory.
         dtype: Dtype in which snapshots are kept, e.g. ``torch.bfloat16`` or ``"bfloat16"``; None keeps each parameter's
             own. Merges accumulate in float32 or better all the same.
         evaluate_every_n_validations: Evaluates the merges at every n-th validation.

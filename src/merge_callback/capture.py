@@ -128,6 +128,9 @@ class SnapshotCapture:
         required = required_bytes(layout, min(num_snapshots, 1) if is_in_files else num_snapshots, self.dtype, place)
         for device, size in shadow_bytes(layout, self._shadow_device).items():
             required[device] = required.get(device, 0) + size * len(self._shadows)
+        if self._shadows and self._shadow_device is not None:
+            # The copy that they are moved towards.
+            required[HOST] += sum(required_bytes(layout, 1, None).values())
         refuse_if_too_large(required, num_snapshots, len(self._shadows))
         if self._takes_snapshots:
             self.ring = SnapshotRing(self._new_storage(layout), num_snapshots)

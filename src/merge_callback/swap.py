@@ -56,8 +56,14 @@ def swapped_weights(
         exchange.put_in()
         yield
     finally:
-        exchange.put_back(for_good=True)
-        _swaps.pop()
+        try:
+            exchange.put_back(for_good=True)
+        except BaseException:
+            # An impatient interrupt: all of it once more.
+            exchange.put_back(for_good=True)
+            raise
+        finally:
+            _swaps.pop()
 
 
 @contextmanager
@@ -138,14 +144,22 @@ class _Contents:
     def put_in(self) -> None:
         if self._is_in:
             return
-        self._own = self._room.like(self._live).copy_(self._live)
+        own = self._room.like(self._live).copy_(self._live)
+        # A signal handler runs when a copy has ended, and may have done all of it.
+        if self._is_in:
+            return
+        self._own = own
         self._live.copy_(self._other)
-        self._other.copy_(self._own)
+        if self._is_in:
+            return
+        self._other.copy_(own)
         self._is_in, self._own = True, None
 
     def put_back(self, *, for_good: bool) -> None:
         if self._own is not None:
-            # An interrupt came in between.
+            # Something came in between: the live tensor holds the other values already.
+            if not for_good:
+                self._other.copy_(self._live)
             self._live.copy_(self._own)
             self._is_in, self._own = False, None
         elif self._is_in and for_good:
