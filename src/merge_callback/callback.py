@@ -429,8 +429,7 @@ class MergeCallback(Callback):
         began = time.perf_counter()
         num_batches, num_live_batches = num_limited_batches(trainer, self.limit_batches)
         merged, diagnostics = {}, {}
-        usable = [name for name in captured if self._is_usable(name)]
-        for name, row in self._rows(usable):
+        for name, row in self._rows(captured):
             if name == self._primary:
                 diagnostics = self._diagnostics(row)
             with self._swapped_in(trainer.lightning_module, row, self._buffers(name)):
@@ -508,25 +507,24 @@ class MergeCallback(Callback):
         for problem in self._capture.drop_unusable():
             rank_zero_warn(f"MergeCallback({self.name!r}): a snapshot is left out of the merges: {problem}")
 
-    def _is_usable(self, name: str) -> bool:
-        """Whether the rule of a merge gives proper coefficients."""
+    def _proper_coefficients(self, name: str) -> list[float] | None:
+        """Those of a merge; none of an average; None where its rule fails now."""
         try:
-            if not is_average(self._merge(name)):
-                self.coefficients(name)
+            return [] if is_average(self._merge(name)) else list(self.coefficients(name).values())
         except ValueError as error:
             # A rule that never worked is a mistake to mend; one that worked before must not end a long run.
             if name not in self._worked:
                 raise
             rank_zero_warn(f"MergeCallback({self.name!r}): no merge {name!r} at step {self._step}: {error}")
-            return False
-        return True
+            return None
 
     def _rows(self, names: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
-        """The merges of those names, each good until the next one."""
-        coefficients = [list(self.coefficients(name).values()) for name in names if not is_average(self._merge(name))]
-        rows = self._capture.ring.merges(coefficients) if self._capture.ring is not None else iter(())
-        for name in names:
-            yield name, self._row(name) if is_average(self._merge(name)) else next(rows)
+        """The merges of those names as far as their rules work, each good until the next one."""
+        usable = {name: values for name in names if (values := self._proper_coefficients(name)) is not None}
+        over_snapshots = [values for values in usable.values() if values]
+        rows = self._capture.ring.merges(over_snapshots) if self._capture.ring is not None else iter(())
+        for name, values in usable.items():
+            yield name, next(rows) if values else self._capture.shadow_row(name)
 
     def _row(self, name: str | None) -> list[Tensor]:
         """The merge of that name, made anew."""

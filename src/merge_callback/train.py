@@ -66,7 +66,7 @@ def prepare(
     checkpoint = checkpoint or config.get("resume_from")
     anneal = dict(config.get("anneal") or {})
     if (start := anneal.pop("from", None)) is not None:
-        if not Path(start).is_file():
+        if not Path(start).exists():
             raise ValueError(f"anneal.from must be a checkpoint of a run, got {start!r}")
         if anneal.get("span") is None and anneal.get("span_steps") is None:
             raise ValueError("anneal.from needs anneal.span, a share of the steps, or anneal.span_steps")
