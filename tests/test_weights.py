@@ -63,6 +63,7 @@ CHANGES = {
     "parametrised": lambda module: parametrizations.weight_norm(module.out),
     "compiled": lambda module: setattr(module, "out", torch.compile(module.out, backend="eager")),
     "dtype": lambda module: module.out.double(),
+    "shape": lambda module: setattr(module.out.weight, "data", torch.ones(5, 6)),
     "added buffer": lambda module: module.out.register_buffer("seen", torch.zeros(2)),
     "removed buffer": lambda module: delattr(module, "position_ids"),
     "buffer of another kind": lambda module: setattr(module, "position_ids", torch.zeros(6)),

@@ -119,10 +119,10 @@ class LiveTensors:
         is_same = len(now) == len(self._found) and all(map(is_, now, self._found))
         return not is_same or self._look() != self._decisive
 
-    def _look(self) -> list[torch.dtype | None]:
+    def _look(self) -> list[Any]:
         """What decides about parameters and buffers whether they are merged; other buffers may take their places."""
-        parameters = [each.dtype if each.requires_grad else None for each in self._all_parameters]
-        return parameters + [None if buffer is None else buffer.dtype for buffer in _values(self._buffers)]
+        parameters = [(each.dtype, each.shape) if each.requires_grad else None for each in self._all_parameters]
+        return [*parameters, *(None if buffer is None else buffer.dtype for buffer in _values(self._buffers))]
 
 
 def _values(contents: Iterable[Mapping[str, Any]]) -> list[Any]:
