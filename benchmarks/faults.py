@@ -368,7 +368,7 @@ FAULTS = [
     (
         "an average of bfloat16 weights is kept in bfloat16",
         "shadow.py",
-        "    return dtype if dtype in _WIDE else torch.promote_types(dtype, torch.float32)\n",
+        "    return torch.promote_types(dtype, torch.float32)\n",
         "    return dtype\n",
         "test_shadow.py::test_small_steps_of_narrow_weights_are_not_lost",
     ),

@@ -77,9 +77,7 @@ CHUNK_BYTES = 64 * MIB
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["device", "cpu", "files"])
-def test_a_merge_takes_one_copy_of_the_model_and_captures_and_averages_take_nothing(
-    tmp_path: Path, kind: str, dtype: str
-) -> None:
+def test_a_merge_takes_one_copy_of_the_model_and_all_else_takes_nothing(tmp_path: Path, kind: str, dtype: str) -> None:
     command = [sys.executable, "-c", PROGRAM, kind, str(tmp_path), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     captured, merged, merged_again, averaged = map(int, done.stdout.split())

@@ -152,6 +152,17 @@ def test_averages_in_host_memory_are_told_with_their_copy(tmp_path, caplog):
     assert "1 averages over every step while the learning rate is constant, in 0.0 MiB of host memory" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_average_of_another_dtype_than_the_weights_have_now_goes_on(dtype):
+    """As after a resume in another precision."""
+    shadow, saved = Shadow(Ema(half_life_steps=1)), Shadow(Ema(half_life_steps=1))
+    saved.update(1, {"x": torch.zeros(3)})
+    live = {"x": torch.ones(3, dtype=dtype)}
+    assert shadow.load_state_dict(saved.state_dict(), live)
+    shadow.update(2, live)
+    assert torch.equal(shadow.tensors["x"], torch.full((3,), 0.5))
+
+
 def test_a_step_seen_twice_counts_once():
     shadow = Shadow(Ema(half_life_steps=1))
     for step in (1, 2, 2):

@@ -1,14 +1,17 @@
 """Snapshots in host memory and in files: the same merges, and files that are missing, corrupt or cannot be written."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_callback import MergeCallback, SnapshotDirectory
+from merge_callback import Ema, MergeCallback, SnapshotDirectory
 from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing
 from merge_callback.storage import DirectoryStorage, HostStorage
 from tests.test_snapshots import merged, tensors, uniform
-from tests.toys import Toy, fit, make
+from tests.toys import Toy, fit, make, same
 
 
 def storage_of(kind, layout, capacity, tmp_path, dtype=None):
@@ -96,6 +99,21 @@ def test_a_snapshot_that_cannot_be_written_is_left_out_and_the_run_goes_on(tmp_p
     assert "could not be written" in ring.problems()[2]
     ring.drop(ring.problems())
     assert torch.equal(merged(ring, uniform(ring))["transposed"], tensors(1)["transposed"])
+
+
+@pytest.mark.parametrize("storage", ["device", "cpu", "files"])
+def test_a_callback_can_be_copied_and_pickled_also_after_a_fit(tmp_path, storage):
+    place = tmp_path / "snapshots" if storage == "files" else storage
+    callback = MergeCallback(2, 3, merges={"sma": "sma", "ema": Ema(half_life_steps=3)}, storage=place)
+    copy.deepcopy(callback)
+    run = fit(make(Toy), tmp_path / "run", callback)
+    callback._module = None
+    copied = copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))
+    callback._module = run.module
+    for other in copied:
+        other._module = run.module
+        for name in ("sma", "ema"):
+            assert same(other.merged_state_dict(name), callback.merged_state_dict(name))
 
 
 def test_the_cost_is_told_by_place(tmp_path, caplog):

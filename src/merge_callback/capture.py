@@ -89,6 +89,10 @@ class SnapshotCapture:
         self._live: LiveTensors | None = None
         self._fitting = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies look for themselves at what they capture."""
+        return self.__dict__ | {"_live": None}
+
     @property
     def shadows(self) -> dict[str, Shadow]:
         """By name, as of the latest step."""

@@ -12,10 +12,10 @@ A shadow is moved towards the live weights by ``1 - beta`` at each update. Two p
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
+from operator import not_
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,14 +23,12 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
+from merge_callback.background import Background
 from merge_callback.combine import Room, parts
 from merge_callback.rules import check_exactly_one, in_steps
 from merge_callback.snapshots import RowLayout
 from merge_callback.storage import HostStorage
 from merge_callback.weights import nonfinite_names
-
-# Kept as they are; narrower ones are averaged in float32.
-_WIDE = (torch.float32, torch.float64)
 
 
 class Average(Protocol):
@@ -186,19 +184,16 @@ class Shadow:
         self.step = step
 
     def _move(self, live: Mapping[str, Tensor], share: float) -> None:
-        now = [live[name] for name in self.tensors]
-        alike = [tensor.dtype in _WIDE for tensor in now]
-        # Tensors of the shadow's own dtype are read where they are.
-        if any(alike):
-            torch._foreach_lerp_(list(compress(self.tensors.values(), alike)), list(compress(now, alike)), share)
-        if all(alike):
-            return
+        pairs = [(shadow, live[name]) for name, shadow in self.tensors.items()]
+        alike = [shadow.dtype == now.dtype for shadow, now in pairs]
+        # Tensors of the shadow's own dtype, nearly all of them, are read where they are.
+        if same := list(compress(pairs, alike)):
+            torch._foreach_lerp_([shadow for shadow, _ in same], [now for _, now in same], share)
         rooms: dict[tuple[torch.dtype, torch.device], Room] = {}
-        for shadow, tensor in zip(self.tensors.values(), now, strict=True):
-            if tensor.dtype not in _WIDE:
-                room = rooms.setdefault((shadow.dtype, shadow.device), Room(shadow.dtype))
-                for moved, part in parts(shadow, tensor):
-                    moved.lerp_(room.like(part).copy_(part), share)
+        for shadow, now in compress(pairs, map(not_, alike)):
+            room = rooms.setdefault((shadow.dtype, shadow.device), Room(shadow.dtype))
+            for moved, part in parts(shadow, now):
+                moved.lerp_(room.like(part).copy_(part), share)
 
     def write_row_(self, out: list[Tensor], layout: RowLayout) -> list[Tensor]:
         """Writes the average, in the live tensors' dtypes, into a row of the layout; returns the row."""
@@ -254,8 +249,7 @@ class HostShadows:
     def __init__(self, shadows: Iterable[Shadow], layout: RowLayout) -> None:
         self._shadows = list(shadows)
         self._copy = HostStorage(layout, capacity=1)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shadows")
-        self._update: Future[None] | None = None
+        self._background = Background("shadows")
 
     @property
     def size_bytes(self) -> int:
@@ -266,7 +260,7 @@ class HostShadows:
         """`Shadow.update` of each, which is under way when this returns; until `finish` the live tensors are read."""
         self.wait()
         self._copy.write(0, step, live)
-        self._update = self._thread.submit(self._move, step)
+        self._background.begin(self._move, step)
 
     def finish(self) -> None:
         """Called before anything writes to the live tensors."""
@@ -274,9 +268,7 @@ class HostShadows:
 
     def wait(self) -> None:
         """Returns when the averages are up to date; raises what their update raised."""
-        if self._update is not None:
-            self._update.result()
-            self._update = None
+        self._background.wait()
 
     def _move(self, step: int) -> None:
         now = self._copy.layout.views(self._copy.row(0))
@@ -299,7 +291,7 @@ def shadow_like(tensor: Tensor) -> Tensor:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in _WIDE else torch.promote_types(dtype, torch.float32)
+    return torch.promote_types(dtype, torch.float32)
 
 
 def is_average(merge: Any) -> TypeIs[Average]:

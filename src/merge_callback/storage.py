@@ -4,7 +4,6 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from merge_callback.background import Background
 from merge_callback.combine import CHUNK_NUMEL, Row
 from merge_callback.files import FlatTensor, complete_or_absent, read_header, write_safetensors
 from merge_callback.snapshots import RowLayout, new_rings, slot_views
@@ -114,8 +114,7 @@ class DirectoryStorage:
         # One snapshot on its way to the disk; the next one waits until it has arrived.
         self._staged = new_rings(layout, 1, dtype, HOST, pin_memory=False)
         self._views = slot_views(layout, self._staged)[0]
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
-        self._writing: Future[None] | None = None
+        self._background = Background("snapshots")
         self._steps: dict[int, int] = {}
         # Why the latest write to a slot failed, and which state of a file has been checked already.
         self._failed: dict[int, str] = {}
@@ -132,7 +131,7 @@ class DirectoryStorage:
 
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Copies live tensors; the file is written when this has returned."""
-        self._wait()
+        self._background.wait()
         for view, name in zip(self._views, self.layout.places, strict=True):
             view.copy_(tensors[name].detach())
         self._start_writing(slot, step)
@@ -142,7 +141,7 @@ class DirectoryStorage:
 
     def row(self, slot: int) -> list[Row]:
         """The row of a slot, read from the file as far as it is asked for."""
-        self._wait()
+        self._background.wait()
         return [FlatTensor(self.path(slot), f"row{group}") for group in range(len(self.layout.groups))]
 
     def new_row(self) -> list[Tensor]:
@@ -151,7 +150,7 @@ class DirectoryStorage:
 
     def problem(self, slot: int) -> str | None:
         """Why the snapshot in a slot cannot be used; each file is read through once to find out."""
-        self._wait()
+        self._background.wait()
         if slot in self._failed:
             return self._failed[slot]
         path = self.path(slot)
@@ -172,7 +171,7 @@ class DirectoryStorage:
 
     def load(self, slot: int, step: int, row: Sequence[Row]) -> None:
         """Writes a saved row to the file of a slot."""
-        self._wait()
+        self._background.wait()
         for mine, saved in zip(self._staged, row, strict=True):
             mine[0].copy_(saved[:])
         self._start_writing(slot, step)
@@ -181,7 +180,7 @@ class DirectoryStorage:
         self._steps[slot] = step
         self._failed.pop(slot, None)
         self._checked.pop(slot, None)
-        self._writing = self._writer.submit(self._write_file, slot, step)
+        self._background.begin(self._write_file, slot, step)
 
     def _write_file(self, slot: int, step: int) -> None:
         rows = {f"row{group}": ring[0] for group, ring in enumerate(self._staged)}
@@ -192,11 +191,6 @@ class DirectoryStorage:
                 write_safetensors(unfinished, rows, rows.values(), {"snapshot": json.dumps(told)})
         except OSError as error:
             self._failed[slot] = f"{path} could not be written: {error}"
-
-    def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
 
 
 def host_row(layout: RowLayout) -> list[Tensor]:
