@@ -558,6 +558,17 @@ def test_bad_arguments_are_refused_by_name_and_value(arguments, error, message):
         MergeCallback(**arguments)
 
 
+def test_a_rule_is_asked_once_at_each_validation(tmp_path):
+    asked = []
+
+    def rule(steps):
+        asked.append(list(steps))
+        return [1 / len(steps)] * len(steps)
+
+    fit(make(Toy), tmp_path, MergeCallback(2, 3, merges={"rule": rule, "sma": "sma"}), max_steps=8)
+    assert asked == [[2, 4], [4, 6, 8]]
+
+
 def test_a_rule_that_fails_later_is_named_at_each_validation_and_the_run_goes_on(tmp_path):
     def fragile(steps):
         if steps[-1] >= 15:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from merge_callback import MergeCallback, Window
+from merge_callback import Ema, MergeCallback, Window
 from tests import reference
 from tests.toys import NUM_CLASSES, BusyToy, Toy, Tracker, assert_same_training, batches, fit, lightning, make
 
@@ -137,6 +137,13 @@ class Stream(IterableDataset):
 
 def stream(num_samples):
     return DataLoader(Stream(num_samples), 8)
+
+
+class LateLazy(Lazy):
+    """A layer that has no shape before the third step."""
+
+    def forward(self, x):
+        return super().forward(x) if self.trainer.global_step > 2 else super(Lazy, self).forward(x)
 
 
 FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -385,3 +392,13 @@ def test_runs_that_hardly_train_are_the_same_and_leave_no_merge(tmp_path, argume
 def test_a_reference_merge_is_not_fooled_by_order():
     first, second = {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}
     assert reference.merge([first, second], [0.25, 0.75])["w"] == 2.5
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_capturing_waits_until_every_parameter_has_its_shape(tmp_path):
+    without = fit(make(LateLazy), tmp_path / "without")
+    callback = MergeCallback(1, 30, merges={"sma": "sma", "ema": Ema(half_life_steps=3)})
+    watched = fit(make(LateLazy), tmp_path / "with", callback)
+    assert_same_training(without, watched)
+    assert callback.snapshot_steps == list(range(4, 25))
+    assert "lazy.weight" in callback.merged_state_dict("ema")

@@ -146,6 +146,28 @@ def test_what_goes_wrong_beside_the_training_arrives_there():
         beside.update(2, live)
 
 
+class FailsAt:
+    """An average that cannot be updated at one step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def beta(self, step, gap):
+        if step == self.step:
+            raise ZeroDivisionError(f"at step {step}")
+        return 0.5
+
+    def span_steps(self, step):
+        return 1.0
+
+
+@pytest.mark.parametrize("step", [5, 24])
+def test_an_average_that_fails_beside_the_training_ends_the_fit_also_in_its_last_step(tmp_path, step):
+    callback = MergeCallback(merges={"fails": FailsAt(step)}, storage="cpu")
+    with pytest.raises(ZeroDivisionError, match=f"at step {step}"):
+        fit(make(Toy), tmp_path, callback, limit_val_batches=0)
+
+
 def test_averages_in_host_memory_are_told_with_their_copy(tmp_path, caplog):
     with caplog.at_level("INFO"):
         fit(make(Toy), tmp_path, MergeCallback(merges=Ema(half_life_steps=3), storage="cpu"))

@@ -112,9 +112,9 @@ def count_communication(folder: Path, form: str) -> list[int]:
             rows = super()._rows(names)
             for _ in names:
                 with CommDebugMode() as mode:
-                    name, row = next(rows)
+                    made = next(rows)
                 counts.append(mode.get_total_counts())
-                yield name, row
+                yield made
 
     fit_sharded(folder, form, Counting(2, 3, merges=MERGES))
     return counts
@@ -282,6 +282,28 @@ def test_a_nan_on_one_rank_refuses_the_snapshot_on_all(tmp_path, two_ranks):
     assert first["steps"] == second["steps"] == [2, 4]
     assert any("No snapshot at step 6: up.weight holds NaN or inf on rank 1" in text for text in second["said"])
     assert any("left out of the merges: No snapshot at step 6: up.weight" in text for text in first["said"])
+
+
+def poisoned_average(folder: Path) -> list[str]:
+    callback = MergeCallback(merges={"ema": Ema(half_life_steps=3), "sma": "sma"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit_sharded(
+            folder,
+            "fsdp",
+            PoisonOneRank(),
+            callback,
+            module=make(Unharmed, form="fsdp"),
+            max_steps=8,
+            val_check_interval=6,
+        )
+    return [str(w.message) for w in caught if "its average" in str(w.message)]
+
+
+def test_an_average_with_nan_on_one_rank_begins_anew_on_all(tmp_path, two_ranks):
+    said, _ = two_ranks.run(poisoned_average, tmp_path)
+    assert len(said) == 1
+    assert "no merge 'ema' at step 6: its average holds NaN or inf" in said[0]
 
 
 def exported(folder: Path, form: str) -> dict[str, Any]:

@@ -140,6 +140,15 @@ def test_a_merge_to_keep_is_not_overwritten_by_the_next_one():
     assert torch.equal(fleeting["weight"], torch.full((3,), 2.0))
 
 
+def test_a_merge_needs_a_coefficient_for_every_snapshot():
+    ring = ring_of(3, tensors(0))
+    for step in range(3):
+        ring.append(step, tensors(step))
+    for coefficients in ([1.0], [0.25] * 4):
+        with pytest.raises(ValueError, match="zip"):
+            ring.combine(coefficients)
+
+
 def test_the_ring_owns_its_snapshots():
     live = {"weight": torch.ones(3)}
     ring = ring_of(2, live)

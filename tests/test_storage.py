@@ -1,7 +1,6 @@
 """Snapshots in host memory and in files: the same merges, and files that are missing, corrupt or cannot be written."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -102,17 +101,18 @@ def test_a_snapshot_that_cannot_be_written_is_left_out_and_the_run_goes_on(tmp_p
 
 
 @pytest.mark.parametrize("storage", ["device", "cpu", "files"])
-def test_a_callback_can_be_copied_and_pickled_also_after_a_fit(tmp_path, storage):
+def test_a_callback_can_be_copied_also_after_a_fit(tmp_path, storage):
     place = tmp_path / "snapshots" if storage == "files" else storage
     callback = MergeCallback(2, 3, merges={"sma": "sma", "ema": Ema(half_life_steps=3)}, storage=place)
     copy.deepcopy(callback)
     fit(make(Toy), tmp_path / "run", callback)
     copied = copy.deepcopy(callback)
-    expected = {name: callback.merged_state_dict(name) for name in ("sma", "ema")}
-    assert same({name: copied.merged_state_dict(name) for name in expected}, expected)
-    # The toy is of a class that cannot be found by its name; all of the callback's own can be pickled.
-    callback._capture = pickle.loads(pickle.dumps(callback._capture))
-    assert same({name: callback.merged_state_dict(name) for name in expected}, expected)
+    for name in ("sma", "ema"):
+        assert same(copied.merged_state_dict(name), callback.merged_state_dict(name))
+    fit(make(Toy), tmp_path / "again", copied)
+    fit(make(Toy), tmp_path / "anew", callback)
+    for name in ("sma", "ema"):
+        assert same(copied.merged_state_dict(name), callback.merged_state_dict(name))
 
 
 def test_the_cost_is_told_by_place(tmp_path, caplog):

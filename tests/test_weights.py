@@ -65,6 +65,10 @@ CHANGES = {
     "dtype": lambda module: module.out.double(),
     "shape": lambda module: setattr(module.out.weight, "data", torch.ones(5, 6)),
     "added buffer": lambda module: module.out.register_buffer("seen", torch.zeros(2)),
+    "renamed layer": lambda module: module.add_module("head", module._modules.pop("out")),
+    "buffer that is saved no more": lambda module: module.norm.register_buffer(
+        "running_mean", module.norm.running_mean, persistent=False
+    ),
     "removed buffer": lambda module: delattr(module, "position_ids"),
     "buffer of another kind": lambda module: setattr(module, "position_ids", torch.zeros(6)),
 }

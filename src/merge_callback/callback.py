@@ -387,6 +387,7 @@ class MergeCallback(Callback):
         self._explain_phase(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._capture.wait()
         self._explain_phase(trainer, is_end=True)
         if self._predictions and not self._capture.phase.is_stable and not self._is_checked:
             self._say(
@@ -429,9 +430,9 @@ class MergeCallback(Callback):
         began = time.perf_counter()
         num_batches, num_live_batches = num_limited_batches(trainer, self.limit_batches)
         merged, diagnostics = {}, {}
-        for name, row in self._rows(captured):
+        for name, coefficients, row in self._rows(captured):
             if name == self._primary:
-                diagnostics = self._diagnostics(row)
+                diagnostics = self._diagnostics(coefficients, row)
             with self._swapped_in(trainer.lightning_module, row, self._buffers(name)):
                 merged[name] = evaluate(trainer, self.limit_batches)
             self._worked.add(name)
@@ -518,17 +519,18 @@ class MergeCallback(Callback):
             rank_zero_warn(f"MergeCallback({self.name!r}): no merge {name!r} at step {self._step}: {error}")
             return None
 
-    def _rows(self, names: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
-        """The merges of those names as far as their rules work, each good until the next one."""
+    def _rows(self, names: Sequence[str]) -> Iterator[tuple[str, list[float], list[Tensor]]]:
+        """The merges of those names as far as their rules work, and their coefficients; each good until the next."""
         usable = {name: values for name in names if (values := self._proper_coefficients(name)) is not None}
         over_snapshots = [values for values in usable.values() if values]
         rows = self._capture.ring.merges(over_snapshots) if self._capture.ring is not None else iter(())
         for name, values in usable.items():
-            yield name, next(rows) if values else self._capture.shadow_row(name)
+            yield name, values, next(rows) if values else self._capture.shadow_row(name)
 
     def _row(self, name: str | None) -> list[Tensor]:
         """The merge of that name, made anew."""
         if is_average(self._merge(name)):
+            self._capture.check_shadow(name or self._primary)
             return self._capture.shadow_row(name or self._primary)
         assert self._capture.ring is not None
         return self._capture.ring.combine(list(self.coefficients(name).values()))
@@ -536,15 +538,13 @@ class MergeCallback(Callback):
     def _buffers(self, name: str | None) -> dict[str, Tensor]:
         return self._capture.shadow_buffers if is_average(self._merge(name)) else self._capture.buffers
 
-    def _diagnostics(self, row: list[Tensor]) -> dict[str, float]:
+    def _diagnostics(self, coefficients: list[float], row: list[Tensor]) -> dict[str, float]:
         """Of the primary merge."""
         merge = self._merge(None)
         if is_average(merge):
             return {"span_steps": merge.span_steps(self._step)}
-        assert self._capture.ring is not None
-        coefficients = self.coefficients()
-        used = [step for step, value in coefficients.items() if value != 0]
-        spread = self._capture.spread(list(coefficients.values()), row)
+        used = [step for step, value in zip(self.snapshot_steps, coefficients, strict=True) if value != 0]
+        spread = self._capture.spread(coefficients, row)
         return {"num_snapshots": float(len(used)), "span_steps": float(used[-1] - used[0]), "spread": spread}
 
     def _learn(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> None:

@@ -96,9 +96,13 @@ class SnapshotCapture:
     @property
     def shadows(self) -> dict[str, Shadow]:
         """By name, as of the latest step."""
+        self.wait()
+        return self._shadows
+
+    def wait(self) -> None:
+        """Returns when averages that are updated beside the training are up to date; raises what went wrong there."""
         if self._host_shadows is not None:
             self._host_shadows.wait()
-        return self._shadows
 
     @property
     def is_comparable(self) -> bool:
@@ -198,6 +202,8 @@ class SnapshotCapture:
         is_due = self._takes_snapshots and self.schedule.take(step)
         if not (is_due or self._shadows):
             return False
+        if self.layout is None and has_lazy_parameters(module):
+            return False
         if self._live is None or self._live.module is not module:
             self._live, self._fitting = LiveTensors(module), 0
         found, parameters = self._live.find(), self._live.parameters()
@@ -233,25 +239,27 @@ class SnapshotCapture:
         for shadow in self._shadows.values():
             shadow.update(step, parameters)
 
-    def shadow_row(self, name: str) -> list[Tensor]:
-        """A copy of the average of that name, as a row of the layout.
-
-        Raises:
-            ValueError: If it holds NaN or inf.
-        """
+    def check_shadow(self, name: str) -> None:
+        """Raises `ValueError` if the average of that name holds NaN or inf on any rank; ranks call it together."""
         shadow = self.shadows[name]
-        if not shadow.is_finite:
+        bad = {} if shadow.is_finite else {rank(): None}
+        if united(bad) if self.sharding.is_sharded else bad:
             raise ValueError(f"the average over every step, {shadow.average}, holds NaN or inf")
+
+    def shadow_row(self, name: str) -> list[Tensor]:
+        """A copy of the average of that name, as a row of the layout."""
         assert self.layout is not None
         row = self.layout.new_row() if self._shadow_device is None else host_row(self.layout)
-        return shadow.write_row_(row, self.layout)
+        return self.shadows[name].write_row_(row, self.layout)
 
     def drop_nonfinite_shadows(self) -> list[str]:
         """Names of the shadows that hold NaN or inf, which would stay for good; they begin anew. Waits for the device.
 
         Whether weights are finite is not asked at every step: that would cost another pass over them.
         """
-        dropped = [name for name, shadow in self.shadows.items() if shadow.tensors and not shadow.is_finite]
+        bad = {name: None for name, shadow in self.shadows.items() if shadow.tensors and not shadow.is_finite}
+        # What one rank drops all have to drop, or they would validate other merges.
+        dropped = list(united(bad) if self.sharding.is_sharded else bad)
         for name in dropped:
             self.shadows[name].clear()
         return dropped
@@ -324,10 +332,10 @@ class SnapshotCapture:
                 " and a new one begins.",
                 stacklevel=2,
             )
-        # Otherwise both rings would take their memory at once.
-        self.ring = None
         for shadow in self.shadows.values():
             shadow.clear()
+        # Otherwise both rings would take their memory at once.
+        self.ring = self._host_shadows = None
         self.prepare(module)
 
     def _needs_thinning(self, step: int) -> bool:

@@ -43,7 +43,9 @@ def parts(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def combine_(outs: Sequence[Tensor], rows: Sequence[Row], coefficients: Sequence[Sequence[float]]) -> None:
-    """Writes ``sum_j coefficients[k][j] * rows[j]`` into ``outs[k]``; each row is read once for all of them.
+    """Writes ``sum_j coefficients[k][j] * rows[j]`` into ``outs[k]``.
+
+    Each row is read once for all sums whose coefficients have the same signs; without negative ones, once.
 
     Args:
         outs: ``[num_elements]`` each, where the sums go: of one floating dtype, on one device.

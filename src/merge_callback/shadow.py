@@ -249,6 +249,7 @@ class HostShadows:
     def __init__(self, shadows: Iterable[Shadow], layout: RowLayout) -> None:
         self._shadows = list(shadows)
         self._copy = HostStorage(layout, capacity=1)
+        self._copied = layout.views(self._copy.row(0))
         self._background = Background("shadows")
 
     @property
@@ -271,9 +272,9 @@ class HostShadows:
         self._background.wait()
 
     def _move(self, step: int) -> None:
-        now = self._copy.layout.views(self._copy.row(0))
+        self._copy.arrive()
         for shadow in self._shadows:
-            shadow.update(step, now)
+            shadow.update(step, self._copied)
 
 
 def shadow_bytes(layout: RowLayout, device: torch.device | None = None) -> dict[torch.device, int]:

@@ -288,7 +288,7 @@ class SnapshotRing:
     def combine_all(
         self, coefficients: Sequence[Sequence[float]], outs: Sequence[list[Tensor]]
     ) -> Sequence[list[Tensor]]:
-        """Several merges at once, for which each snapshot is read once all the same.
+        """Several merges at once, for which each snapshot is read once all the same; see `combine_`.
 
         Args:
             coefficients: Those of each merge.
@@ -304,7 +304,7 @@ class SnapshotRing:
         return outs
 
     def merges(self, coefficients: Sequence[Sequence[float]]) -> Iterator[list[Tensor]]:
-        """`combine` for each; a row is good until the next one is asked for, here or in a later call.
+        """`combine` for each; a row and views of it are good until the next one is asked for, also in a later call.
 
         In host memory the rows are kept and written to again, since touching fresh memory takes as long as merging, and
         all merges are made at once where there is ample memory for them. On a GPU there is one at a time.
@@ -360,7 +360,7 @@ class SnapshotRing:
 
     def _rows(self, is_used: Sequence[bool]) -> list[list[Row]]:
         """For each group of the layout the rows that are used."""
-        slots = list(itertools.compress(self._slots, is_used))
+        slots = [slot for slot, is_one in zip(self._slots, is_used, strict=True) if is_one]
         rows = [self.storage.row(slot) for slot in slots]
         return [list(of_group) for of_group in zip(*rows, strict=True)]
 

@@ -60,10 +60,14 @@ class HostStorage:
         for gpu, event in self._copied:
             torch.cuda.current_stream(gpu).wait_event(event)
 
-    def row(self, slot: int) -> list[Tensor]:
-        """The row of a slot, when it has arrived."""
+    def arrive(self) -> None:
+        """Returns when what was written is there."""
         for _, event in self._copied:
             event.synchronize()
+
+    def row(self, slot: int) -> list[Tensor]:
+        """The row of a slot, when it has arrived."""
+        self.arrive()
         return [ring[slot] for ring in self._rings]
 
     def new_row(self) -> list[Tensor]:

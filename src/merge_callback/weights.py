@@ -107,6 +107,7 @@ class LiveTensors:
         self._contents = [*fixed, *buffers]
         self._num_entries = sum(map(len, self._contents))
         self._fixed, self._buffers = [each for each in fixed if each], [each for each in buffers if each]
+        self._not_persistent = [each._non_persistent_buffers_set for each in submodules if each._buffers]
         # Held, so that no others can pass for them.
         self._found = _values(self._fixed)
         self._all_parameters = [each for each in self._found if isinstance(each, Tensor)]
@@ -120,9 +121,11 @@ class LiveTensors:
         return not is_same or self._look() != self._decisive
 
     def _look(self) -> list[Any]:
-        """What decides about parameters and buffers whether they are merged; other buffers may take their places."""
+        """What decides whether parameters and buffers are merged, and as what; other buffers may take their places."""
         parameters = [(each.dtype, each.shape) if each.requires_grad else None for each in self._all_parameters]
-        return [*parameters, *(None if buffer is None else buffer.dtype for buffer in _values(self._buffers))]
+        buffers = [None if buffer is None else buffer.dtype for buffer in _values(self._buffers)]
+        names = chain.from_iterable([*self._fixed, *self._buffers])
+        return [*parameters, *buffers, *names, *map(len, self._not_persistent)]
 
 
 def _values(contents: Iterable[Mapping[str, Any]]) -> list[Any]:
