@@ -261,49 +261,28 @@ class Unharmed(Sharded):
         return torch.nan_to_num(loss) * 0 if loss.isnan() else loss
 
 
-def poisoned(folder: Path) -> dict[str, Any]:
-    callback = MergeCallback(2, 4)
+def poisoned(folder: Path, arguments: dict[str, Any], max_steps: int) -> dict[str, Any]:
+    callback = MergeCallback(**arguments)
+    options: dict[str, Any] = {"max_steps": max_steps, "val_check_interval": 6}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit_sharded(
-            folder,
-            "fsdp",
-            PoisonOneRank(),
-            callback,
-            module=make(Unharmed, form="fsdp"),
-            max_steps=6,
-            val_check_interval=6,
-        )
-    return {"steps": callback.snapshot_steps, "said": [str(w.message) for w in caught if "snapshot" in str(w.message)]}
+        fit_sharded(folder, "fsdp", PoisonOneRank(), callback, module=make(Unharmed, form="fsdp"), **options)
+    return {"steps": callback.snapshot_steps, "said": [str(warning.message) for warning in caught]}
 
 
 def test_a_nan_on_one_rank_refuses_the_snapshot_on_all(tmp_path, two_ranks):
-    first, second = two_ranks.run(poisoned, tmp_path)
+    arguments = {"every_n_train_steps": 2, "num_snapshots": 4}
+    first, second = two_ranks.run(poisoned, tmp_path, arguments, 6)
     assert first["steps"] == second["steps"] == [2, 4]
     assert any("No snapshot at step 6: up.weight holds NaN or inf on rank 1" in text for text in second["said"])
     assert any("left out of the merges: No snapshot at step 6: up.weight" in text for text in first["said"])
 
 
-def poisoned_average(folder: Path) -> list[str]:
-    callback = MergeCallback(merges={"ema": Ema(half_life_steps=3), "sma": "sma"})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit_sharded(
-            folder,
-            "fsdp",
-            PoisonOneRank(),
-            callback,
-            module=make(Unharmed, form="fsdp"),
-            max_steps=8,
-            val_check_interval=6,
-        )
-    return [str(w.message) for w in caught if "its average" in str(w.message)]
-
-
 def test_an_average_with_nan_on_one_rank_begins_anew_on_all(tmp_path, two_ranks):
-    said, _ = two_ranks.run(poisoned_average, tmp_path)
-    assert len(said) == 1
-    assert "no merge 'ema' at step 6: its average holds NaN or inf" in said[0]
+    arguments = {"merges": {"ema": Ema(half_life_steps=3), "sma": "sma"}}
+    first, second = two_ranks.run(poisoned, tmp_path, arguments, 8)
+    assert any("no merge 'ema' at step 6: its average holds NaN or inf" in text for text in first["said"])
+    assert first["steps"] == second["steps"]
 
 
 def exported(folder: Path, form: str) -> dict[str, Any]:
