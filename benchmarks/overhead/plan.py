@@ -14,12 +14,12 @@ from typing import Any
 from protocol import COPY, MERGES, NUM_SNAPSHOTS, bound_in_copies
 from report import RECORDS, paired_ratio, samples, table
 
+from merge_callback import recommended_window
+
 PAGE = Path(__file__).parents[2] / "docs" / "planning-70b.md"
 NUM_PARAMETERS = 70 * 10**9
 NUM_GPUS = 512
 TOKENS_PER_STEP = 4 * 2**20
-# arXiv 2505.12082: the interval for a dense model of this size.
-TOKENS_PER_SNAPSHOT = 40 * 10**9
 GB = 10**9
 
 
@@ -122,7 +122,7 @@ def _time(seconds: float) -> str:
 def page() -> str:
     """The whole page."""
     rates, shares = Rates(), measured_shares()
-    every = TOKENS_PER_SNAPSHOT / TOKENS_PER_STEP
+    every = recommended_window(NUM_PARAMETERS, TOKENS_PER_STEP).every_n_train_steps
     return f"""# A run of 70 billion parameters on 512 GPUs, on paper
 
 Made by `benchmarks/overhead/plan.py`. What a rank holds is arithmetic. Seconds are bytes over assumed rates, over the
@@ -132,7 +132,7 @@ No GPU has been measured yet, and nothing was run at that size.
 
 Assumed for each rank, all of a host's eight at the same time: float32 parameters, {rates.device_memory / 1e12:g} TB/s of device memory,
 {rates.host_memory / GB:g} GB/s of host memory, {rates.link / GB:g} GB/s between host and GPU, {rates.disk / GB:g} GB/s of disk. With {TOKENS_PER_STEP / 2**20:g} Mi tokens a step the
-paper's interval for a dense model of this size, {TOKENS_PER_SNAPSHOT / GB:g} B tokens (arXiv 2505.12082), is {every:,.0f} steps:
+paper's interval for a dense model of this size, {every * TOKENS_PER_STEP / GB:.0f} B tokens (arXiv 2505.12082), is {every:,.0f} steps:
 `MergeCallback(every_n_train_steps={round(every, -2):.0f}, num_snapshots={NUM_SNAPSHOTS}, dtype="bfloat16")`.
 
 ## What a rank holds

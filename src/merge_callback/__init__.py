@@ -5,6 +5,7 @@ from importlib.metadata import version
 from merge_callback.anneal import AnnealBranch
 from merge_callback.callback import MergeCallback
 from merge_callback.checkpoint import MergedCheckpoint
+from merge_callback.presets import recommended_window
 from merge_callback.rules import Extrapolate, Window
 from merge_callback.shadow import Ema, PowerEma
 from merge_callback.storage import SnapshotDirectory
@@ -18,5 +19,6 @@ __all__ = [
     "PowerEma",
     "SnapshotDirectory",
     "Window",
+    "recommended_window",
 ]
 __version__ = version("merge-callback")
