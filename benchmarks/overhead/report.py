@@ -294,7 +294,7 @@ def plot_scaling(record: Measured) -> Figure:
         size, took, bound = zip(*sorted(merges), strict=True)
         label = f"{num_threads} thread{'s' * (num_threads > 1)}"
         left.loglog(size, took, "o", color=f"C{color}", markersize=4, label=f"merge, {label}")
-        left.loglog(size, bound, "-", color=f"C{color}", linewidth=0.8, label=f"bound, {label}")
+        left.loglog(size, bound, "_", color=f"C{color}", markersize=12, label=f"bound, {label}")
         sizes = [each["num_parameters"] / 1e6 for each in several]
         for name, style in (("capture", "o"), (COPY, "-")):
             medians = [each["seconds"][name]["median"] for each in several]
