@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protocol import COPY, MERGES, NUM_SNAPSHOTS, bound_in_copies
-from report import RECORDS, paired_ratio, samples, table
+from protocol import COPY, MERGES, NUM_SNAPSHOTS, RECORDS, ROOT, bound_in_copies, paired_ratio
+from report import samples, table
 
 from merge_callback import recommended_window
 
-PAGE = Path(__file__).parents[2] / "docs" / "planning-70b.md"
+PAGE = ROOT / "docs" / "planning-70b.md"
 NUM_PARAMETERS = 70 * 10**9
 NUM_GPUS = 512
 TOKENS_PER_STEP = 4 * 2**20

@@ -47,11 +47,14 @@ No rule.
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from scipy.stats import binom
 
 Shapes = list[tuple[int, ...]]
 
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "benchmarks" / "records" / "overhead"
 COPY = "plain copy"
 CAPTURE = "capture"
 UPDATE = "EMA update"

@@ -23,6 +23,8 @@ from protocol import (
     LIGHTNING_EXCHANGE,
     MERGES,
     PASS_RULES,
+    RECORDS,
+    ROOT,
     Median,
     bound_in_copies,
     median,
@@ -30,8 +32,6 @@ from protocol import (
 )
 from trainings import WITH, WITHOUT, live_seconds, share_by_clocks, share_of_run
 
-ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "benchmarks" / "records" / "overhead"
 MARKS = "<!-- overhead table: made by benchmarks/overhead/report.py -->", "<!-- end of overhead table -->"
 # In this order, with what stands above their tables.
 PARTS = {

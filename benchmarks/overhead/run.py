@@ -55,6 +55,8 @@ from protocol import (
     MAX_RING_BYTES,
     MERGES,
     NUM_SNAPSHOTS,
+    RECORDS,
+    ROOT,
     RULES_OF_FOUR,
     SMOKE,
     Amount,
@@ -63,9 +65,6 @@ from protocol import (
 )
 from ranks import Job, sharded_seconds
 from trainings import paired_blocks, paired_runs
-
-ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "benchmarks" / "records" / "overhead"
 
 Record = dict[str, Any]
 HALF_LIFE_STEPS = math.log(0.5) / math.log(DECAY)

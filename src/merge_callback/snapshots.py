@@ -1,4 +1,4 @@
-"""The rolling buffer: snapshots as flat rows, and the one pass that combines them.
+"""The rolling buffer: snapshots as flat rows, and their merges.
 
 A model's tensors lie one after the other in one flat row per dtype and device (`RowLayout`), so that capturing is one
 copy and merging streams over long rows whatever the number of tensors. `SnapshotRing` keeps the order of the

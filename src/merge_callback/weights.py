@@ -48,7 +48,7 @@ def snapshot_buffers(module: nn.Module) -> dict[str, Tensor]:
         Clean name -> live buffer. Integer buffers (counters, position ids) and non-persistent ones (caches, masks) are
         absent: they come from the live model and are never averaged.
     """
-    return {name: owner._buffers[leaf] for name, (owner, leaf) in _buffer_owners(module).items()}  # type: ignore[misc]
+    return _owned_buffers(_buffer_owners(module))
 
 
 def _buffer_owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -60,6 +60,10 @@ def _buffer_owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         if buffer.is_floating_point() and leaf not in owner._non_persistent_buffers_set:
             owners[clean_name(name)] = owner, leaf
     return owners
+
+
+def _owned_buffers(owners: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Tensor]:
+    return {name: owner._buffers[leaf] for name, (owner, leaf) in owners.items()}  # type: ignore[misc]
 
 
 class LiveTensors:
@@ -90,7 +94,7 @@ class LiveTensors:
 
     def buffers(self) -> dict[str, Tensor]:
         """`snapshot_buffers`; as of the last `find`."""
-        return {name: owner._buffers[leaf] for name, (owner, leaf) in self._owners.items()}  # type: ignore[misc]
+        return _owned_buffers(self._owners)
 
     def _find(self) -> None:
         self._num_found += 1
