@@ -22,7 +22,7 @@ from pathlib import Path
 from merge_callback.figures import plot_validations
 from merge_callback.prediction import Prediction
 from merge_callback.records import AnnealRecord, read_records
-from merge_callback.report import Validation, read_validations
+from merge_callback.runs import Validation, read_validations
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "records" / "demo"

@@ -245,10 +245,11 @@ def test_a_small_share_of_a_loader_is_one_batch(tmp_path):
     assert small.logged("merged/val_loss") == one.logged("merged/val_loss")
 
 
-def test_the_progress_bar_shows_the_primary_merge_of_what_it_shows_live_and_no_more(tmp_path):
-    run = fit(make(Toy), tmp_path, MergeCallback(2, 3, merges={"sma": "sma", "wma": "wma"}))
-    shown = {name for name in run.trainer.progress_bar_metrics if name.startswith("merge")}
-    assert shown == {"merged/val_loss"}
+def test_the_progress_bar_shows_the_primary_merge_of_what_it_shows_live_under_one_short_name(tmp_path):
+    run = fit(make(BusyToy), tmp_path, MergeCallback(2, 3, merges={"sma": "sma", "wma": "wma"}))
+    shown = {name: value for name, value in run.trainer.progress_bar_metrics.items() if name.startswith("merge")}
+    assert shown == {"merged": run.epoch_metrics[-1]["merged/val_loss"].item()}
+    assert "merged" not in run.trainer.callback_metrics
 
 
 def test_a_metric_logged_by_step_alone_has_no_merged_value_and_hides_no_other(tmp_path):

@@ -1,5 +1,6 @@
 """Every YAML file composes and instantiates, with keys that are constructor arguments."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from omegaconf import OmegaConf
 
 import merge_callback
 from merge_callback import MergeCallback
+from merge_callback.comparison import ComparisonTable
 from merge_callback.demo.progress import LiveAndMergedBar
+from tests.toys import Toy, fit, make
 
 CONF = Path(merge_callback.__file__).parent / "conf"
 CHOICES = sorted(file.stem for file in (CONF / "callbacks" / "merge").glob("*.yaml"))
@@ -40,13 +43,29 @@ def test_every_choice_of_callbacks_merge_is_a_callback_or_none(choice, tmp_path)
         assert isinstance(instantiate(entry), MergeCallback)
 
 
-def test_the_paper_s_choice_has_the_defaults_of_the_constructor():
-    entry = OmegaConf.load(CONF / "callbacks" / "merge" / "pma.yaml")
-    callback, default = instantiate(entry), MergeCallback()
-    assert (callback.every_n_train_steps, callback.num_snapshots) == (
-        default.every_n_train_steps,
-        default.num_snapshots,
-    )
+def test_every_argument_stands_in_the_config_with_its_default():
+    """So that each can be overridden on the command line, and none says something else than the constructor."""
+    entry = OmegaConf.to_container(OmegaConf.load(CONF / "merge_callback" / "defaults.yaml"))
+    assert entry.pop("_target_") == "merge_callback.MergeCallback"
+    entry.pop("_convert_")
+    arguments = [p for p in inspect.signature(MergeCallback).parameters.values() if p.name != "self"]
+    defaults = {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in arguments}
+    assert entry == defaults
+
+
+def test_the_two_names_of_the_1_sqrt_decay_are_one_choice():
+    assert composed("callbacks/merge=wsm_1sqrt").callbacks == composed("callbacks/merge=decay_1sqrt").callbacks
+
+
+def test_the_choice_of_several_merges_logs_each_of_them(tmp_path):
+    config = composed("callbacks/merge=many", f"hydra.runtime.output_dir={tmp_path}")
+    HydraConfig.instance().set_config(config)
+    callback = instantiate(config.callbacks.merge)
+    assert list(callback.merges) == ["sma", "wma", "late", "ema"]
+    run = fit(make(Toy), tmp_path, callback)
+    merged = {name for name in run.trainer.callback_metrics if name.startswith("merged")}
+    metrics = ("val_loss", "val_accuracy")
+    assert merged == {f"merged{label}/{metric}" for label in ("", "_wma", "_late", "_ema") for metric in metrics}
 
 
 def test_every_part_of_the_demo_is_instantiated(tmp_path):
@@ -60,6 +79,12 @@ def test_every_part_of_the_demo_is_instantiated(tmp_path):
     assert len(instantiate(config.data).corpus.train)
 
 
+def test_the_comparison_of_a_multirun_is_a_callback_of_hydra():
+    entry = OmegaConf.load(CONF / "hydra" / "callbacks" / "merge_comparison.yaml").merge_comparison
+    assert isinstance(instantiate(entry), ComparisonTable)
+
+
 def test_all_yaml_files_are_known_to_these_tests():
-    known = {CONF / "demo.yaml"} | {CONF / "callbacks" / "merge" / f"{choice}.yaml" for choice in CHOICES}
-    assert set(CONF.rglob("*.yaml")) == known
+    known = {CONF / "demo.yaml", CONF / "merge_callback" / "defaults.yaml"}
+    known |= {CONF / "callbacks" / "merge" / f"{choice}.yaml" for choice in CHOICES}
+    assert set(CONF.rglob("*.yaml")) == known | {CONF / "hydra" / "callbacks" / "merge_comparison.yaml"}

@@ -10,7 +10,7 @@ import torch
 from merge_callback.demo.corpus import load_corpus
 from merge_callback.demo.data import ByteBlocks, TextDataModule
 from merge_callback.records import read_records
-from merge_callback.report import read_validations
+from merge_callback.runs import read_validations
 
 SHORT = [
     "trainer.max_steps=60",

@@ -19,7 +19,8 @@ from merge_callback.demo.__main__ import closing_table
 from merge_callback.figures import plot_errors, plot_predicted_against_actual, plot_validations
 from merge_callback.prediction import Comparison, Prediction
 from merge_callback.records import AnnealRecord, TrunkValues, append_record
-from merge_callback.report import Validation, find, main, page, read_validations
+from merge_callback.report import find, main, page
+from merge_callback.runs import Validation, read_validations
 
 PREDICTED = Prediction(2.0, 1.875, 2.25)
 ROWS = [Validation(75, 2.5, None, None), Validation(150, 2.25, 2.125, 0.125, PREDICTED)]

@@ -171,7 +171,7 @@ def test_an_average_that_fails_beside_the_training_ends_the_fit_also_in_its_last
 def test_averages_in_host_memory_are_told_with_their_copy(tmp_path, caplog):
     with caplog.at_level("INFO"):
         fit(make(Toy), tmp_path, MergeCallback(merges=Ema(half_life_steps=3), storage="cpu"))
-    assert "1 averages over every step while the learning rate is constant, in 0.0 MiB of host memory" in caplog.text
+    assert "1 average over every step while the learning rate is constant, in 0.0 MiB of host memory" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -21,7 +21,7 @@ from merge_callback.assessment import Assessed, Case, from_earlier, from_earlier
 from merge_callback.figures import plot_errors, plot_predicted_against_actual, plot_validations
 from merge_callback.prediction import Comparison, calibrate, gain_ratio, recovered_share
 from merge_callback.records import AnnealRecord, read_records
-from merge_callback.report import Validation
+from merge_callback.runs import Validation
 
 sys.path.insert(0, str(Path(__file__).parent))
 from protocol import NUM_SNAPSHOTS, SHAPES, SPANS, TRUNKS

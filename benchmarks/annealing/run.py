@@ -29,8 +29,8 @@ from merge_callback.demo.model import MixtureOfExperts
 from merge_callback.demo.training import CheckpointAt
 from merge_callback.metrics import chosen_experts
 from merge_callback.records import read_records
-from merge_callback.report import read_validations
 from merge_callback.rules import Extrapolate, Rule, Window, decay, ema, merge_coefficients, sma, wma
+from merge_callback.runs import read_validations
 from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing
 from merge_callback.swap import swapped_weights
 from merge_callback.train import Run, prepare

@@ -1,6 +1,7 @@
 """Checks of what a user gives to `MergeCallback`: each error names the argument, the value and what was expected."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,23 @@ def named_merges(merges: Any) -> dict[str, Rule | Average]:
     for name in merges:
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(f"merges must be named by non-empty strings without a slash, got {name!r}")
+    _, *further = merges
+    logged = [safe_name(name) for name in further]
+    if twice := next((name for name, safe in zip(further, logged, strict=True) if logged.count(safe) > 1), None):
+        raise ValueError(
+            f"merges must have different names in logs, where characters that not all loggers take become '_';"
+            f" {twice!r} and another one are both {safe_name(twice)!r} there"
+        )
     return {name: _merge(merge) for name, merge in merges.items()}
+
+
+def safe_name(name: str) -> str:
+    """A name as it stands in logged names, where every logger takes it: letters, digits, ``_``, ``.`` and ``-`` stay.
+
+    >>> safe_name("ema (0.2)")
+    'ema__0.2_'
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
 def _merge(merge: Any) -> Rule | Average:

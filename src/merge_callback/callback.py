@@ -22,15 +22,18 @@ from merge_callback.arguments import (
     floating_dtype,
     named_merges,
     refuse_strategy,
+    safe_name,
     snapshot_storage,
 )
 from merge_callback.budget import Budget
 from merge_callback.calibration import PRIOR, AnnealCalibration
 from merge_callback.capture import SnapshotCapture
+from merge_callback.dashboards import ClosingTable, Dashboards
 from merge_callback.evaluate import (
     LoggedValue,
     evaluate,
     is_last_validation,
+    logged_step,
     num_limited_batches,
     observe_validations,
     stop_observing_validations,
@@ -53,6 +56,8 @@ class _Evaluation:
     """What the evaluation before a live validation found, kept until the live values are there to compare with."""
 
     merged: dict[str, dict[str, LoggedValue]]
+    # By merge: coefficient by snapshot step; none of an average.
+    coefficients: dict[str, dict[int, float]]
     live: dict[str, LoggedValue] | None
     diagnostics: dict[str, float]
 
@@ -162,6 +167,8 @@ class MergeCallback(Callback):
         self._budget = Budget(max_overhead or 1.0)
         self._began = time.perf_counter()
         self._evaluation: _Evaluation | None = None
+        self._dashboards = Dashboards(self._label())
+        self._closing: ClosingTable | None = None
         # Every validation of the primary merge at a constant rate: what real anneals are compared with.
         self._history: list[TrunkValues] = []
         self._anneals = AnnealCalibration(calibration) if calibration is not None else None
@@ -396,13 +403,16 @@ class MergeCallback(Callback):
                 topic="checked",
                 warn=True,
             )
-        stop_observing_validations(trainer, self)
+        if self._closing is not None:
+            spent, elapsed = self._budget.spent, self._elapsed()
+            self._say(f"merges took {spent:.1f} s, {spent / elapsed:.1%} of the run\n{self._closing}", topic="closing")
+        self._close(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        stop_observing_validations(trainer, self)
+        self._close(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        stop_observing_validations(trainer, self)
+        self._close(trainer)
 
     # What `evaluate.observe_validations` calls.
 
@@ -429,19 +439,20 @@ class MergeCallback(Callback):
             return
         began = time.perf_counter()
         num_batches, num_live_batches = num_limited_batches(trainer, self.limit_batches)
-        merged, diagnostics = {}, {}
+        merged, diagnostics, used = {}, {}, {}
         for name, coefficients, row in self._rows(captured):
             if name == self._primary:
                 diagnostics = self._diagnostics(coefficients, row)
             with self._swapped_in(trainer.lightning_module, row, self._buffers(name)):
                 merged[name] = evaluate(trainer, self.limit_batches)
             self._worked.add(name)
+            used[name] = dict(zip(self.snapshot_steps, coefficients, strict=False))
             # Otherwise the next merge would be made while this one still takes its memory.
             del row
         live = evaluate(trainer, self.limit_batches) if num_batches < num_live_batches else None
         diagnostics["seconds"] = time.perf_counter() - began
         self._budget.spend(diagnostics["seconds"], is_costly=True)
-        self._evaluation = _Evaluation(merged, live, diagnostics)
+        self._evaluation = _Evaluation(merged, used, live, diagnostics)
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """What to log beside the live values: merged values, gains and diagnostics."""
@@ -451,18 +462,23 @@ class MergeCallback(Callback):
             logged[f"merge{self._label()}/num_skipped"] = LoggedValue(torch.tensor(float(self._budget.num_skipped)))
         if (evaluation := self._evaluation) is None:
             return logged
-        live = evaluation.live or live
+        step, live = logged_step(trainer, live), evaluation.live or live
+        in_bar = next((metric for metric, value in live.items() if value.prog_bar), None)
         for name, values in evaluation.merged.items():
             label = self._label(name)
             for metric, merged in values.items():
-                prog_bar = merged.prog_bar and name == self._primary
-                logged[f"merged{label}/{metric}"] = replace(merged, prog_bar=prog_bar)
+                is_better_higher = self._is_higher_better(metric, merged)
+                logged[f"merged{label}/{metric}"] = replace(
+                    merged, prog_bar=name == self._primary and metric == in_bar, higher_is_better=is_better_higher
+                )
                 if metric in live:
-                    better = gain(live[metric].value, merged.value, self._is_higher_better(metric, merged))
+                    better = gain(live[metric].value, merged.value, is_better_higher)
                     logged[f"merge_gain{label}/{metric}"] = LoggedValue(better, logger=merged.logger)
         device = trainer.lightning_module.device
         for key, number in evaluation.diagnostics.items():
             logged[f"merge{self._label()}/{key}"] = LoggedValue(torch.tensor(number, device=device))
+        if trainer.is_global_zero:
+            self._show(trainer, live, logged, step)
         return logged
 
     # How it does it.
@@ -547,6 +563,33 @@ class MergeCallback(Callback):
         spread = self._capture.spread(coefficients, row)
         return {"num_snapshots": float(len(used)), "span_steps": float(used[-1] - used[0]), "spread": spread}
 
+    def _show(
+        self, trainer: Trainer, live: Mapping[str, LoggedValue], logged: Mapping[str, LoggedValue], step: int
+    ) -> None:
+        """Brings dashboards, and what is said at the end, up to date; on one rank."""
+        assert self._evaluation is not None
+        began = time.perf_counter()
+        coefficients = self._evaluation.coefficients
+        self._dashboards.show(trainer.loggers, logged, step, coefficients.get(self._primary))
+        self._closing = ClosingTable(
+            f"MergeCallback({self.name!r}) at step {self._step}",
+            {name: float(value.value) for name, value in live.items()},
+            {name: float(value.value) for name, value in logged.items()},
+            {self._label(name): f"{name}: {self._window(name, each)}" for name, each in coefficients.items()},
+        )
+        self._budget.spend(time.perf_counter() - began)
+
+    def _window(self, name: str, coefficients: Mapping[int, float]) -> str:
+        """What a merge was made of, in words."""
+        if is_average(merge := self._merge(name)):
+            return f"every step, {merge.span_steps(self._step):.0f} count"
+        used = [step for step, value in coefficients.items() if value != 0]
+        return f"{len(used)} snapshots, {used[-1] - used[0]} steps"
+
+    def _close(self, trainer: Trainer) -> None:
+        stop_observing_validations(trainer, self)
+        self._dashboards.close()
+
     def _learn(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> None:
         """Remembers this validation, and what real anneals make of it, where merge and live model can be compared."""
         if not (self.is_evaluated and self._capture.is_comparable):
@@ -609,7 +652,7 @@ class MergeCallback(Callback):
     def _label(self, merge: str | None = None) -> str:
         """What is added to logged names: the callback's name unless it is the default, the merge's unless primary."""
         parts = [self.name if self.name != "merge" else None, merge if merge != self._primary else None]
-        return "".join(f"_{part}" for part in parts if part)
+        return "".join(f"_{safe_name(part)}" for part in parts if part)
 
     @contextmanager
     def _swapped_in(self, module: torch.nn.Module, row: list[Tensor], buffers: dict[str, Tensor]) -> Iterator[None]:

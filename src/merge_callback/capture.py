@@ -160,7 +160,8 @@ class SnapshotCapture:
         """What will be captured, when and where, and how many bytes it takes."""
         every = self.every_n_train_steps
         during = "while the learning rate is constant" if self.start == "stable" else f"from step {self.start} on"
-        parts = [f"{len(self._shadows)} averages over every step {during}"] if self._shadows else []
+        plural = "s" if len(self._shadows) > 1 else ""
+        parts = [f"{len(self._shadows)} average{plural} over every step {during}"] if self._shadows else []
         if self._takes_snapshots:
             interval = f"every {every} steps" if every else "at an interval that doubles"
             parts.insert(0, f"up to {self.num_snapshots} snapshots, {interval} {during}")

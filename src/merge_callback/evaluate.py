@@ -44,7 +44,10 @@ class ValidationObserver(Protocol):
         """Called before the live validation; the place for `evaluate`."""
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> Mapping[str, LoggedValue]:
-        """Called with the live values once their epoch has ended; returns what to log beside them."""
+        """Called with the live values once their epoch has ended; returns what to log beside them.
+
+        What is to stand in the progress bar stands there under the first part of its name, ``merged``.
+        """
 
 
 def observe_validations(trainer: Trainer, observer: ValidationObserver) -> None:
@@ -133,14 +136,12 @@ class _ObservedRun:
                 # Not through `self.log`, which refuses the names of values that belong to one of several loaders. The
                 # values are reduced over ranks already: asking for a reduction that does nothing keeps them so.
                 results.log(
-                    "on_validation_epoch_end",
-                    name,
-                    value.value,
-                    prog_bar=value.prog_bar,
-                    logger=value.logger,
-                    sync_dist=True,
-                    batch_size=1,
+                    "on_validation_epoch_end", name, value.value, logger=value.logger, sync_dist=True, batch_size=1
                 )
+                if value.prog_bar:
+                    # Under a short name, which leaves the line its place, and which nothing else has to know.
+                    shown = {name.partition("/")[0]: value.value.item()}
+                    self.trainer._logger_connector._progress_bar_metrics.update(shown)
 
 
 @contextmanager
@@ -238,6 +239,11 @@ def is_last_validation(trainer: Trainer) -> bool:
     is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     has_all_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     return trainer.should_stop or has_all_steps or (is_last_epoch and is_last_batch)
+
+
+def logged_step(trainer: Trainer, live: Mapping[str, LoggedValue]) -> int:
+    """The step under which Lightning hands the values of a validation to its loggers; ``step`` if the user logs it."""
+    return int(live["step"].value) if "step" in live else trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def num_limited_batches(trainer: Trainer, limit_batches: int | float | None) -> tuple[int | float, int | float]:

@@ -4,11 +4,15 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from merge_callback.assessment import Assessed
 from merge_callback.records import AnnealRecord
-from merge_callback.report import Validation
+from merge_callback.rules import decay_from_coefficients
+from merge_callback.runs import Validation
 
 LIVE, MERGED, PREDICTED, ANNEALED = "#888888", "#d1495b", "#00798c", "#003d5b"
 
@@ -19,7 +23,7 @@ def plot_validations(
     """Live, merged, predicted and annealed value over steps above; below, how much lower than live each of them is.
 
     Args:
-        validations: As `merge_callback.report.read_validations` gives them.
+        validations: As `merge_callback.runs.read_validations` gives them.
         metric: Name of the metric, and in parentheses its unit: label of the upper axis.
         title: Stands above the figure.
         anneals: Branches of this run that were really annealed.
@@ -110,6 +114,34 @@ def plot_errors(errors: Mapping[str, Mapping[str, Sequence[float]]], unit: str, 
     axes.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside upper center", ncols=len(names))
     return figure
+
+
+def plot_merge(coefficients: Mapping[int, float]) -> Figure:
+    """Coefficients of a merge above; below, the decay of the learning rate that it stands for.
+
+    Args:
+        coefficients: Snapshot step -> coefficient, oldest first, as `MergeCallback.coefficients` gives them.
+    """
+    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    steps, values = list(coefficients), list(coefficients.values())
+    gap = min((newer - older for older, newer in itertools.pairwise(steps)), default=1)
+    upper.bar(steps, values, width=0.8 * gap, color=MERGED)
+    # A multiplier applies to the updates since the snapshot before.
+    lower.step(steps, decay_from_coefficients(values), where="pre", color=PREDICTED)
+    upper.set(ylabel="coefficient", title=f"{len(steps)} snapshots up to step {steps[-1]}")
+    lower.set(ylabel="implied learning rate", xlabel="optimizer steps")
+    lower.set_ylim(bottom=min(0.0, *lower.get_ylim()))
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
+    """The figure as red, green and blue of each pixel, ``[height, width, 3]``."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def picture(figure: Figure) -> bytes:

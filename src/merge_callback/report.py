@@ -1,4 +1,4 @@
-"""What a run says about itself: its metrics read back, and one page with the figures and tables of its anneals.
+"""One page about a run: its figures and tables, and those of its anneals.
 
 `merge-callback-report RUN_OR_RECORDS` writes the page: of a run's folder, with the ``metrics.csv`` of Lightning's
 CSVLogger and whatever records of anneals lie there, or of a file or folder of records alone.
@@ -6,7 +6,6 @@ CSVLogger and whatever records of anneals lie there, or of a file or folder of r
 
 import argparse
 import base64
-import csv
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,69 +22,9 @@ from merge_callback.assessment import (
     from_other_runs,
     summarise,
 )
-from merge_callback.prediction import Prediction, recovered_share
+from merge_callback.prediction import recovered_share
 from merge_callback.records import AnnealRecord, read_records
-
-
-@dataclass(frozen=True)
-class Validation:
-    """One validation of a run: optimizer steps done, live value, and what the callback said, as far as it did."""
-
-    step: int
-    live: float
-    merged: float | None
-    gain: float | None
-    predicted: Prediction | None = None
-
-
-VALIDATION_HEADER = ["step", "live", "merged", "gain", "annealed (predicted)"]
-
-
-def validation_cells(validation: Validation) -> list[str]:
-    """A row of a table under `VALIDATION_HEADER`; what was not evaluated is left open."""
-    predicted = validation.predicted.value if validation.predicted is not None else None
-    values = [validation.live, validation.merged, validation.gain, predicted]
-    formats = ["{:.4f}", "{:.4f}", "{:+.4f}", "{:.4f}"]
-    cells = ["-" if value is None else form.format(value) for form, value in zip(formats, values, strict=True)]
-    return [str(validation.step), *cells]
-
-
-def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
-    """The validations that a run's CSVLogger wrote.
-
-    Args:
-        metrics_file: The logger's ``metrics.csv``.
-        metric: Name of the metric, such as ``"val_loss"``.
-
-    Raises:
-        ValueError: If the file has no such metric; the message names those it has.
-    """
-    with metrics_file.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if metric not in (reader.fieldnames or ()):
-        raise ValueError(f"{metrics_file} has no metric {metric!r}; it has: {', '.join(reader.fieldnames or ())}")
-
-    def number(row: dict[str, str], name: str) -> float | None:
-        return float(row[name]) if row.get(name) else None
-
-    def prediction(row: dict[str, str]) -> Prediction | None:
-        name = f"annealed/{metric}"
-        value, low, high = (number(row, key) for key in (name, f"{name}/low", f"{name}/high"))
-        return None if value is None or low is None or high is None else Prediction(value, low, high)
-
-    return [
-        Validation(
-            # Lightning's loggers count steps from zero: the row of step 74 is written when 75 are done.
-            step=int(row["step"]) + 1,
-            live=float(row[metric]),
-            merged=number(row, f"merged/{metric}"),
-            gain=number(row, f"merge_gain/{metric}"),
-            predicted=prediction(row),
-        )
-        for row in rows
-        if row[metric]
-    ]
+from merge_callback.runs import VALIDATION_HEADER, Validation, merged_metrics, read_validations, validation_cells
 
 
 @dataclass(frozen=True)
@@ -111,7 +50,7 @@ def find(source: Path, metric: str | None = None) -> Found:
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     records = [record for file in files if file.suffix == ".jsonl" for record in read_records(file)]
     metrics_file = next((file for file in files if file.name == "metrics.csv"), None)
-    with_merge = _merged_metrics(metrics_file) if metrics_file else []
+    with_merge = merged_metrics(metrics_file) if metrics_file else []
     known = list(dict.fromkeys([*(name for record in records for name in record.annealed), *with_merge]))
     if not known or (metric is not None and metric not in known):
         there = f"; there are: {', '.join(known)}" if known else ": neither records of anneals nor a merged metric"
@@ -176,12 +115,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"merge-callback-report: {error}\n")
     sys.stdout.write(f"{output}\n")
-
-
-def _merged_metrics(metrics_file: Path) -> list[str]:
-    with metrics_file.open(newline="") as file:
-        names = csv.DictReader(file).fieldnames or ()
-    return [name.removeprefix("merged/") for name in names if name.startswith("merged/")]
 
 
 def _summary_table(cases: Sequence[Case], assessed: Mapping[str, Sequence[Assessed]]) -> str:

@@ -16,7 +16,7 @@ from rich.table import Table
 from merge_callback.demo.training import anneal_ends, describe, run_with_anneals
 from merge_callback.figures import plot_validations
 from merge_callback.records import AnnealRecord, read_records
-from merge_callback.report import VALIDATION_HEADER, Validation, read_validations, validation_cells
+from merge_callback.runs import VALIDATION_HEADER, Validation, read_validations, validation_cells
 from merge_callback.train import Run, prepare
 
 METRIC = "val_loss"

@@ -21,5 +21,5 @@ class LiveAndMergedBar(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)
-        shown = {"live": self.metric, "merged": f"merged/{self.metric}"}
+        shown = {"live": self.metric, "merged": "merged"}
         return {name: metrics[key] for name, key in shown.items() if key in metrics}
