@@ -164,6 +164,11 @@ def test_a_mistyped_choice_is_answered_with_the_choices(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "pma" in done.stderr.split("Available options")[1]
+    done = subprocess.run(
+        [*command[:3], "+callback/merge=pma"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "there is no config group 'callback/merge'; the one of MergeCallback is callbacks/merge" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -223,12 +223,10 @@ def fit(
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": False,
+        "logger": lightning(".loggers").CSVLogger(folder),
     }
     trainer = lightning().Trainer(
-        max_steps=max_steps,
-        callbacks=[*callbacks, recorder],
-        logger=lightning(".loggers").CSVLogger(folder),
-        **(arguments | trainer_arguments),
+        max_steps=max_steps, callbacks=[*callbacks, recorder], **(arguments | trainer_arguments)
     )
     train = batches() if train is None else train
     validation = batches(24, 8, shuffle=False, seed=1) if validation is None else validation

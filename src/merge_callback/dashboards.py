@@ -97,6 +97,9 @@ class Dashboards:
 
     def __init__(self, title: str = "") -> None:
         self.title = title
+        self._begin()
+
+    def _begin(self) -> None:
         self._num_shown = 0
         self._runs: dict[str, Any] = {}
         # Parts of TensorBoard's layout that are written, names that Weights & Biases was told of.
@@ -139,7 +142,7 @@ class Dashboards:
         """Writes what is still to be written; for the end of a run."""
         for run in self._runs.values():
             run.close()
-        self._runs.clear()
+        self._begin()
 
     def _show_in_tensorboard(self, logger: Any, logged: Mapping[str, LoggedValue], step: int) -> None:
         shown = [(parts, value) for name, value in logged.items() if (parts := _Name.of(name)).run is not None]
@@ -174,7 +177,7 @@ class Dashboards:
             self._is_without_figures = True
             return
         logger.experiment.add_image(
-            f"merge{self.title}/merge", pixels(plot_merge(coefficients)), step, dataformats="HWC"
+            f"merge{self.title}/coefficients", pixels(plot_merge(coefficients)), step, dataformats="HWC"
         )
 
     def _define_in_wandb(self, logger: Any, logged: Mapping[str, LoggedValue]) -> None:

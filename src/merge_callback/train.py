@@ -53,10 +53,13 @@ def prepare(
         **trainer_options: Instead of the config's for the trainer.
 
     Raises:
-        ValueError: If an entry is missing, or ``anneal.from`` is no file.
+        ValueError: If an entry is missing, a group is mistyped, or ``anneal.from`` is no file.
     """
     if missing := [name for name in ("model", "trainer") if name not in config]:
         raise ValueError(f"the config has no entry {missing[0]!r}; give one with --config-dir and --config-name")
+    if mistyped := [name for name in config if "/" in str(name)]:
+        # Hydra takes a group that it does not know for a key, when it is asked to add it.
+        raise ValueError(f"there is no config group {mistyped[0]!r}; the one of MergeCallback is callbacks/merge")
     if config.get("seed") is not None:
         seed_everything(config.seed, verbose=False)
     data = instantiate(config.data if "data" in config else config.datamodule)
