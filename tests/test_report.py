@@ -139,18 +139,18 @@ def test_predictions_lie_against_what_came_and_errors_in_their_groups():
 
 def test_the_page_holds_its_pictures_tables_and_numbers_and_needs_nothing_else(folder):
     html = page(find(folder))
-    assert html.count("data:image/png;base64,") == 3
-    assert not re.search(r'(?:src|href)="(?!data:)', html)
+    assert html.count("data:image/png;base64,") == 2 * 3
+    assert not re.search(r'(?:src|srcset|href)="(?!data:)', html)
     for cell in ("2.0750", "+0.0750", "2.2500", "linear, 10%", "cosine, 10%", "uncalibrated"):
         assert f"<td>{cell}</td>" in html, cell
 
 
 def test_records_alone_and_a_run_without_anneals_have_a_page_too(folder):
     (folder / "csv" / "metrics.csv").rename(folder.parent / "metrics.csv")
-    assert page(find(folder / "anneals.jsonl")).count("data:image") == 2
+    assert page(find(folder / "anneals.jsonl")).count("data:image") == 2 * 2
     found = find(folder.parent / "metrics.csv")
     assert (found.metric, found.records) == ("val_loss", [])
-    assert page(found).count("data:image") == 1
+    assert page(found).count("data:image") == 2 * 1
 
 
 def test_the_command_writes_the_page_where_it_is_told(folder, capsys):

@@ -2,10 +2,11 @@
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import rcParams, style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -14,7 +15,8 @@ from merge_callback.records import AnnealRecord
 from merge_callback.rules import decay_from_coefficients
 from merge_callback.runs import Validation
 
-LIVE, MERGED, PREDICTED, ANNEALED = "#888888", "#d1495b", "#00798c", "#003d5b"
+# To be told apart on white and on black.
+LIVE, MERGED, PREDICTED, ANNEALED = "#888888", "#d1495b", "#0f97ad", "#d9902f"
 
 
 def plot_validations(
@@ -53,7 +55,7 @@ def plot_validations(
         lower.plot(below.keys(), below.values(), "*", color=ANNEALED, markersize=10)
     upper.set(ylabel=metric, title=title)
     upper.legend()
-    lower.axhline(0, color="black", linewidth=0.8)
+    lower.axhline(0, color=rcParams["axes.edgecolor"], linewidth=0.8)
     lower.set(ylabel="below the live model", xlabel="optimizer steps")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
@@ -82,7 +84,7 @@ def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], me
         reach = 0.05 * (max(actual) - min(actual)) or 0.05 * abs(actual[0])
         axes.set(xlim=(min(actual) - reach, max(actual) + reach), ylim=(min(actual) - reach, max(actual) + reach))
         axes.legend()
-    axes.axline((min(actual, default=0.0),) * 2, slope=1, color="black", linewidth=0.8)
+    axes.axline((min(actual, default=0.0),) * 2, slope=1, color=rcParams["axes.edgecolor"], linewidth=0.8)
     axes.set(xlabel=f"{metric}, annealed for real", ylabel=f"{metric}, predicted", aspect="equal")
     axes.grid(alpha=0.3)
     return figure
@@ -144,8 +146,15 @@ def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def picture(figure: Figure) -> bytes:
+def picture(figure: Figure, transparent: bool = False) -> bytes:
     """The figure as a PNG."""
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format="png", transparent=transparent)
     return content.getvalue()
+
+
+def light_and_dark(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
+    """A figure as two PNGs without a background of their own, for light and for dark pages."""
+    light = picture(draw(), transparent=True)
+    with style.context("dark_background"):
+        return light, picture(draw(), transparent=True)

@@ -7,11 +7,13 @@ CSVLogger and whatever records of anneals lie there, or of a file or folder of r
 import argparse
 import base64
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from merge_callback.assessment import (
     Assessed,
@@ -25,6 +27,9 @@ from merge_callback.assessment import (
 from merge_callback.prediction import recovered_share
 from merge_callback.records import AnnealRecord, read_records
 from merge_callback.runs import VALIDATION_HEADER, Validation, merged_metrics, read_validations, validation_cells
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def page(found: Found) -> str:
     Raises:
         ModuleNotFoundError: If matplotlib, an extra, is not installed.
     """
-    from merge_callback.figures import picture, plot_errors, plot_predicted_against_actual, plot_validations
+    from merge_callback.figures import plot_errors, plot_predicted_against_actual, plot_validations
 
     cases = cases_of(found.records, found.metric)
     assessed = {
@@ -78,11 +83,13 @@ def page(found: Found) -> str:
     parts = [f"<h1>Merges and anneals: {escape(found.metric)}</h1>", f"<p>{escape(str(found.source))}</p>"]
     if found.validations:
         anneals = [record for record in found.records if record.shape == "linear"] or found.records
-        parts.append(_image(picture(plot_validations(found.validations, found.metric, found.source.name, anneals))))
+        drawn = partial(plot_validations, found.validations, found.metric, found.source.name, anneals)
+        parts.append(_image(drawn, f"live, merged, predicted and annealed {found.metric} over optimizer steps"))
     if cases:
         parts += ["<h2>How well anneals were predicted</h2>", _summary_table(cases, assessed)]
     if sum(map(len, assessed.values())) > 1:
-        parts.append(_image(picture(plot_predicted_against_actual(assessed, found.metric))))
+        drawn = partial(plot_predicted_against_actual, assessed, found.metric)
+        parts.append(_image(drawn, f"predicted against annealed {found.metric}"))
         spans = sorted({case.span for case in cases})
         errors = {
             f"{span:.0%}": {
@@ -90,7 +97,8 @@ def page(found: Found) -> str:
             }
             for span in spans
         }
-        parts.append(_image(picture(plot_errors(errors, "unit of the metric", "length of the decay, share of steps"))))
+        drawn = partial(plot_errors, errors, "unit of the metric", "length of the decay, share of steps")
+        parts.append(_image(drawn, "errors of predictions by length of the decay"))
     if found.records:
         parts += ["<h2>Every anneal</h2>", _anneal_table(found.records, found.metric, assessed)]
     if found.validations:
@@ -159,19 +167,31 @@ def _anneal_table(records: Sequence[AnnealRecord], metric: str, assessed: Mappin
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
+    return f'<div class="table"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
 
 
-def _image(png: bytes) -> str:
-    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def _image(draw: Callable[[], "Figure"], what: str) -> str:
+    """The figure inside the page, in the page's colours."""
+    from merge_callback.figures import light_and_dark
+
+    light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in light_and_dark(draw))
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<picture>{source}<img alt="{escape(what)}" src="{light}"></picture>'
 
 
 _PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font-family: sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }}
-td, th {{ padding: 0.2rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; }}
-img {{ max-width: 100%; display: block; margin: 1rem 0; }}
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<style>
+:root {{ --page: #fff; --text: #222; --line: #ddd; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #14171a; --text: #e4e4e4; --line: #3a3f45; }} }}
+body {{ font-family: sans-serif; max-width: 70rem; margin: 1rem auto; padding: 0 1rem; }}
+body {{ background: var(--page); color: var(--text); overflow-wrap: anywhere; }}
+.table {{ overflow-x: auto; margin: 1rem 0; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+td, th {{ padding: 0.2rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; }}
+img {{ max-width: 100%; height: auto; display: block; margin: 1rem 0; }}
 </style></head><body>
 {body}
 </body></html>
