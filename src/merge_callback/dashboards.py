@@ -79,7 +79,8 @@ def scalar_layout(names: Iterable[str], title: str = "") -> dict[str, dict[str, 
         # Every run has the live metric's name: the live one, the merged one, the annealed one.
         "Live, merged, annealed": {metric: ["Multiline", [_pattern(metric)]] for metric in by_kind["merged"]},
         "Predicted, with interval": {
-            metric: ["Margin", [_pattern(tag + bound) for bound in ("", *_BOUNDS)]]
+            # Of these charts TensorBoard takes names, no patterns.
+            metric: ["Margin", [tag + bound for bound in ("", *_BOUNDS)]]
             for metric, (tag, *_) in by_kind["annealed"].items()
         },
         "Gain of the merge": lines(by_kind["merge_gain"]),
@@ -188,7 +189,8 @@ class Dashboards:
             self._defined.add(name)
             is_higher_better = parts.kind == "merge_gain" or value.higher_is_better
             best = "max" if is_higher_better else "min"
-            logger.experiment.define_metric(name, step_metric="trainer/global_step", summary=best)
+            # By its whole name: a pattern would compete with the one that Lightning defines for all metrics.
+            logger.experiment.define_metric(name, step_metric="trainer/global_step", summary=f"{best},last")
 
 
 @dataclass(frozen=True)

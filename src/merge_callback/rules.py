@@ -157,7 +157,7 @@ class Window:
         """Steps behind ``step`` that the buffer has to cover for this window."""
         return in_steps(self.span_steps, self.span, step)
 
-    def __call__(self, steps: Sequence[int]) -> list[float]:
+    def __call__(self, steps: Sequence[int]) -> Sequence[float]:
         inside = [step for step in steps if step > steps[-1] - self.required_span(steps[-1])] or [steps[-1]]
         return [0.0] * (len(steps) - len(inside)) + merge_coefficients(self.rule, inside)
 
@@ -204,7 +204,7 @@ class Extrapolate:
         gap_steps = in_steps(self.gap_steps, self.gap, step)
         return gap_steps + required_span(self.rule, round(step - gap_steps))
 
-    def __call__(self, steps: Sequence[int]) -> list[float]:
+    def __call__(self, steps: Sequence[int]) -> Sequence[float]:
         newest = merge_coefficients(self.rule, steps)
         older = [step for step in steps if step <= steps[-1] - in_steps(self.gap_steps, self.gap, steps[-1])]
         if not older:
