@@ -1,6 +1,7 @@
 """The jobs of a Hydra multirun in one table: which number of snapshots, interval or rule gives the better merge."""
 
 import csv
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,9 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from merge_callback.runs import Validation, merged_metrics, read_validations
+from merge_callback.tables import NOTHING, text_table
 
 # The last two: steps from the first to the last snapshot of the merge, and seconds that its validation took.
 RESULTS = ["step", "live", "merged", "gain", "predicted", "span", "seconds"]
@@ -58,19 +58,15 @@ def best(jobs: Sequence[Job]) -> Job | None:
     return min(merged, key=lambda pair: (pair[1].merged or 0.0) * (1 if is_less_better else -1))[0]
 
 
-def comparison_table(jobs: Sequence[Job], metric: str) -> Table:
+def comparison_table(jobs: Sequence[Job], metric: str) -> str:
     """One row a job: what differs between them, and their last validations; the best merge is marked."""
-    keys = _varied(jobs)
-    rows = [[*(job.overrides.get(key, "-") for key in keys), *_cells(job.last)] for job in jobs]
-    table = Table(title=f"{metric} at the last validation of each job")
-    for place, name in enumerate([*_short(keys), *RESULTS, "best"]):
-        table.add_column(name, justify="left" if place < len(keys) else "right", overflow="fold")
-    winner = best(jobs)
-    for job, cells in zip(jobs, rows, strict=True):
-        table.add_row(*cells, *(["*"] if job is winner else [""]), style="bold" if job is winner else None)
-    # What no job has, such as predictions without real anneals, takes no place.
-    table.columns = [column for column in table.columns if any(cell != "-" for cell in column.cells)]
-    return table
+    keys, winner = _varied(jobs), best(jobs)
+    header = [*_short(keys), *RESULTS, "best"]
+    rows = [
+        [*(job.overrides.get(key, NOTHING) for key in keys), *_cells(job.last), "*" if job is winner else ""]
+        for job in jobs
+    ]
+    return text_table(header, rows, title=f"{metric} at the last validation of each job", num_left=len(keys))
 
 
 def write_comparison(file: Path, jobs: Sequence[Job]) -> None:
@@ -98,18 +94,14 @@ class ComparisonTable(Callback):
         """Prints the table and writes ``comparison.csv`` into the folder of the multirun."""
         folder = Path(config.hydra.sweep.dir)
         metric, jobs = read_jobs(folder, self.metric)
-        # Written for a person and read by grep: no line is broken where there is no terminal to fit.
-        console = Console(soft_wrap=True)
         if metric is None:
-            console.print(
+            sys.stdout.write(
                 f"No comparison: in {folder} no job has a metrics.csv with a merged metric. Jobs need Lightning's"
-                " CSVLogger, writing below ${hydra:runtime.output_dir}, and MergeCallback",
-                markup=False,
+                " CSVLogger, writing below ${hydra:runtime.output_dir}, and MergeCallback\n"
             )
             return
         write_comparison(folder / "comparison.csv", jobs)
-        console.print(comparison_table(jobs, metric))
-        console.print(f"Comparison: {folder / 'comparison.csv'}", markup=False)
+        sys.stdout.write(f"{comparison_table(jobs, metric)}\nComparison: {folder / 'comparison.csv'}\n")
 
 
 def _last(metrics_file: Path | None, metric: str | None) -> Validation | None:
@@ -146,4 +138,4 @@ def _numbers(last: Validation | None) -> list[float | None]:
 
 def _cells(last: Validation | None) -> list[str]:
     formats = ["{:.0f}", "{:.4f}", "{:.4f}", "{:+.4f}", "{:.4f}", "{:.0f}", "{:.2f}"]
-    return ["-" if n is None else form.format(n) for form, n in zip(formats, _numbers(last), strict=True)]
+    return [NOTHING if n is None else form.format(n) for form, n in zip(formats, _numbers(last), strict=True)]

@@ -11,14 +11,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from rich.console import Console
-from rich.table import Table
 
 from merge_callback.evaluate import LoggedValue
+from merge_callback.tables import NOTHING, text_table
 
 # Ends of an interval; drawn with the prediction they belong to.
 _BOUNDS = ("/low", "/high")
@@ -210,25 +208,20 @@ class ClosingTable:
     merges: Mapping[str, str]
 
     def __str__(self) -> str:
-        table = Table("metric", "merge", title=self.title)
-        for column in ("live", "merged", "gain", "predicted"):
-            table.add_column(column, justify="right")
+        rows = []
         for name, merged in self.logged.items():
             parts = _Name.of(name)
             gain = self.logged.get(f"merge_gain{parts.tail}")
             if parts.kind == "merged" and gain is not None:
                 numbers = [f"{self.live[parts.metric]:.4f}", f"{merged:.4f}", f"{gain:+.4f}"]
-                table.add_row(parts.metric, self.merges[parts.label], *numbers, self._predicted(parts.tail))
-        if all(cell == "-" for cell in table.columns[-1].cells):
-            table.columns.pop()
-        with StringIO() as text:
-            Console(file=text, width=80).print(table)
-            return text.getvalue()
+                rows.append([parts.metric, self.merges[parts.label], *numbers, *self._predicted(parts.tail)])
+        header = ["metric", "merge", "live", "merged", "gain", "predicted", "interval"]
+        return text_table(header, rows, title=self.title, num_left=2)
 
-    def _predicted(self, tail: str) -> str:
+    def _predicted(self, tail: str) -> tuple[str, str]:
         ends = [self.logged.get(f"annealed{tail}{end}") for end in ("", *_BOUNDS)]
-        value, low, high = (f"{end:.4f}" if end is not None else "" for end in ends)
-        return f"{value}\n{low} to {high}" if value else "-"
+        value, low, high = (NOTHING if end is None else f"{end:.4f}" for end in ends)
+        return value, NOTHING if low == NOTHING else f"{low} to {high}"
 
 
 def _pattern(tag: str) -> str:
