@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests run side by side on two cores, one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-fast test-floors check package benchmark-quick clean
+.PHONY: demo test test-fast test-floors check package smoke docs benchmark-quick clean
 
 demo: .venv/demo
 	$(BIN)/python -m merge_callback.demo $(ARGS)
@@ -26,6 +26,20 @@ package: .venv/installed
 	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
 	test "$$($(BIN)/python -m zipfile -l dist/*.whl | grep -c 'merge_callback/conf/.*yaml')" \
 		-eq "$$(find src/merge_callback/conf -name '*.yaml' | wc -l)"
+
+# The wheel that was built from the sdist, in empty environments: the lowest and the newest versions that pyproject.toml
+# admits. Of torch there is the pinned one.
+smoke: package
+	for versions in "--constraint constraints-floors.txt" "torch==2.13.0"; do \
+		rm -rf .venv-smoke && $(PYTHON) -m venv .venv-smoke && \
+		.venv-smoke/bin/pip install --quiet --disable-pip-version-check dist/*.whl $$versions && \
+		.venv-smoke/bin/python -W ignore tests/smoke.py || exit 1; \
+	done
+	rm -rf .venv-smoke
+
+# The pages of docs/ and the API as a site in site/; warnings are errors.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # The lowest versions that pyproject.toml admits.
 test-floors: .venv-floors/installed
@@ -57,4 +71,4 @@ endef
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floors dist outputs multirun
+	rm -rf .venv .venv-floors .venv-smoke dist site outputs multirun

@@ -1,4 +1,4 @@
-"""The README's code runs, and its numbers are those of the records."""
+"""Numbers in README and docs are those of the records, and links, promises and the map name what is there."""
 
 import json
 import re
@@ -8,25 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.toys import Toy, batches, make
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
-def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {
-        "model": make(Toy),
-        "train_loader": batches(160),
-        "val_loader": batches(24, shuffle=False),
-    }
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(block, names)
-    assert names["callback"].snapshot_steps
+EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +32,8 @@ def test_the_table_of_anneals_and_the_prior_are_those_of_the_records():
     report = runpy.run_path(str(ROOT / "benchmarks" / "annealing" / "report.py"))
     benchmark = report["Benchmark"]()
     begin, end = report["MARKS"]
-    assert README.split(begin)[1].split(end)[0].strip() == report["readme_table"](benchmark)
+    assert EVIDENCE.split(begin)[1].split(end)[0].strip() == report["evidence_table"](benchmark)
+    assert README.split(begin)[1].split(end)[0].strip() == report["readme_table"]()
     assert len(benchmark.trunks) >= 4
     prior = json.loads((ROOT / "src" / "merge_callback" / "prior.json").read_text())
     assert prior == json.loads(json.dumps(report["prior"]()))
@@ -61,11 +46,12 @@ def test_the_overhead_report_and_the_plan_of_a_large_run_are_those_of_the_record
     assert report["RECORDS"].joinpath("REPORT.md").read_text() == report["page"](report["read_records"]())
     assert plan["PAGE"].read_text() == plan["page"]()
     begin, end = report["MARKS"]
-    assert README.split(begin)[1].split(end)[0].strip() == report["readme_table"](report["read_records"]())
+    assert EVIDENCE.split(begin)[1].split(end)[0].strip() == report["evidence_table"](report["read_records"]())
 
 
 def test_every_relative_link_leads_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/promises.md", "docs/planning-70b.md"):
+    pages = [str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")]
+    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *pages):
         text = (ROOT / name).read_text()
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
             assert ((ROOT / name).parent / target).exists(), (name, target)

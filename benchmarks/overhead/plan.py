@@ -126,7 +126,7 @@ def page() -> str:
     return f"""# A run of 70 billion parameters on 512 GPUs, on paper
 
 Made by `benchmarks/overhead/plan.py`. What a rank holds is arithmetic. Seconds are bytes over assumed rates, over the
-shares of such rates that the [overhead benchmark](../benchmarks/records/overhead/REPORT.md) measured on a CPU, in its
+shares of such rates that the [overhead benchmark](evidence.md) measured on a CPU, in its
 worst case: {shares["capture"]:.2f} for captures, {shares["float32"]:.2f} for merges of float32 snapshots, {shares["bfloat16"]:.2f} for bfloat16 ones.
 No GPU has been measured yet, and nothing was run at that size.
 

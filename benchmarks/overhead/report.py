@@ -335,7 +335,7 @@ def rule_table(verdicts: list[Verdict]) -> str:
     return table(["rule", "limit", "verdict", "reached in", "worst median", "95 % interval", "worst case"], rows)
 
 
-def readme_table(records: dict[str, Measured]) -> str:
+def evidence_table(records: dict[str, Measured]) -> str:
     """Every rule with its best and its worst case."""
     rows, verdicts = [], all_verdicts(records)
     for name, rule in PASS_RULES.items():
@@ -404,10 +404,10 @@ def main() -> None:
         PICTURES[part](records[part]).savefig(folder / f"{part}.png")
     (folder / "REPORT.md").write_text(page(records))
     print(folder / "REPORT.md")
-    readme = ROOT / "README.md"
+    evidence = ROOT / "docs" / "evidence.md"
     if folder == RECORDS:
-        before, rest = readme.read_text().split(MARKS[0])
-        readme.write_text(f"{before}{MARKS[0]}\n{readme_table(records)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        before, rest = evidence.read_text().split(MARKS[0])
+        evidence.write_text(f"{before}{MARKS[0]}\n{evidence_table(records)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
 if __name__ == "__main__":

@@ -42,10 +42,11 @@ class AnnealBranch(Callback):
         ValueError: If an argument makes no sense; at the start of the fit if the decay does not fit into the run, an
             optimizer has no rate, or there is no validation to record.
 
-    >>> from lightning.pytorch import Trainer
-    >>> from merge_callback import AnnealBranch, MergeCallback
-    >>> branch = AnnealBranch(span_steps=1000, shape="1-sqrt", record="anneals.jsonl")
-    >>> callbacks = [MergeCallback(), branch]  # Trainer(callbacks=callbacks).fit(model, ckpt_path="step=9000.ckpt")
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from merge_callback import AnnealBranch, MergeCallback
+        >>> branch = AnnealBranch(span_steps=1000, shape="1-sqrt", record="anneals.jsonl")
+        >>> callbacks = [MergeCallback(), branch]  # Trainer(callbacks=callbacks).fit(model, ckpt_path="step=9000.ckpt")
     """
 
     def __init__(

@@ -108,8 +108,9 @@ def named_merges(merges: Any) -> dict[str, Rule | Average]:
 def safe_name(name: str) -> str:
     """A name as it stands in logged names, where every logger takes it: letters, digits, ``_``, ``.`` and ``-`` stay.
 
-    >>> safe_name("ema (0.2)")
-    'ema__0.2_'
+    Examples:
+        >>> safe_name("ema (0.2)")
+        'ema__0.2_'
     """
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 

@@ -16,12 +16,13 @@ class Budget:
         latest: What it cost the last time.
         num_skipped: How many times it did not fit.
 
-    >>> budget = Budget(share=0.02)
-    >>> budget.allows(elapsed=10.0)
-    True
-    >>> budget.spend(1.0, is_costly=True)
-    >>> budget.allows(elapsed=90.0), budget.allows(elapsed=100.0)
-    (False, True)
+    Examples:
+        >>> budget = Budget(share=0.02)
+        >>> budget.allows(elapsed=10.0)
+        True
+        >>> budget.spend(1.0, is_costly=True)
+        >>> budget.allows(elapsed=90.0), budget.allows(elapsed=100.0)
+        (False, True)
     """
 
     share: float

@@ -108,10 +108,11 @@ class MergeCallback(Callback):
         ValueError: If an argument has a value that makes no sense; the message names both.
         TypeError: If an argument is of another type than described.
 
-    >>> from lightning.pytorch import Trainer
-    >>> from merge_callback import MergeCallback, Window
-    >>> callback = MergeCallback(every_n_train_steps=100, merges={"sma": "sma", "late": Window(span=0.05)})
-    >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, enable_model_summary=False)
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from merge_callback import MergeCallback, Window
+        >>> callback = MergeCallback(every_n_train_steps=100, merges={"sma": "sma", "late": Window(span=0.05)})
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
     """
 
     def __init__(

@@ -24,9 +24,10 @@ class MergedCheckpoint(ModelCheckpoint):
         merge: Which of its merges; None is the primary one.
         **arguments: As `ModelCheckpoint` takes them, ``monitor="merged/val_loss"``, ``save_top_k=3`` and so on.
 
-    >>> from merge_callback import MergeCallback, MergedCheckpoint
-    >>> merging = MergeCallback()
-    >>> callbacks = [merging, MergedCheckpoint(merging, monitor="merged/val_loss", filename="merged-{step}")]
+    Examples:
+        >>> from merge_callback import MergeCallback, MergedCheckpoint
+        >>> merging = MergeCallback()
+        >>> callbacks = [merging, MergedCheckpoint(merging, monitor="merged/val_loss", filename="merged-{step}")]
     """
 
     # A name of its own: `ckpt_path="last"` must never find a merge.

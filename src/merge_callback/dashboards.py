@@ -61,8 +61,9 @@ def scalar_layout(names: Iterable[str], title: str = "") -> dict[str, dict[str, 
         names: Everything that the callback logs.
         title: Added to the categories, to tell two callbacks apart.
 
-    >>> scalar_layout(["merged/loss", "merged_late/loss"])
-    {'Live, merged, annealed': {'loss': ['Multiline', ['^loss$']]}}
+    Examples:
+        >>> scalar_layout(["merged/loss", "merged_late/loss"])
+        {'Live, merged, annealed': {'loss': ['Multiline', ['^loss$']]}}
     """
     by_kind: dict[str, dict[str, list[str]]] = {"merged": {}, "merge_gain": {}, "annealed": {}, "merge": {}}
     for name in names:

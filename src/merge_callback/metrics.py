@@ -11,10 +11,12 @@ class RecoveredShare(Metric):
     The sum over branches, rather than the mean of their shares, keeps a branch that gained next to nothing from
     dominating. NaN before the first update.
 
-    >>> share = RecoveredShare()
-    >>> share.update(live=torch.tensor([1.5, 1.25]), merged=torch.tensor([1.375, 1.125]), annealed=torch.tensor(1.0))
-    >>> share.compute()
-    tensor(0.3333)
+    Examples:
+        >>> share = RecoveredShare()
+        >>> live, merged = torch.tensor([1.5, 1.25]), torch.tensor([1.375, 1.125])
+        >>> share.update(live, merged, annealed=torch.tensor(1.0))
+        >>> share.compute()
+        tensor(0.3333)
     """
 
     full_state_update = False
@@ -50,10 +52,11 @@ class AnnealPredictionError(Metric):
 
     NaN before the first update.
 
-    >>> error = AnnealPredictionError()
-    >>> error.update(predicted=torch.tensor([1.25, 1.0]), annealed=torch.tensor([1.0, 1.125]))
-    >>> {name: round(float(value), 4) for name, value in error.compute().items()}
-    {'mean_absolute': 0.1875, 'bias': 0.0625, 'worst': 0.25}
+    Examples:
+        >>> error = AnnealPredictionError()
+        >>> error.update(predicted=torch.tensor([1.25, 1.0]), annealed=torch.tensor([1.0, 1.125]))
+        >>> {name: round(float(value), 4) for name, value in error.compute().items()}
+        {'mean_absolute': 0.1875, 'bias': 0.0625, 'worst': 0.25}
     """
 
     full_state_update = False
@@ -96,10 +99,11 @@ class RouterAgreement(Metric):
     Args:
         num_active: How many experts a token uses.
 
-    >>> agreement = RouterAgreement(num_active=1)
-    >>> agreement.update(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([[0.2, 0.8], [0.4, 0.6]]))
-    >>> agreement.compute()
-    tensor(0.5000)
+    Examples:
+        >>> agreement = RouterAgreement(num_active=1)
+        >>> agreement.update(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([[0.2, 0.8], [0.4, 0.6]]))
+        >>> agreement.compute()
+        tensor(0.5000)
     """
 
     full_state_update = False

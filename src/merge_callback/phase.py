@@ -27,10 +27,11 @@ class StablePhase:
     have moved by more than a relative 1e-6 from its first rates, or keep on moving step by step, however little. So the
     last step of a warmup that reached the full rate belongs to it, and so does the last one before a decay.
 
-    >>> phase = StablePhase()
-    >>> rates = [0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
-    >>> [phase.observe([used], [following]) for used, following in zip(rates, rates[1:])]
-    [False, True, True, True, False]
+    Examples:
+        >>> phase = StablePhase()
+        >>> rates = [0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
+        >>> [phase.observe([used], [following]) for used, following in zip(rates, rates[1:])]
+        [False, True, True, True, False]
     """
 
     anchor: list[float] | None = None
@@ -98,12 +99,13 @@ class CaptureSchedule:
     The first one is due at the first multiple of the interval, each further one an interval later. The interval doubles
     whenever the ring is thinned.
 
-    >>> schedule = CaptureSchedule(interval=5)
-    >>> [step for step in range(1, 21) if schedule.take(step)]
-    [5, 10, 15, 20]
-    >>> schedule.double(newest=20)
-    >>> [step for step in range(21, 51) if schedule.take(step)]
-    [30, 40, 50]
+    Examples:
+        >>> schedule = CaptureSchedule(interval=5)
+        >>> [step for step in range(1, 21) if schedule.take(step)]
+        [5, 10, 15, 20]
+        >>> schedule.double(newest=20)
+        >>> [step for step in range(21, 51) if schedule.take(step)]
+        [30, 40, 50]
     """
 
     interval: int
@@ -130,9 +132,10 @@ def needs_thinning(steps: Sequence[int], step: int, required_span: float) -> boo
 
     A ring of one has nothing to thin.
 
-    >>> needs_thinning([10, 20, 30, 40], step=50, required_span=25)
-    False
-    >>> needs_thinning([10, 20, 30, 40], step=50, required_span=35)
-    True
+    Examples:
+        >>> needs_thinning([10, 20, 30, 40], step=50, required_span=25)
+        False
+        >>> needs_thinning([10, 20, 30, 40], step=50, required_span=35)
+        True
     """
     return len(steps) > 1 and steps[1] > step - required_span

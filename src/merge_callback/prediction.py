@@ -68,8 +68,9 @@ class Prediction:
 def gain(live: Value, other: Value, higher_is_better: bool = False) -> Value:
     """How much better another value is than the live one.
 
-    >>> gain(1.5, 1.25), gain(0.5, 0.75, higher_is_better=True)
-    (0.25, 0.25)
+    Examples:
+        >>> gain(1.5, 1.25), gain(0.5, 0.75, higher_is_better=True)
+        (0.25, 0.25)
     """
     return other - live if higher_is_better else live - other
 
@@ -77,8 +78,9 @@ def gain(live: Value, other: Value, higher_is_better: bool = False) -> Value:
 def recovered_share(comparison: Comparison) -> float:
     """Share of a decay's gain that the merge has; NaN where the decay changed nothing.
 
-    >>> recovered_share(Comparison(live=1.5, merged=1.125, annealed=1.0))
-    0.75
+    Examples:
+        >>> recovered_share(Comparison(live=1.5, merged=1.125, annealed=1.0))
+        0.75
     """
     change = comparison.live - comparison.annealed
     return (comparison.live - comparison.merged) / change if change else math.nan
@@ -87,8 +89,9 @@ def recovered_share(comparison: Comparison) -> float:
 def gain_ratio(comparison: Comparison) -> float:
     """``rho``: the decay's gain over the merge's; NaN where the merge changed nothing.
 
-    >>> gain_ratio(Comparison(live=1.5, merged=1.25, annealed=1.0))
-    2.0
+    Examples:
+        >>> gain_ratio(Comparison(live=1.5, merged=1.25, annealed=1.0))
+        2.0
     """
     change = comparison.live - comparison.merged
     return (comparison.live - comparison.annealed) / change if change else math.nan
@@ -100,8 +103,9 @@ def age_weight(step: int, now: int) -> float:
     The square of the share of the steps that were done then: in the benchmark, what branches of the first quarter teach
     about later ones was the largest source of error.
 
-    >>> age_weight(500, now=1000)
-    0.25
+    Examples:
+        >>> age_weight(500, now=1000)
+        0.25
     """
     return (step / now) ** 2
 
@@ -112,9 +116,10 @@ def teachers(own: Sequence[Comparison], others: Sequence[Comparison]) -> list[Co
     A run's own branches are few; in the benchmark both together did better than either alone. Below two of its own the
     others stand alone.
 
-    >>> branch = Comparison(1.5, 1.4, 1.39)
-    >>> [each.weight for each in teachers([branch] * 2, [branch] * 8)]
-    [1.0, 1.0, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25]
+    Examples:
+        >>> branch = Comparison(1.5, 1.4, 1.39)
+        >>> [each.weight for each in teachers([branch] * 2, [branch] * 8)]
+        [1.0, 1.0, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25]
     """
     if len(own) < MIN_BRANCHES:
         return list(others)
@@ -165,12 +170,13 @@ def calibrate(
     Returns:
         None below two branches, or if no merge differs from its live model: uncalibrated.
 
-    >>> branches = [Comparison(1.50, 1.40, 1.39), Comparison(1.40, 1.32, 1.31)]
-    >>> calibration = calibrate(branches)
-    >>> round(calibration.coefficient, 2), round(calibration.predict(live=1.3, merged=1.2).value, 2)
-    (1.11, 1.19)
-    >>> calibrate(branches[:1]) is None
-    True
+    Examples:
+        >>> branches = [Comparison(1.50, 1.40, 1.39), Comparison(1.40, 1.32, 1.31)]
+        >>> calibration = calibrate(branches)
+        >>> round(calibration.coefficient, 2), round(calibration.predict(live=1.3, merged=1.2).value, 2)
+        (1.11, 1.19)
+        >>> calibrate(branches[:1]) is None
+        True
     """
     used = [comparison for comparison in comparisons if comparison.is_finite]
     targets = np.array([c.merged - c.annealed if form == "offset" else c.live - c.annealed for c in used])

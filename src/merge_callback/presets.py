@@ -34,10 +34,11 @@ def recommended_window(num_parameters: float, tokens_per_step: float, moe: bool 
     Raises:
         ValueError: If a number is not above zero.
 
-    >>> recommended_window(8e9, tokens_per_step=4e6)
-    RecommendedWindow(every_n_train_steps=3750, num_snapshots=10)
-    >>> recommended_window(411e6, tokens_per_step=1e6)._asdict()
-    {'every_n_train_steps': 2000, 'num_snapshots': 6}
+    Examples:
+        >>> recommended_window(8e9, tokens_per_step=4e6)
+        RecommendedWindow(every_n_train_steps=3750, num_snapshots=10)
+        >>> recommended_window(411e6, tokens_per_step=1e6)._asdict()
+        {'every_n_train_steps': 2000, 'num_snapshots': 6}
     """
     for name, number in (("num_parameters", num_parameters), ("tokens_per_step", tokens_per_step)):
         if not 0 < number < math.inf:

@@ -32,8 +32,9 @@ class Rule(Protocol):
 def sma(steps: Sequence[int]) -> list[float]:
     """Simple moving average: the same weight for every snapshot (arXiv 2505.12082, the paper's default).
 
-    >>> sma([100, 200, 300, 400])
-    [0.25, 0.25, 0.25, 0.25]
+    Examples:
+        >>> sma([100, 200, 300, 400])
+        [0.25, 0.25, 0.25, 0.25]
     """
     return [1 / len(steps)] * len(steps)
 
@@ -41,8 +42,9 @@ def sma(steps: Sequence[int]) -> list[float]:
 def wma(steps: Sequence[int]) -> list[float]:
     """Weighted moving average: weights proportional to 1, 2, ... N, newest heaviest (arXiv 2505.12082).
 
-    >>> wma([100, 200, 300])
-    [0.16666666666666666, 0.3333333333333333, 0.5]
+    Examples:
+        >>> wma([100, 200, 300])
+        [0.16666666666666666, 0.3333333333333333, 0.5]
     """
     total = len(steps) * (len(steps) + 1) / 2
     return [rank / total for rank in range(1, len(steps) + 1)]
@@ -60,8 +62,9 @@ def ema(alpha: float = 0.2) -> Rule:
     Raises:
         ValueError: If ``alpha`` lies outside (0, 1].
 
-    >>> ema(0.5)([10, 20, 30])
-    [0.25, 0.25, 0.5]
+    Examples:
+        >>> ema(0.5)([10, 20, 30])
+        [0.25, 0.25, 0.5]
     """
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha must lie in (0, 1], got {alpha}")
@@ -94,10 +97,11 @@ def decay(shape: str) -> Rule:
     Raises:
         ValueError: If the shape is unknown.
 
-    >>> [round(c, 3) for c in decay("linear")([100, 200, 400])]  # they stand for 100, 150 and 200 steps
-    [0.222, 0.333, 0.444]
-    >>> [round(c, 3) for c in decay("1-sqrt")(range(10))]
-    [0.316, 0.131, 0.101, 0.085, 0.075, 0.067, 0.062, 0.058, 0.054, 0.051]
+    Examples:
+        >>> [round(c, 3) for c in decay("linear")([100, 200, 400])]  # they stand for 100, 150 and 200 steps
+        [0.222, 0.333, 0.444]
+        >>> [round(c, 3) for c in decay("1-sqrt")(range(10))]
+        [0.316, 0.131, 0.101, 0.085, 0.075, 0.067, 0.062, 0.058, 0.054, 0.051]
     """
     if shape not in DECAY_SHAPES:
         raise ValueError(f"unknown decay shape {shape!r}; {_nearest(shape, DECAY_SHAPES)}")
@@ -135,10 +139,11 @@ class Window:
     Raises:
         ValueError: If neither or both spans are given, or one is out of its range, or the rule is unknown.
 
-    >>> Window(span_steps=200)([100, 200, 300, 400])
-    [0.0, 0.0, 0.5, 0.5]
-    >>> Window("wma", span=0.5)([100, 200, 300, 400])
-    [0.0, 0.0, 0.3333333333333333, 0.6666666666666666]
+    Examples:
+        >>> Window(span_steps=200)([100, 200, 300, 400])
+        [0.0, 0.0, 0.5, 0.5]
+        >>> Window("wma", span=0.5)([100, 200, 300, 400])
+        [0.0, 0.0, 0.3333333333333333, 0.6666666666666666]
     """
 
     rule: str | Rule = "sma"
@@ -180,8 +185,9 @@ class Extrapolate:
     Raises:
         ValueError: If neither or both gaps are given, one is out of its range, or the rule is unknown.
 
-    >>> Extrapolate(Window(span_steps=200), amount=0.5, gap_steps=200)([100, 200, 300, 400])
-    [-0.25, -0.25, 0.75, 0.75]
+    Examples:
+        >>> Extrapolate(Window(span_steps=200), amount=0.5, gap_steps=200)([100, 200, 300, 400])
+        [-0.25, -0.25, 0.75, 0.75]
     """
 
     rule: str | Rule = "sma"
@@ -250,8 +256,9 @@ def resolve_rule(rule: str | Rule) -> Rule:
 def rule_label(rule: str | Rule) -> str:
     """What to call a rule: its name, also when it is given as a function.
 
-    >>> rule_label(sma), rule_label("1-sqrt"), rule_label(Window(span_steps=100))
-    ('sma', '1-sqrt', "Window(rule='sma', span_steps=100, span=None)")
+    Examples:
+        >>> rule_label(sma), rule_label("1-sqrt"), rule_label(Window(span_steps=100))
+        ('sma', '1-sqrt', "Window(rule='sma', span_steps=100, span=None)")
     """
     if isinstance(rule, str):
         return rule
@@ -273,8 +280,9 @@ def merge_coefficients(rule: str | Rule, steps: Sequence[int]) -> list[float]:
         ValueError: If a rule fails, or gives another number of weights, a NaN or infinity, or weights that sum to
             zero; the message names the rule and the steps.
 
-    >>> merge_coefficients(lambda steps: steps, [100, 300])
-    [0.25, 0.75]
+    Examples:
+        >>> merge_coefficients(lambda steps: steps, [100, 300])
+        [0.25, 0.75]
     """
     label = rule_label(rule)
     try:
@@ -302,8 +310,9 @@ def decay_from_coefficients(coefficients: Sequence[float]) -> list[float]:
         As many multipliers: the ``i``-th applies to the updates that led up to snapshot ``i`` from the one before. The
         first is one: all that happened before the window counts in full.
 
-    >>> decay_from_coefficients([0.25, 0.25, 0.25, 0.25])
-    [1.0, 0.75, 0.5, 0.25]
+    Examples:
+        >>> decay_from_coefficients([0.25, 0.25, 0.25, 0.25])
+        [1.0, 0.75, 0.5, 0.25]
     """
     return list(accumulate(reversed(coefficients)))[::-1]
 
@@ -314,8 +323,9 @@ def coefficients_from_decay(multipliers: Sequence[float]) -> list[float]:
     Args:
         multipliers: One per snapshot, oldest first, starting at one.
 
-    >>> coefficients_from_decay([1.0, 0.75, 0.5, 0.25])
-    [0.25, 0.25, 0.25, 0.25]
+    Examples:
+        >>> coefficients_from_decay([1.0, 0.75, 0.5, 0.25])
+        [0.25, 0.25, 0.25, 0.25]
     """
     return [older - newer for older, newer in pairwise([*multipliers, 0.0])]
 

@@ -54,10 +54,11 @@ class Ema:
     Raises:
         ValueError: If neither or both are given, or one is out of its range.
 
-    >>> Ema(half_life_steps=100).beta(step=1000, gap=100)
-    0.5
-    >>> Ema(half_life=0.1).beta(step=1000, gap=100)
-    0.5
+    Examples:
+        >>> Ema(half_life_steps=100).beta(step=1000, gap=100)
+        0.5
+        >>> Ema(half_life=0.1).beta(step=1000, gap=100)
+        0.5
     """
 
     half_life_steps: float | None = None
@@ -92,8 +93,9 @@ class PowerEma:
     Raises:
         ValueError: If the width is out of its range.
 
-    >>> round(PowerEma(sigma_rel=0.05).gamma, 2), round(PowerEma(sigma_rel=0.10).gamma, 2)
-    (16.97, 6.94)
+    Examples:
+        >>> round(PowerEma(sigma_rel=0.05).gamma, 2), round(PowerEma(sigma_rel=0.10).gamma, 2)
+        (16.97, 6.94)
     """
 
     sigma_rel: float
@@ -132,9 +134,10 @@ def synthesis_coefficients(stored: Sequence[tuple[int, PowerEma]], step: int, av
     Raises:
         ValueError: If nothing is stored.
 
-    >>> stored = [(step, PowerEma(width)) for step in (500, 1000) for width in (0.05, 0.1)]
-    >>> [abs(round(c, 6)) for c in synthesis_coefficients(stored, 1000, PowerEma(0.1))]
-    [0.0, 0.0, 0.0, 1.0]
+    Examples:
+        >>> stored = [(step, PowerEma(width)) for step in (500, 1000) for width in (0.05, 0.1)]
+        >>> [abs(round(c, 6)) for c in synthesis_coefficients(stored, 1000, PowerEma(0.1))]
+        [0.0, 0.0, 0.0, 1.0]
     """
     if not stored:
         raise ValueError("no stored averages to combine")

@@ -42,13 +42,14 @@ def swapped_weights(
     Raises:
         ValueError: If a tensor is missing, differs in shape or dtype, or has no values; nothing was exchanged then.
 
-    >>> import torch
-    >>> weight = torch.zeros(2)
-    >>> with swapped_weights({"weight": weight}, {"weight": torch.ones(2)}):
-    ...     print(weight)
-    tensor([1., 1.])
-    >>> weight
-    tensor([0., 0.])
+    Examples:
+        >>> import torch
+        >>> weight = torch.zeros(2)
+        >>> with swapped_weights({"weight": weight}, {"weight": torch.ones(2)}):
+        ...     print(weight)
+        tensor([1., 1.])
+        >>> weight
+        tensor([0., 0.])
     """
     exchange = _Exchange(live, other, before, in_place)
     _swaps.append(exchange)

@@ -20,8 +20,9 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_f
 def clean_name(name: str) -> str:
     """The name that a tensor has in the module as its author wrote it, without what wrappers add.
 
-    >>> clean_name("gpt._orig_mod.blocks.0._checkpoint_wrapped_module.mlp.weight")
-    'gpt.blocks.0.mlp.weight'
+    Examples:
+        >>> clean_name("gpt._orig_mod.blocks.0._checkpoint_wrapped_module.mlp.weight")
+        'gpt.blocks.0.mlp.weight'
     """
     return _WRAPPERS.sub("", name)
 
