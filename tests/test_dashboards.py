@@ -172,7 +172,7 @@ def test_the_closing_table_shows_the_prediction_with_its_interval():
     logged = {"merged/loss": 1.5, "merge_gain/loss": 0.5}
     predicted = {"annealed/loss": 1.25, "annealed/loss/low": 1.125, "annealed/loss/high": 1.375}
     table = str(ClosingTable("title", {"loss": 2.0}, logged | predicted, {"": "sma: 5 snapshots, 8 steps"}))
-    for text in ("2.0000", "1.5000", "+0.5000", "1.2500", "1.1250 to 1.3750"):
+    for text in ("2.0000", "1.5000", "+0.5000", "1.2500 ± 0.1250"):
         assert text in table
     assert max(map(len, table.splitlines())) <= 80
 

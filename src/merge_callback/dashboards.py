@@ -215,14 +215,15 @@ class ClosingTable:
             gain = self.logged.get(f"merge_gain{parts.tail}")
             if parts.kind == "merged" and gain is not None:
                 numbers = [f"{self.live[parts.metric]:.4f}", f"{merged:.4f}", f"{gain:+.4f}"]
-                rows.append([parts.metric, self.merges[parts.label], *numbers, *self._predicted(parts.tail)])
-        header = ["metric", "merge", "live", "merged", "gain", "predicted", "interval"]
+                rows.append([parts.metric, self.merges[parts.label], *numbers, self._predicted(parts.tail)])
+        header = ["metric", "merge", "live", "merged", "gain", "predicted"]
         return text_table(header, rows, title=self.title, num_left=2)
 
-    def _predicted(self, tail: str) -> tuple[str, str]:
-        ends = [self.logged.get(f"annealed{tail}{end}") for end in ("", *_BOUNDS)]
-        value, low, high = (NOTHING if end is None else f"{end:.4f}" for end in ends)
-        return value, NOTHING if low == NOTHING else f"{low} to {high}"
+    def _predicted(self, tail: str) -> str:
+        if (value := self.logged.get(f"annealed{tail}")) is None:
+            return NOTHING
+        half = max(abs(self.logged[f"annealed{tail}{end}"] - value) for end in _BOUNDS)
+        return f"{value:.4f} ± {half:.4f}"
 
 
 def _pattern(tag: str) -> str:

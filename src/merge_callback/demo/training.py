@@ -1,6 +1,8 @@
 """A trunk at a constant rate, with real anneals branching off."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,8 @@ def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None
         OmegaConf.update(branch, "anneal", settings, force_add=True)
         branch.callbacks.progress_bar = None
         say(f"Annealing for real: from step {end - ends[end]} to step {end}")
-        prepare(branch, loggers=(), enable_progress_bar=False, val_check_interval=10**9).fit()
+        with _quiet():
+            prepare(branch, loggers=(), enable_progress_bar=False, val_check_interval=10**9).fit()
 
     keeper.steps |= {earlier[-1], last}
     trunk = prepare(config, [keeper], max_steps=earlier[-1])
@@ -89,3 +92,15 @@ def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None
     trunk.fit()
     anneal(last)
     return trunk, read_records(record)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What callbacks say of a branch would hide what is said of the trunk."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
