@@ -463,7 +463,8 @@ class MergeCallback(Callback):
             logged[f"merge{self._label()}/num_skipped"] = LoggedValue(torch.tensor(float(self._budget.num_skipped)))
         if (evaluation := self._evaluation) is None:
             return logged
-        step, live = logged_step(trainer, live), evaluation.live or live
+        step = logged_step(trainer, live)
+        live = evaluation.live or live
         in_bar = next((metric for metric, value in live.items() if value.prog_bar), None)
         for name, values in evaluation.merged.items():
             label = self._label(name)
