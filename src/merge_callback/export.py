@@ -36,17 +36,21 @@ def provenance(rule: str, coefficients: Mapping[int, float] | None = None, step:
     return {**origin, "steps": list(coefficients), "coefficients": values, "implied_decay": decay}
 
 
-def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: int) -> dict[str, Any]:
-    """A Lightning checkpoint of weights alone, from which a new fit starts as from any initialisation."""
-    checkpoint: dict[str, Any] = {
-        "state_dict": state,
+def started_anew(step: int) -> dict[str, Any]:
+    """What Lightning wants to find in a checkpoint beside weights, for a run that begins with them."""
+    return {
         "pytorch-lightning_version": lightning.__version__,
         "epoch": 0,
         "global_step": step,
-        # Lightning wants both to be there before a fit, and restores as many as there are.
+        # Both have to be there before a fit, and as many are restored as there are.
         "optimizer_states": [],
         "lr_schedulers": [],
     }
+
+
+def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: int) -> dict[str, Any]:
+    """A Lightning checkpoint of weights alone, from which a new fit starts as from any initialisation."""
+    checkpoint: dict[str, Any] = {"state_dict": state, **started_anew(step)}
     if module.hparams:
         # As Lightning writes them: the name of the argument that took them all, and the class of a config object.
         if hasattr(module, "_hparams_name"):
@@ -72,7 +76,7 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
             metadata = file.metadata() or {}
         found = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
     else:
-        _check_suffix(path)
+        check_suffix(path)
         found = torch.load(path, weights_only=True, map_location="meta").get(PROVENANCE_KEY, {})
     if "rule" not in found:
         raise ValueError(f"{path} holds no merge")
@@ -95,7 +99,7 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
         OSError: If it cannot be written; the message says what was not saved.
     """
     path = Path(path)
-    _check_suffix(path)
+    check_suffix(path)
     others = [key for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
     if others and path.suffix == ".safetensors":
         raise ValueError(f"a .safetensors file takes tensors only, and {others[0]} is none; save the merge as .ckpt")
@@ -132,7 +136,7 @@ def save_sharded(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], or
         if rank() == 0:
             (path / "merge.json").write_text(json.dumps(dict(origin)))
         return
-    _check_suffix(path)
+    check_suffix(path)
     gathered = ((name, whole(tensor)) for name, tensor in state.items())
     problem = None
     try:
@@ -154,7 +158,8 @@ def save_sharded(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], or
         raise OSError(next(iter(found.values())))
 
 
-def _check_suffix(path: Path) -> None:
+def check_suffix(path: Path) -> None:
+    """Raises unless a merge can be saved under that name."""
     if path.suffix not in (".ckpt", ".safetensors"):
         raise ValueError(f"a merge is saved as .ckpt or .safetensors, got {path.name!r}")
 

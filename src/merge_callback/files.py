@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -53,7 +53,7 @@ def write_safetensors(
     for name, tensor in state.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -98,7 +98,7 @@ class FlatTensor:
     def __init__(self, path: Path, name: str) -> None:
         header, begin = read_header(path)
         self._path = path
-        self._dtype = next(dtype for dtype, label in _SAFETENSORS_DTYPES.items() if label == header[name]["dtype"])
+        self._dtype = next(dtype for dtype, label in SAFETENSORS_DTYPES.items() if label == header[name]["dtype"])
         first, end = header[name]["data_offsets"]
         self._begin, self._numel = begin + first, (end - first) // self._dtype.itemsize
 

@@ -1,0 +1,220 @@
+"""Merges checkpoints on disk into one: a Hydra app, and the function behind it.
+
+    merge-callback-merge checkpoints='runs/trunk/*.ckpt' output=merged.ckpt rule=1-sqrt
+    python -m merge_callback.merge checkpoints='[a.ckpt,b.ckpt]' output=c.safetensors coefficients='[0.3,0.7]'
+
+Tensors are read in parts, and summed by the kernel that merges snapshots in a run, so the result is that of the live
+callback to the bit. Memory does not grow with the number of checkpoints.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from merge_callback.combine import combine_
+from merge_callback.export import check_suffix, provenance, save, started_anew
+from merge_callback.files import complete_or_absent, write_safetensors
+from merge_callback.rules import Rule, merge_coefficients, resolve_rule, rule_label
+from merge_callback.stored import StoredCheckpoint, open_checkpoint
+
+# Statistics and counters of batch norm layers are those of the newest checkpoint, as in a run.
+TAKEN_FROM_NEWEST = ("*running_mean", "*running_var", "*num_batches_tracked")
+# Entries of a Lightning checkpoint that go into the merged one: what a module is made again from.
+_KEPT = ("hparams_name", "hyper_parameters", "hparams_type", "datamodule_hparams_name", "datamodule_hyper_parameters")
+
+
+def merge_checkpoints(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    rule: str | Rule = "sma",
+    *,
+    coefficients: Sequence[float] | None = None,
+    steps: Sequence[int] | None = None,
+    newest: Sequence[str] = TAKEN_FROM_NEWEST,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Merges checkpoints into one file, which appears when it is complete.
+
+    Args:
+        paths: Lightning ``.ckpt`` files, files of ``torch.save``, ``.safetensors`` (alone, or an index of several),
+            folders of `torch.distributed.checkpoint`. They are put into the order of their steps.
+        output: Ends in ``.ckpt`` or ``.safetensors``. Of the latter, one tensor at a time is in memory; a ``.ckpt`` is
+            there whole once.
+        rule: Name of a rule, or a rule: of the checkpoints' steps.
+        coefficients: Instead of a rule, one for each path, in the order given; divided by their sum.
+        steps: Of the checkpoints, in the order given; None reads them from the files or their names.
+        newest: Patterns of names that are taken from the newest checkpoint instead of merged.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The provenance that the file holds: version, rule, steps, coefficients and implied decay.
+
+    Raises:
+        ValueError: If checkpoints do not fit together; the message names checkpoint and tensor. Nothing is written.
+        OSError: If the file cannot be written.
+    """
+    output = Path(output)
+    check_suffix(output)
+    resolve_rule(rule)
+    if not paths:
+        raise ValueError("there are no checkpoints to merge")
+    opened = [open_checkpoint(Path(path)) for path in paths]
+    known = _steps(opened, steps, is_needed=coefficients is None)
+    values = _values(known, rule, coefficients)
+    order = sorted(range(len(opened)), key=known.__getitem__)
+    opened, values = [opened[place] for place in order], [values[place] for place in order]
+    _check_alike(opened)
+    label = "coefficients" if coefficients is not None else rule_label(rule)
+    origin = provenance(label, dict(zip(sorted(known), values, strict=True)))
+    origin["checkpoints"] = [checkpoint.path.name for checkpoint in opened]
+    merged = _merged(opened, values, newest, progress)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".safetensors":
+        like = {name: tensor.like("meta") for name, tensor in opened[-1].tensors.items()}
+        metadata = {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
+        with complete_or_absent(output) as unfinished:
+            write_safetensors(unfinished, like, (tensor for _, tensor in merged), metadata)
+    else:
+        save(output, _lightning_checkpoint(opened, dict(merged), max(known)), origin)
+    return origin
+
+
+@hydra.main(version_base="1.3", config_path="pkg://merge_callback.conf", config_name="merge")
+def main(config: DictConfig) -> None:
+    """The command ``merge-callback-merge``."""
+    asked = [config.checkpoints] if isinstance(config.checkpoints, str) else list(config.checkpoints)
+    paths = [path for pattern in asked for path in (sorted(glob(pattern)) or [pattern])]  # noqa: PTH207
+    rule = instantiate(config.rule) if OmegaConf.is_config(config.rule) else config.rule
+    try:
+        origin = merge_checkpoints(
+            paths,
+            config.output,
+            rule,
+            coefficients=config.coefficients,
+            steps=config.steps,
+            newest=config.newest,
+            progress=True,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"merge-callback-merge: {error}")
+    for step, value, name in zip(origin["steps"], origin["coefficients"], origin["checkpoints"], strict=True):
+        sys.stdout.write(f"{value:10.6f}  step {step}  {name}\n")
+    sys.stdout.write(f"{config.output}\n")
+
+
+def _steps(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None, is_needed: bool) -> list[int]:
+    if given is not None:
+        if len(given) != len(opened):
+            raise ValueError(f"steps must be as many as checkpoints, {len(opened)}, got {len(given)}")
+        steps = list(given)
+    elif not is_needed:
+        # Whoever gives coefficients says what counts; the order is theirs.
+        return list(range(1, len(opened) + 1))
+    else:
+        steps = []
+        for checkpoint in opened:
+            if checkpoint.step is None:
+                raise ValueError(f"neither {checkpoint.path} nor its name tells a step; give steps=[...]")
+            steps.append(checkpoint.step)
+    if twice := next((step for step in steps if steps.count(step) > 1), None):
+        same = [str(checkpoint.path) for checkpoint, step in zip(opened, steps, strict=True) if step == twice]
+        raise ValueError(f"checkpoints must be of different steps, got {twice} of {' and '.join(same)}")
+    return steps
+
+
+def _values(steps: Sequence[int], rule: str | Rule, coefficients: Sequence[float] | None) -> list[float]:
+    """Coefficients in the order of the steps given."""
+    if coefficients is None:
+        ordered = sorted(steps)
+        by_step = dict(zip(ordered, merge_coefficients(rule, ordered), strict=True))
+        return [by_step[step] for step in steps]
+    if len(coefficients) != len(steps):
+        raise ValueError(f"coefficients must be as many as checkpoints, {len(steps)}, got {len(coefficients)}")
+    given = list(coefficients)
+    return merge_coefficients(lambda _: given, steps)
+
+
+def _check_alike(opened: Sequence[StoredCheckpoint]) -> None:
+    first, *others = opened
+    for other in others:
+        if missing := sorted(first.tensors.keys() ^ other.tensors.keys()):
+            has, lacks = (first, other) if missing[0] in first.tensors else (other, first)
+            raise ValueError(f"{lacks.path} has no tensor {missing[0]}, which {has.path} has ({len(missing)} differ)")
+        for name, tensor in first.tensors.items():
+            theirs = other.tensors[name]
+            if (tensor.shape, tensor.dtype) != (theirs.shape, theirs.dtype):
+                described = [f"{each.dtype} {list(each.shape)}" for each in (tensor, theirs)]
+                raise ValueError(f"{name} is {described[0]} in {first.path} but {described[1]} in {other.path}")
+
+
+def _merged(
+    opened: Sequence[StoredCheckpoint], values: Sequence[float], newest: Sequence[str], progress: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and merge of every tensor, one at a time; tied ones are one."""
+    last = opened[-1]
+    num_bytes = sum(tensor.numel * tensor.dtype.itemsize for tensor in last.tensors.values())
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:
+        for name, stored in last.tensors.items():
+            out = stored.like("cpu")
+            if any(fnmatch(name, pattern) for pattern in newest):
+                out.view(-1).copy_(stored[:])
+            elif stored.dtype.is_floating_point:
+                combine_([out.view(-1)], [_Finite(checkpoint, name) for checkpoint in opened], [values])
+            else:
+                out.view(-1).copy_(_same(opened, name))
+            bar.update(out.nbytes)
+            yield name, out
+
+
+@dataclass(frozen=True)
+class _Finite:
+    """A row of the sum, refused where it holds NaN or inf."""
+
+    checkpoint: StoredCheckpoint
+    name: str
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        content = self.checkpoint.tensors[self.name][part]
+        if not content.isfinite().all():
+            raise ValueError(f"{self.name} holds NaN or inf in {self.checkpoint.path}")
+        return content
+
+
+def _same(opened: Sequence[StoredCheckpoint], name: str) -> Tensor:
+    """What all of them hold, to the bit; integers are not averaged."""
+    last = opened[-1].tensors[name][:]
+    for checkpoint in opened[:-1]:
+        if not torch.equal(checkpoint.tensors[name][:], last):
+            raise ValueError(
+                f"{name} is {last.dtype}, which is not averaged, and differs between {checkpoint.path} and"
+                f" {opened[-1].path}; newest=[{name}] takes the newest one"
+            )
+    return last
+
+
+def _lightning_checkpoint(opened: Sequence[StoredCheckpoint], state: dict[str, Tensor], step: int) -> dict[str, Any]:
+    """A checkpoint of weights alone, with what a module is made again from."""
+    last = opened[-1]
+    by_place: dict[Any, str] = {}
+    for name, stored in last.tensors.items():
+        first = by_place.setdefault((stored.pieces, stored.shape), name) if stored.numel else name
+        if all(each.tensors[name].pieces == each.tensors[first].pieces for each in opened):
+            state[name] = state[first]
+    kept = {key: last.beside[key] for key in _KEPT if key in last.beside}
+    return {"state_dict": state, **started_anew(step), **kept}
+
+
+if __name__ == "__main__":
+    main()
