@@ -73,6 +73,44 @@ def test_a_multirun_ends_with_the_table_and_a_file(sweep, capsys):
     assert [row["merged"] for row in rows] == ["2.25", "2.125", "", "2.75"]
 
 
+def test_nothing_is_cut_where_numbers_need_more_than_80_columns(sweep):
+    header = "step,val_loss,merged/val_loss,merge_gain/val_loss,annealed/val_loss,annealed/val_loss/low,"
+    header += "annealed/val_loss/high,merge/span_steps"
+    for number in ROWS:
+        row = f"{99_999 + number},12345.5,12345.25,0.25,12345,12344,12346,800000"
+        (sweep / str(number) / "csv" / "metrics.csv").write_text(f"{header}\n{row}\n")
+    _, jobs = read_jobs(sweep)
+    for place, job in enumerate(jobs):
+        job.overrides["callbacks.merge.every_n_train_steps"] = str(1000 + place)
+    text = comparison_table(jobs, "val_loss")
+    for cell in ("12345.5000", "800000", "100010", "1003", "num_snapshots", "every_n_train_steps"):
+        assert cell in text, cell
+
+
+def test_a_job_that_diverged_is_not_the_best_and_makes_no_other_so(sweep):
+    (sweep / "0" / "csv" / "metrics.csv").write_text(f"{HEADER}\n99,nan,nan,nan,nan,nan,nan,18\n")
+    assert best(read_jobs(sweep)[1]).folder.name == "2"
+
+
+def test_the_last_validation_with_a_merge_counts(sweep):
+    file = sweep / "2" / "csv" / "metrics.csv"
+    file.write_text(file.read_text() + "149,2.4,,,0.6,,,\n")
+    assert read_jobs(sweep)[1][1].last.step == 100
+
+
+def test_a_metric_that_no_job_has_is_named_with_those_there_are(sweep, capsys):
+    with pytest.raises(ValueError, match="no job has a merged 'val/loss'; there are: val_loss, val_acc"):
+        read_jobs(sweep, "val/loss")
+    ComparisonTable("val/loss").on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}}))
+    assert "No comparison: no job has a merged 'val/loss'" in capsys.readouterr().out
+
+
+def test_deletions_are_overrides_without_a_value(sweep):
+    file = sweep / "2" / ".hydra" / "hydra.yaml"
+    file.write_text(file.read_text().replace("+seed=1", "~trainer.logger"))
+    assert read_jobs(sweep)[1][1].overrides["trainer.logger"] == ""
+
+
 def test_keys_that_end_alike_are_told_apart(sweep):
     _, jobs = read_jobs(sweep)
     for number, job in enumerate(jobs):
@@ -84,5 +122,5 @@ def test_keys_that_end_alike_are_told_apart(sweep):
 
 def test_without_anything_to_compare_it_says_what_jobs_need(tmp_path, capsys):
     ComparisonTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
-    assert "no job has a metrics.csv with a merged metric" in capsys.readouterr().out
+    assert "no job has a metrics.csv with a metric merged/..." in capsys.readouterr().out
     assert not (tmp_path / "comparison.csv").exists()

@@ -1,6 +1,8 @@
 """Every YAML file composes and instantiates, with keys that are constructor arguments."""
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from omegaconf import OmegaConf
 import merge_callback
 from merge_callback import MergeCallback
 from merge_callback.comparison import ComparisonTable
-from merge_callback.demo.progress import LiveAndMergedBar
+from merge_callback.progress import LiveAndMergedBar
 from tests.toys import Toy, fit, make
 
 CONF = Path(merge_callback.__file__).parent / "conf"
@@ -84,7 +86,16 @@ def test_the_comparison_of_a_multirun_is_a_callback_of_hydra():
     assert isinstance(instantiate(entry), ComparisonTable)
 
 
+def test_an_app_that_uses_none_of_it_does_not_import_torch(tmp_path):
+    app = "import hydra, sys\n@hydra.main(version_base='1.3', config_path=None)\ndef main(config):\n"
+    app += "    print('torch' in sys.modules, 'merge_callback' in sys.modules)\nmain()\n"
+    (tmp_path / "app.py").write_text(app)
+    command = [sys.executable, "app.py", "+callbacks/merge=pma"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+
+
 def test_all_yaml_files_are_known_to_these_tests():
-    known = {CONF / "demo.yaml", CONF / "merge_callback" / "defaults.yaml"}
+    known = {CONF / "demo.yaml", CONF / "merge.yaml", CONF / "merge_callback" / "defaults.yaml"}
     known |= {CONF / "callbacks" / "merge" / f"{choice}.yaml" for choice in CHOICES}
     assert set(CONF.rglob("*.yaml")) == known | {CONF / "hydra" / "callbacks" / "merge_comparison.yaml"}

@@ -1,16 +1,19 @@
 """What loggers and the terminal show: the same steps as the live metric, in every logger; read back from its files."""
 
 import copy
+import re
 import sys
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from merge_callback import Ema, MergeCallback
-from merge_callback.dashboards import ClosingTable, scalar_layout
+from merge_callback import Ema, LiveAndMergedBar, MergeCallback
+from merge_callback.dashboards import Dashboards, LoggedName, MergeNow, scalar_layout
+from merge_callback.evaluate import LoggedValue
 from merge_callback.figures import pixels, plot_merge
 from tests.toys import BusyToy, Toy, assert_same_training, fit, lightning, make
 
@@ -78,24 +81,47 @@ def test_the_layout_is_written_once_and_predictions_bring_their_own_part(tmp_pat
     merged = layout(tmp_path / "tb" / "merged")
     assert list(merged) == ["Live, merged, annealed", "Gain of the merge", "Merge"]
     assert list(merged["Live, merged, annealed"]) == ["val_loss", "val_accuracy"]
-    assert list(merged["Merge"]) == ["is_prior", "num_snapshots", "span_steps", "spread", "seconds"]
-    gains = merged["Gain of the merge"]["val_loss"].multiline.tag
-    assert gains == ["^merge_gain/val_loss$", "^merge_gain_late__x_/val_loss$", "^merge_gain_ema/val_loss$"]
+    assert list(merged["Merge"]) == ["num_snapshots", "span_steps", "spread", "seconds", "num_skipped"]
+    (gains,) = merged["Gain of the merge"]["val_loss"].multiline.tag
     (predicted,) = layout(tmp_path / "tb" / "annealed").values()
     (series,) = predicted["val_loss"].margin.series
     ends = (series.value, series.lower, series.upper)
     assert ends == ("annealed/val_loss", "annealed/val_loss/low", "annealed/val_loss/high")
     # Each names tags that are there.
     tags = events(tmp_path / "tb").Tags()["scalars"]
-    assert all(pattern.strip("^$") in tags for pattern in [*gains, *ends])
+    assert set(ends) <= set(tags)
+    labels = ("", "_late__x_", "_ema")
+    assert [tag for tag in tags if re.match(gains, tag)] == [f"merge_gain{label}/val_loss" for label in labels]
 
 
 def test_patterns_of_names_with_dots_match_nothing_else():
-    layout = scalar_layout(["merged/a.b/c", "merge_gain/a.b/c", "annealed_error/a.b/c"])
-    assert layout == {
-        "Live, merged, annealed": {"a.b/c": ["Multiline", [r"^a\.b/c$"]]},
-        "Gain of the merge": {"a.b/c": ["Multiline", [r"^merge_gain/a\.b/c$"]]},
-    }
+    layout = scalar_layout(["a.b/c"])
+    assert layout["Live, merged, annealed"] == {"a.b/c": ["Multiline", [r"^a\.b/c$"]]}
+    ((_, (pattern,)),) = layout["Gain of the merge"].values()
+    assert re.match(pattern, "merge_gain_late/a.b/c")
+    assert not re.match(pattern, "merge_gain/axb/c")
+    assert not re.match(pattern, "merge_gain/other/a.b/c")
+
+
+def test_a_merge_that_is_there_later_is_in_the_layout_too(tmp_path):
+    callback = MergeCallback(20, 2, merges={"sma": "sma", "ema": Ema(half_life=0.1)})
+    fit(make(Toy), tmp_path, callback, max_steps=40, logger=with_tensorboard(tmp_path))
+    (gains,) = layout(tmp_path / "tb" / "merged_ema")["Gain of the merge"]["val_loss"].multiline.tag
+    assert re.match(gains, "merge_gain/val_loss")
+
+
+def test_metrics_that_end_like_a_bound_are_shown_and_what_the_user_keeps_from_loggers_is_not(tmp_path):
+    class Odd(Toy):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("pitch/high", 1.0 + batch_idx)
+            self.log("secret", 1.0, logger=False)
+
+    fit(make(Odd), tmp_path, MergeCallback(2, 5, calibration="prior"), logger=with_tensorboard(tmp_path))
+    shown = events(tmp_path / "tb" / "merged").Tags()["scalars"]
+    assert "pitch/high" in shown
+    assert "secret" not in shown
+    assert not [tag for tag in events(tmp_path / "tb").Tags()["scalars"] if "secret" in tag]
 
 
 def test_figures_of_the_merge_become_rarer_as_the_run_goes_on(tmp_path):
@@ -168,13 +194,64 @@ def test_the_run_ends_with_a_table_of_live_and_merged_values_and_what_it_cost(tm
     assert "predicted" not in said
 
 
-def test_the_closing_table_shows_the_prediction_with_its_interval():
-    logged = {"merged/loss": 1.5, "merge_gain/loss": 0.5}
-    predicted = {"annealed/loss": 1.25, "annealed/loss/low": 1.125, "annealed/loss/high": 1.375}
-    table = str(ClosingTable("title", {"loss": 2.0}, logged | predicted, {"": "sma: 5 snapshots, 8 steps"}))
-    for text in ("2.0000", "1.5000", "+0.5000", "1.2500 ± 0.1250"):
+def test_the_closing_table_shows_the_prediction_with_its_interval_and_small_numbers():
+    values = {
+        LoggedName("merged", "", "loss"): 1.5,
+        LoggedName("merge_gain", "", "loss"): 0.5,
+        LoggedName("annealed", "", "loss"): 1.25,
+        LoggedName("annealed", "", "loss", "/low"): 1.125,
+        LoggedName("annealed", "", "loss", "/high"): 1.375,
+        LoggedName("merged", "", "mse"): 1e-5,
+        LoggedName("merge_gain", "", "mse"): -2e-5,
+    }
+    logged = {name: LoggedValue(torch.tensor(value)) for name, value in values.items()}
+    live = {name: LoggedValue(torch.tensor(value)) for name, value in (("loss", 2.0), ("mse", 1.25e-5))}
+    merges = {"": MergeNow("[b]sma[/x]", {1: 0.5, 9: 0.5})}
+    table = Dashboards("a title [/b]").closing_table(9, live, logged, merges)
+    for text in ("a title [/b] at step 9", "2.0000", "1.5000", "+0.5000", "1.2500 ± 0.1250", "1.25e-05", "-2e-05"):
         assert text in table
+    assert "[b]sma[/x]: 2" in table
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_a_run_without_merges_after_one_with_them_shows_no_table_of_the_other(tmp_path, caplog):
+    callback = MergeCallback(2, 5)
+    with caplog.at_level("INFO"):
+        fit(make(Toy), tmp_path, callback)
+        assert caplog.text.count("merges took") == 1
+        fit(make(Toy), tmp_path, callback, limit_val_batches=0)
+    assert caplog.text.count("merges took") == 1
+
+
+def test_an_interrupted_run_shows_what_there_is(tmp_path, caplog):
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 10:
+                raise ZeroDivisionError
+
+    with caplog.at_level("INFO"), pytest.raises(ZeroDivisionError):
+        fit(make(Toy), tmp_path, MergeCallback(2, 5), Interrupt())
+    assert "at step 8" in caplog.text
+
+
+def test_two_values_of_one_name_are_refused(tmp_path):
+    callbacks = [MergeCallback(2, 5, merges={"sma": "sma", "late": "wma"}), MergeCallback(2, 5, name="late")]
+    with pytest.raises(
+        ValueError, match=r"merged_late/val_loss is logged twice; give the callback, or its merge, another"
+    ):
+        fit(make(Toy), tmp_path, *callbacks)
+
+
+def test_the_line_of_the_progress_bar_fits_80_columns(tmp_path):
+    """Of the bar that shows live and merged values and nothing else; with Lightning's own there is more beside them."""
+    bar = LiveAndMergedBar("val_loss")
+    logger = lightning(".loggers").CSVLogger(tmp_path)
+    callbacks = [MergeCallback(2, 5), bar]
+    run = fit(make(Toy), tmp_path, *callbacks, enable_progress_bar=True, max_steps=16, logger=logger)
+    shown = bar.get_metrics(run.trainer, run.module)
+    assert list(shown) == ["live", "merged"]
+    fields = ", ".join(f"{name}={float(value):.3f}" for name, value in shown.items())
+    assert len(f"Epoch 9: 100%|█| 9999/9999 [9:59:59<00:00, 99.99it/s, {fields}]") <= 80
 
 
 def test_nothing_is_shown_by_a_run_that_captured_nothing(tmp_path, caplog):

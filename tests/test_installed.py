@@ -106,6 +106,10 @@ def test_a_sweep_over_number_and_interval_ends_in_one_table(train, tmp_path):
     # The training is the same in all of them; the merges are not.
     assert len({row["live"] for row in rows}) == 1
     assert len({row["merged"] for row in rows}) == 4
+    # A job that fails ends the sweep, and what there is is shown.
+    failed = train("-m", "callbacks.merge.num_snapshots=3,0,5", "hydra/callbacks=merge_comparison", fails=True)
+    assert re.search(r"│ 3 +│.*│ +\* +│", failed)
+    assert "Comparison: " in failed
     best = min(rows, key=lambda row: float(row["merged"]))
     (marked,) = [line for line in output.splitlines() if re.search(r"│ +\* +│", line)]
     assert f"{float(best['merged']):.4f}" in marked

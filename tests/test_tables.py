@@ -40,3 +40,9 @@ def test_long_names_are_folded_before_numbers():
     text = text_table(HEADER[:2], [[ROWS[0][0] * 2, "1.50001"]], title="")
     assert max(map(len, text.splitlines())) <= 80
     assert "1.50001" in text
+
+
+def test_nothing_that_was_named_is_taken_for_markup():
+    text = text_table(["[b]x[/b]", "n"], [["[red]y[/c]", "1"]], title="run[/a] :smile:")
+    for part in ("run[/a]", ":smile:", "[b]x[/b]", "[red]y[/c]"):
+        assert part in text

@@ -28,7 +28,7 @@ from merge_callback.arguments import (
 from merge_callback.budget import Budget
 from merge_callback.calibration import PRIOR, AnnealCalibration
 from merge_callback.capture import SnapshotCapture
-from merge_callback.dashboards import ClosingTable, Dashboards
+from merge_callback.dashboards import BOUNDS, Dashboards, LoggedName, MergeNow
 from merge_callback.evaluate import (
     LoggedValue,
     evaluate,
@@ -47,7 +47,7 @@ from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficien
 from merge_callback.shadow import Average, is_average
 from merge_callback.shards import local, put_shards, rank, reshard, shard_reader
 from merge_callback.storage import SnapshotDirectory
-from merge_callback.swap import swapped_weights
+from merge_callback.swap import overwrite_, swapped_weights
 from merge_callback.weights import tensors_by_name
 
 
@@ -168,8 +168,8 @@ class MergeCallback(Callback):
         self._budget = Budget(max_overhead or 1.0)
         self._began = time.perf_counter()
         self._evaluation: _Evaluation | None = None
-        self._dashboards = Dashboards(self._label())
-        self._closing: ClosingTable | None = None
+        self._dashboards = Dashboards(f"MergeCallback({name!r})", self._label())
+        self._closing = ""
         # Every validation of the primary merge at a constant rate: what real anneals are compared with.
         self._history: list[TrunkValues] = []
         self._anneals = AnnealCalibration(calibration) if calibration is not None else None
@@ -298,6 +298,29 @@ class MergeCallback(Callback):
         elif rank() == 0:
             save(path, checkpoint, origin)
 
+    # What whoever acts on training asks of it.
+
+    def forget_since(self, step: int) -> None:
+        """Drops the snapshots of a step and of later ones, and begins averages over every step anew."""
+        self._capture.forget_since(step)
+
+    def put_into(
+        self, pl_module: torch.nn.Module, coefficients: Mapping[int, float], buffers: Mapping[str, Tensor]
+    ) -> None:
+        """Writes a merge into the live model, for good: training goes on from it.
+
+        Args:
+            pl_module: The module that is trained.
+            coefficients: By snapshot step, summing to one.
+            buffers: Name -> value of floating-point buffers.
+        """
+        assert self._capture.ring is not None
+        assert self._capture.layout is not None
+        row = self._capture.ring.combine([coefficients.get(step, 0.0) for step in self.snapshot_steps])
+        values = self._capture.layout.views(row) | dict(buffers)
+        self._capture.finish()
+        overwrite_(tensors_by_name(pl_module, values), values, before=partial(reshard, pl_module))
+
     # What Lightning calls.
 
     @property
@@ -346,6 +369,7 @@ class MergeCallback(Callback):
             self._num_validations, self._worked, self._history, self._predictions = 0, set(), [], {}
             self._budget = Budget(self._budget.share)
         self._said.clear()
+        self._closing = ""
         self._began = time.perf_counter()
         if self._loaded_state is not None:
             reader = shard_reader(self._loaded_state.get("shards"), trainer.ckpt_path)
@@ -404,9 +428,6 @@ class MergeCallback(Callback):
                 topic="checked",
                 warn=True,
             )
-        if self._closing is not None:
-            spent, elapsed = self._budget.spent, self._elapsed()
-            self._say(f"merges took {spent:.1f} s, {spent / elapsed:.1%} of the run\n{self._closing}", topic="closing")
         self._close(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -460,28 +481,17 @@ class MergeCallback(Callback):
         self._learn(trainer, live)
         logged = self._predicted(trainer, live)
         if self.max_overhead is not None:
-            logged[f"merge{self._label()}/num_skipped"] = LoggedValue(torch.tensor(float(self._budget.num_skipped)))
-        if (evaluation := self._evaluation) is None:
-            return logged
-        step = logged_step(trainer, live)
-        live = evaluation.live or live
-        in_bar = next((metric for metric, value in live.items() if value.prog_bar), None)
-        for name, values in evaluation.merged.items():
-            label = self._label(name)
-            for metric, merged in values.items():
-                is_better_higher = self._is_higher_better(metric, merged)
-                logged[f"merged{label}/{metric}"] = replace(
-                    merged, prog_bar=name == self._primary and metric == in_bar, higher_is_better=is_better_higher
-                )
-                if metric in live:
-                    better = gain(live[metric].value, merged.value, is_better_higher)
-                    logged[f"merge_gain{label}/{metric}"] = LoggedValue(better, logger=merged.logger)
-        device = trainer.lightning_module.device
-        for key, number in evaluation.diagnostics.items():
-            logged[f"merge{self._label()}/{key}"] = LoggedValue(torch.tensor(number, device=device))
-        if trainer.is_global_zero:
-            self._show(trainer, live, logged, step)
-        return logged
+            logged[self._name("merge", "num_skipped")] = LoggedValue(torch.tensor(float(self._budget.num_skipped)))
+        if (evaluation := self._evaluation) is not None:
+            step = logged_step(trainer, live)
+            live = evaluation.live or live
+            logged |= self._merged(evaluation, live)
+            device = trainer.lightning_module.device
+            for key, diagnostic in evaluation.diagnostics.items():
+                logged[self._name("merge", key)] = LoggedValue(torch.tensor(diagnostic, device=device))
+            if trainer.is_global_zero:
+                self._show(trainer, evaluation, live, logged, step)
+        return {str(name): value for name, value in logged.items()}
 
     # How it does it.
 
@@ -565,32 +575,47 @@ class MergeCallback(Callback):
         spread = self._capture.spread(coefficients, row)
         return {"num_snapshots": float(len(used)), "span_steps": float(used[-1] - used[0]), "spread": spread}
 
+    def _merged(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue]) -> dict[LoggedName, LoggedValue]:
+        """Merged values and gains."""
+        logged = {}
+        in_bar = next((metric for metric, value in live.items() if value.prog_bar), None)
+        for name, values in evaluation.merged.items():
+            for metric, merged in values.items():
+                is_better_higher = self._is_higher_better(metric, merged)
+                logged[self._name("merged", metric, name)] = replace(
+                    merged, prog_bar=name == self._primary and metric == in_bar, higher_is_better=is_better_higher
+                )
+                if metric in live:
+                    better = gain(live[metric].value, merged.value, is_better_higher)
+                    logged[self._name("merge_gain", metric, name)] = LoggedValue(better, logger=merged.logger)
+        return logged
+
     def _show(
-        self, trainer: Trainer, live: Mapping[str, LoggedValue], logged: Mapping[str, LoggedValue], step: int
+        self,
+        trainer: Trainer,
+        evaluation: _Evaluation,
+        live: Mapping[str, LoggedValue],
+        logged: Mapping[LoggedName, LoggedValue],
+        step: int,
     ) -> None:
         """Brings dashboards, and what is said at the end, up to date; on one rank."""
-        assert self._evaluation is not None
         began = time.perf_counter()
-        coefficients = self._evaluation.coefficients
-        self._dashboards.show(trainer.loggers, logged, step, coefficients.get(self._primary))
-        self._closing = ClosingTable(
-            f"MergeCallback({self.name!r}) at step {self._step}",
-            {name: float(value.value) for name, value in live.items()},
-            {name: float(value.value) for name, value in logged.items()},
-            {self._label(name): f"{name}: {self._window(name, each)}" for name, each in coefficients.items()},
-        )
+        self._dashboards.show(trainer.loggers, logged, step, evaluation.coefficients.get(self._primary))
+        merges = {}
+        for name, coefficients in evaluation.coefficients.items():
+            merge = self._merge(name)
+            span_steps = merge.span_steps(self._step) if is_average(merge) else 0.0
+            merges[self._label(name)] = MergeNow(name, coefficients, span_steps)
+        self._closing = self._dashboards.closing_table(self._step, live, logged, merges)
         self._budget.spend(time.perf_counter() - began)
-
-    def _window(self, name: str, coefficients: Mapping[int, float]) -> str:
-        """What a merge was made of, in words."""
-        if is_average(merge := self._merge(name)):
-            return f"every step, {merge.span_steps(self._step):.0f} count"
-        used = [step for step, value in coefficients.items() if value != 0]
-        return f"{len(used)} snapshots, {used[-1] - used[0]} steps"
 
     def _close(self, trainer: Trainer) -> None:
         stop_observing_validations(trainer, self)
         self._dashboards.close()
+        if self._closing:
+            spent, elapsed = self._budget.spent, self._elapsed()
+            self._say(f"merges took {spent:.1f} s, {spent / elapsed:.1%} of the run\n{self._closing}", topic="closing")
+            self._closing = ""
 
     def _learn(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> None:
         """Remembers this validation, and what real anneals make of it, where merge and live model can be compared."""
@@ -603,22 +628,23 @@ class MergeCallback(Callback):
                 self._say(f"the records of anneals were left alone: {problem}", topic="records", warn=True)
             self._predictions = self._predict(self._anneals, self._evaluation.merged[self._primary])
 
-    def _predicted(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
+    def _predicted(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[LoggedName, LoggedValue]:
         """What to log of the predictions; at the end of a decay, also how wrong they were."""
-        logged: dict[str, LoggedValue] = {}
+        logged: dict[LoggedName, LoggedValue] = {}
         is_decaying = not self._capture.phase.is_stable
         if not is_decaying and (self._evaluation is None or not self._capture.is_comparable):
             return logged
         self._is_checked = is_decaying and is_last_validation(trainer)
         for metric, prediction in self._predictions.items():
-            numbers = {f"annealed{self._label()}/{metric}": prediction.value}
-            numbers[f"annealed{self._label()}/{metric}/low"] = prediction.low
-            numbers[f"annealed{self._label()}/{metric}/high"] = prediction.high
+            name = self._name("annealed", metric)
+            ends = zip(("", *BOUNDS), (prediction.value, prediction.low, prediction.high), strict=True)
+            numbers = {replace(name, end=end): value for end, value in ends}
             if self._is_checked and metric in live:
-                numbers[f"annealed_error{self._label()}/{metric}"] = prediction.value - float(live[metric].value)
-            logged |= {name: LoggedValue(torch.tensor(number)) for name, number in numbers.items()}
+                numbers[replace(name, kind="annealed_error")] = prediction.value - float(live[metric].value)
+            is_written = metric not in live or live[metric].logger
+            logged |= {n: LoggedValue(torch.tensor(value), logger=is_written) for n, value in numbers.items()}
         if self._predictions and self.calibration == PRIOR:
-            logged[f"merge{self._label()}/is_prior"] = LoggedValue(torch.tensor(1.0))
+            logged[self._name("merge", "is_prior")] = LoggedValue(torch.tensor(1.0))
         return logged
 
     def _predict(self, anneals: AnnealCalibration, merged: Mapping[str, LoggedValue]) -> dict[str, Prediction]:
@@ -629,7 +655,7 @@ class MergeCallback(Callback):
                 continue
             if (basis := anneals.basis(self._history, metric)) is not None:
                 predictions[metric] = basis.predict(self._history[-1], metric)
-                self._say(f"annealed{self._label()}/{metric} predicts {basis}", topic=f"annealed {metric}")
+                self._say(f"{self._name('annealed', metric)} predicts {basis}", topic=f"annealed {metric}")
         if not predictions:
             self._say(f"uncalibrated: {self.calibration} holds too few anneals to predict one", topic="uncalibrated")
         return predictions
@@ -655,6 +681,9 @@ class MergeCallback(Callback):
         """What is added to logged names: the callback's name unless it is the default, the merge's unless primary."""
         parts = [self.name if self.name != "merge" else None, merge if merge != self._primary else None]
         return "".join(f"_{safe_name(part)}" for part in parts if part)
+
+    def _name(self, kind: str, metric: str, merge: str | None = None) -> LoggedName:
+        return LoggedName(kind, self._label(merge or self._primary), metric)
 
     @contextmanager
     def _swapped_in(self, module: torch.nn.Module, row: list[Tensor], buffers: dict[str, Tensor]) -> Iterator[None]:

@@ -189,6 +189,13 @@ class SnapshotCapture:
         if self._host_shadows is not None:
             self._host_shadows.finish()
 
+    def forget_since(self, step: int) -> None:
+        """Drops the snapshots of that step and of later ones; averages, which know them all, begin anew."""
+        if self.ring is not None:
+            self.ring.drop([taken for taken in self.ring.steps if taken >= step])
+        for shadow in self.shadows.values():
+            shadow.clear()
+
     def after_step(self, module: nn.Module, step: int, used: Sequence[float], following: Sequence[float]) -> bool:
         """Takes note of an optimizer step, and a snapshot where one is due; returns whether one was taken.
 

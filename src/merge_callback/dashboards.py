@@ -1,4 +1,4 @@
-"""What loggers and the terminal are shown beyond plain metrics: logged names and values in, charts and a table out.
+"""What loggers and the terminal are shown beyond plain metrics: logged values in, charts and a closing table out.
 
 TensorBoard gives a run one colour, so live and merged values of one run look alike there. They are therefore written
 once more as runs of their own below the log folder, ``merged`` and ``annealed``, under the live metric's name: one
@@ -9,94 +9,109 @@ which value of a metric is its best. Other loggers need nothing but the metrics,
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from merge_callback.evaluate import LoggedValue
-from merge_callback.tables import NOTHING, text_table
+from merge_callback.tables import NOTHING, number, text_table
 
-# Ends of an interval; drawn with the prediction they belong to.
-_BOUNDS = ("/low", "/high")
+# Ends of a prediction's interval.
+BOUNDS = ("/low", "/high")
+# Everything that is logged of a merge itself.
+DIAGNOSTICS = ("num_snapshots", "span_steps", "spread", "seconds", "num_skipped")
 
 
 @dataclass(frozen=True)
-class _Name:
-    """A logged name taken apart: ``merge_gain_late/val_loss`` is a ``merge_gain`` of ``_late`` and ``val_loss``."""
+class LoggedName:
+    """The name of something that the callback logs.
+
+    Args:
+        kind: ``"merged"``, ``"merge_gain"``, ``"annealed"``, ``"annealed_error"``, or ``"merge"`` for a diagnostic.
+        label: Tells callbacks and further merges apart; begins with ``_``, or is empty.
+        metric: The live metric, or the diagnostic.
+        end: Of a prediction's interval, one of ``BOUNDS``.
+
+    Examples:
+        >>> str(LoggedName("merge_gain", "_late", "val_loss"))
+        'merge_gain_late/val_loss'
+    """
 
     kind: str
     label: str
     metric: str
+    end: str = ""
 
-    @classmethod
-    def of(cls, name: str) -> "_Name":
-        prefix, _, metric = name.partition("/")
-        # The longer ones first: a gain is no diagnostic, and the error of a prediction is none itself.
-        kinds = ("merge_gain", "merged", "merge", "annealed_error", "annealed")
-        kind = next(kind for kind in kinds if prefix == kind or prefix.startswith(f"{kind}_"))
-        return cls(kind, prefix.removeprefix(kind), metric)
-
-    @property
-    def run(self) -> str | None:
-        """The run of TensorBoard's that shows it beside the live metric."""
-        is_shown = self.kind in ("merged", "annealed") and not self.metric.endswith(_BOUNDS)
-        return f"{self.kind}{self.label}" if is_shown else None
-
-    @property
-    def tail(self) -> str:
-        """What names of other kinds have in common with this one."""
-        return f"{self.label}/{self.metric}"
-
-    @property
-    def is_predicted(self) -> bool:
-        return self.kind == "annealed"
+    def __str__(self) -> str:
+        return f"{self.kind}{self.label}/{self.metric}{self.end}"
 
 
-def scalar_layout(names: Iterable[str], title: str = "") -> dict[str, dict[str, list[Any]]]:
+@dataclass(frozen=True)
+class MergeNow:
+    """A merge as it was at a validation.
+
+    Args:
+        name: Its name.
+        coefficients: By snapshot step; none of an average over every step.
+        span_steps: Steps that the average counts, if it is one.
+    """
+
+    name: str
+    coefficients: Mapping[int, float]
+    span_steps: float = 0.0
+
+    def __str__(self) -> str:
+        used = [step for step, value in self.coefficients.items() if value != 0]
+        if not used:
+            return f"{self.name}: every step, {self.span_steps:.0f} count"
+        return f"{self.name}: {len(used)} snapshots, {used[-1] - used[0]} steps"
+
+
+def scalar_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str, list[Any]]]:
     """TensorBoard's layout of custom scalars: category -> chart -> kind of chart and patterns of tags.
 
     Args:
-        names: Everything that the callback logs.
-        title: Added to the categories, to tell two callbacks apart.
+        metrics: Live metrics that have merged values.
+        label: Of the callback.
 
     Examples:
-        >>> scalar_layout(["merged/loss", "merged_late/loss"])
-        {'Live, merged, annealed': {'loss': ['Multiline', ['^loss$']]}}
+        >>> scalar_layout(["loss"])["Live, merged, annealed"]
+        {'loss': ['Multiline', ['^loss$']]}
     """
-    by_kind: dict[str, dict[str, list[str]]] = {"merged": {}, "merge_gain": {}, "annealed": {}, "merge": {}}
-    for name in names:
-        of_kind = by_kind.get((parts := _Name.of(name)).kind)
-        if of_kind is not None and not parts.metric.endswith(_BOUNDS):
-            of_kind.setdefault(parts.metric, []).append(name)
-
-    def lines(metrics: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
-        return {metric: ["Multiline", list(map(_pattern, tags))] for metric, tags in metrics.items()}
-
-    layout = {
+    metrics = list(metrics)
+    return {
         # Every run has the live metric's name: the live one, the merged one, the annealed one.
-        "Live, merged, annealed": {metric: ["Multiline", [_pattern(metric)]] for metric in by_kind["merged"]},
-        "Predicted, with interval": {
-            # Of these charts TensorBoard takes names, no patterns.
-            metric: ["Margin", [tag + bound for bound in ("", *_BOUNDS)]]
-            for metric, (tag, *_) in by_kind["annealed"].items()
+        f"Live, merged, annealed{label}": {metric: ["Multiline", [f"^{re.escape(metric)}$"]] for metric in metrics},
+        # Of all merges, also those that come later.
+        f"Gain of the merge{label}": {
+            metric: ["Multiline", [f"^merge_gain{label}(_[^/]*)?/{re.escape(metric)}$"]] for metric in metrics
         },
-        "Gain of the merge": lines(by_kind["merge_gain"]),
-        "Merge": lines(by_kind["merge"]),
+        f"Merge{label}": {name: ["Multiline", [f"^merge{label}/{name}$"]] for name in DIAGNOSTICS},
     }
-    return {category + title: charts for category, charts in layout.items() if charts}
+
+
+def prediction_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str, list[Any]]]:
+    """The part of the layout that comes with the first predictions; of these charts TensorBoard takes no patterns."""
+    charts = {
+        metric: ["Margin", [str(LoggedName("annealed", label, metric, end)) for end in ("", *BOUNDS)]]
+        for metric in metrics
+    }
+    return {f"Predicted, with interval{label}": charts}
 
 
 class Dashboards:
-    """What a callback shows in a run's loggers; used on the rank that logs.
+    """What a callback shows in a run's loggers and at its end; used on the rank that logs.
 
     Args:
-        title: Tells two callbacks apart.
+        title: Of the closing table.
+        label: Of the callback, in logged names.
     """
 
-    def __init__(self, title: str = "") -> None:
+    def __init__(self, title: str, label: str = "") -> None:
         self.title = title
+        self.label = label
         self._begin()
 
     def _begin(self) -> None:
@@ -114,7 +129,7 @@ class Dashboards:
     def show(
         self,
         loggers: Iterable[Any],
-        logged: Mapping[str, LoggedValue],
+        logged: Mapping[LoggedName, LoggedValue],
         step: int,
         coefficients: Mapping[int, float] | None = None,
     ) -> None:
@@ -144,17 +159,17 @@ class Dashboards:
             run.close()
         self._begin()
 
-    def _show_in_tensorboard(self, logger: Any, logged: Mapping[str, LoggedValue], step: int) -> None:
-        shown = [(parts, value) for name, value in logged.items() if (parts := _Name.of(name)).run is not None]
-        for parts, value in shown:
-            run = self._run(logger, f"{parts.kind}{parts.label}")
-            run.add_scalar(parts.metric, float(value.value), step)
-            # Predictions come later, and bring their own part of the layout.
-            if (part := (logger.log_dir, parts.kind)) not in self._laid_out:
+    def _show_in_tensorboard(self, logger: Any, logged: Mapping[LoggedName, LoggedValue], step: int) -> None:
+        layouts = {"merged": scalar_layout, "annealed": prediction_layout}
+        for name, value in logged.items():
+            if name.kind not in layouts or name.end:
+                continue
+            run = self._run(logger, f"{name.kind}{name.label}")
+            run.add_scalar(name.metric, float(value.value), step)
+            if (part := (logger.log_dir, name.kind)) not in self._laid_out:
                 self._laid_out.add(part)
-                run.add_custom_scalars(
-                    scalar_layout([n for n in logged if _Name.of(n).is_predicted == parts.is_predicted], self.title)
-                )
+                metrics = dict.fromkeys(each.metric for each in logged if each.kind == name.kind)
+                run.add_custom_scalars(layouts[name.kind](metrics, self.label))
         for run in self._runs.values():
             run.flush()
 
@@ -176,56 +191,49 @@ class Dashboards:
                 )
             self._is_without_figures = True
             return
-        logger.experiment.add_image(
-            f"merge{self.title}/coefficients", pixels(plot_merge(coefficients)), step, dataformats="HWC"
-        )
+        image = pixels(plot_merge(coefficients))
+        logger.experiment.add_image(f"merge{self.label}/coefficients", image, step, dataformats="HWC")
 
-    def _define_in_wandb(self, logger: Any, logged: Mapping[str, LoggedValue]) -> None:
+    def _define_in_wandb(self, logger: Any, logged: Mapping[LoggedName, LoggedValue]) -> None:
         for name, value in logged.items():
-            parts = _Name.of(name)
-            if name in self._defined or parts.kind not in ("merged", "merge_gain"):
+            if str(name) in self._defined or name.kind not in ("merged", "merge_gain"):
                 continue
-            self._defined.add(name)
-            is_higher_better = parts.kind == "merge_gain" or value.higher_is_better
-            best = "max" if is_higher_better else "min"
-            # By its whole name: a pattern would compete with the one that Lightning defines for all metrics.
-            logger.experiment.define_metric(name, step_metric="trainer/global_step", summary=f"{best},last")
+            self._defined.add(str(name))
+            best = "max" if name.kind == "merge_gain" or value.higher_is_better else "min"
+            # By its whole name: a pattern would compete with the one that Lightning defines for all metrics. A dot
+            # would be taken for the way into an entry.
+            whole = str(name).replace(".", r"\.")
+            logger.experiment.define_metric(whole, step_metric="trainer/global_step", summary=f"{best},last")
 
+    def closing_table(
+        self,
+        step: int,
+        live: Mapping[str, LoggedValue],
+        logged: Mapping[LoggedName, LoggedValue],
+        merges: Mapping[str, MergeNow],
+    ) -> str:
+        """Live and merged values, gains and predictions of a validation as a table of text that fits 80 columns.
 
-@dataclass(frozen=True)
-class ClosingTable:
-    """Live and merged values, gains and predictions of the last validation; as a string, a table that fits 80 columns.
-
-    Args:
-        title: Stands above it.
-        live: Metric -> live value.
-        logged: What the callback logged there.
-        merges: Label in logged names -> the merge in words.
-    """
-
-    title: str
-    live: Mapping[str, float]
-    logged: Mapping[str, float]
-    merges: Mapping[str, str]
-
-    def __str__(self) -> str:
+        Args:
+            step: Optimizer steps then.
+            live: Metric -> live value, on the batches that the merges were evaluated on.
+            logged: What the callback logged there.
+            merges: By label.
+        """
         rows = []
-        for name, merged in self.logged.items():
-            parts = _Name.of(name)
-            gain = self.logged.get(f"merge_gain{parts.tail}")
-            if parts.kind == "merged" and gain is not None:
-                numbers = [f"{self.live[parts.metric]:.4f}", f"{merged:.4f}", f"{gain:+.4f}"]
-                rows.append([parts.metric, self.merges[parts.label], *numbers, self._predicted(parts.tail)])
+        for name, merged in logged.items():
+            gain = logged.get(LoggedName("merge_gain", name.label, name.metric))
+            if name.kind == "merged" and gain is not None:
+                numbers = [number(value.value) for value in (live[name.metric], merged)]
+                numbers += [number(gain.value, "+"), _predicted(logged, name)]
+                rows.append([name.metric, str(merges[name.label]), *numbers])
         header = ["metric", "merge", "live", "merged", "gain", "predicted"]
-        return text_table(header, rows, title=self.title, num_left=2)
-
-    def _predicted(self, tail: str) -> str:
-        if (value := self.logged.get(f"annealed{tail}")) is None:
-            return NOTHING
-        half = max(abs(self.logged[f"annealed{tail}{end}"] - value) for end in _BOUNDS)
-        return f"{value:.4f} ± {half:.4f}"
+        return text_table(header, rows, title=f"{self.title} at step {step}", num_left=2)
 
 
-def _pattern(tag: str) -> str:
-    # TensorBoard anchors patterns at the start only.
-    return f"^{re.escape(tag)}$"
+def _predicted(logged: Mapping[LoggedName, LoggedValue], name: LoggedName) -> str:
+    ends = [logged.get(LoggedName("annealed", name.label, name.metric, end)) for end in ("", *BOUNDS)]
+    found = [float(end.value) for end in ends if end is not None]
+    if len(found) < len(ends):
+        return NOTHING
+    return f"{number(found[0])} ± {number(max(abs(end - found[0]) for end in found))}"

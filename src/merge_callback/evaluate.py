@@ -130,8 +130,13 @@ class _ObservedRun:
         results = self.trainer.fit_loop.epoch_loop.val_loop._results
         logged = _epoch_values(results, self.trainer.callback_metrics)
         live = {name: value for name, value in logged.items() if name not in self.published}
+        now: set[str] = set()
         for observer in self.observers:
             for name, value in observer.after_validation(self.trainer, live).items():
+                if name in now or name in live:
+                    # Lightning would log the mean of both.
+                    raise ValueError(f"{name} is logged twice; give the callback, or its merge, another name")
+                now.add(name)
                 self.published.add(name)
                 # Not through `self.log`, which refuses the names of values that belong to one of several loaders. The
                 # values are reduced over ranks already: asking for a reduction that does nothing keeps them so.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_callback.prediction import Prediction
+from merge_callback.tables import NOTHING, number
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ def validation_cells(validation: Validation) -> list[str]:
     """A row of a table under `VALIDATION_HEADER`; what was not evaluated is left open."""
     predicted = validation.predicted.value if validation.predicted is not None else None
     values = [validation.live, validation.merged, validation.gain, predicted]
-    formats = ["{:.4f}", "{:.4f}", "{:+.4f}", "{:.4f}"]
-    cells = ["-" if value is None else form.format(value) for form, value in zip(formats, values, strict=True)]
+    cells = [
+        NOTHING if value is None else number(value, sign) for value, sign in zip(values, ["", "", "+", ""], strict=True)
+    ]
     return [str(validation.step), *cells]
 
 

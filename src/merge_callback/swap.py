@@ -67,6 +67,31 @@ def swapped_weights(
             _swaps.pop()
 
 
+@torch.no_grad()
+def overwrite_(live: Mapping[str, Tensor], values: Mapping[str, Tensor], before: Callable[[], None] = _nothing) -> None:
+    """Copies values into live tensors, for good: for what acts on training, which goes on from them.
+
+    Args:
+        live: Name -> parameter or buffer of the live model.
+        values: Name -> tensor of the same shape, for every name in ``live``; of shards, this process's own.
+        before: As for `swapped_weights`.
+
+    Raises:
+        ValueError: If a tensor is missing or has another shape; nothing was written then.
+    """
+    before()
+    pairs = []
+    for name, tensor in live.items():
+        if name not in values:
+            raise ValueError(f"no tensor to put in the place of {name}")
+        own = local(tensor)
+        if own.shape != values[name].shape:
+            raise ValueError(_misfit(name, own, values[name]))
+        pairs.append((own, values[name]))
+    for own, value in pairs:
+        own.copy_(value)
+
+
 @contextmanager
 def live_weights() -> Iterator[None]:
     """Inside the context all that `swapped_weights` holds swapped has its live values; afterwards the others again.

@@ -6,13 +6,27 @@ does not ask for that.
 
 from collections.abc import Sequence
 from io import StringIO
+from typing import SupportsFloat
 
 # What stands in a cell that has nothing to show.
 NOTHING = "-"
+# Of a terminal that nobody has widened.
+WIDTH = 80
+
+
+def number(value: SupportsFloat, sign: str = "") -> str:
+    """Four digits after the point, or three that count where there would be nothing but zeros.
+
+    Examples:
+        >>> number(1.5), number(-0.25, "+"), number(0.0000123)
+        ('1.5000', '-0.2500', '1.23e-05')
+    """
+    value = float(value)
+    return f"{value:{sign}.3g}" if 0 < abs(value) < 1e-3 else f"{value:{sign}.4f}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str, num_left: int = 1) -> str:
-    """A table that fits 80 columns as far as its contents can be folded.
+    """A table that fits 80 columns as far as its contents can be folded; nothing is cut.
 
     Args:
         header: Names of the columns. A column in which every cell is ``"-"`` is left out.
@@ -26,17 +40,22 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: s
     num_left = sum(place < num_left for place in shown)
     try:
         from rich.console import Console
+        from rich.measure import Measurement
         from rich.table import Table
+        from rich.text import Text
     except ModuleNotFoundError:
         return _aligned([header, *rows], title, num_left)
-    table = Table(title=title)
+    # Nothing that a user has named is taken for markup.
+    table = Table(title=Text(title))
     for place, name in enumerate(header):
         is_number = place >= num_left
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
+        table.add_column(Text(name), justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     with StringIO() as text:
-        Console(file=text, width=80).print(table, markup=False)
+        console = Console(file=text, width=WIDTH)
+        needed = Measurement.get(console, console.options.update(width=10 * WIDTH), table).minimum
+        Console(file=text, width=max(WIDTH, needed)).print(table)
         return text.getvalue()
 
 

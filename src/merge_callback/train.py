@@ -16,7 +16,7 @@ import hydra
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from merge_callback.anneal import AnnealBranch
 
@@ -91,7 +91,9 @@ def main(config: DictConfig) -> None:
 
 
 def _instantiated(entries: DictConfig | None) -> list[Any]:
-    return [instantiate(entry) for entry in (entries or {}).values() if entry and "_target_" in entry]
+    return [
+        instantiate(entry) for entry in (entries or {}).values() if OmegaConf.is_dict(entry) and "_target_" in entry
+    ]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""A progress bar that fits 80 columns."""
+"""A progress bar whose line fits 80 columns."""
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class LiveAndMergedBar(TQDMProgressBar):
-    """Shows one metric, live and merged, under short names."""
+    """Shows one metric, live and merged, under short names, and nothing else, so that the line fits 80 columns.
+
+    Args:
+        metric: Name of a metric that the validation shows in progress bars (``prog_bar=True``).
+        refresh_rate: Batches between two updates of the bar.
+    """
 
     def __init__(self, metric: str, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate)

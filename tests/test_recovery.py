@@ -1,0 +1,238 @@
+"""After a spike the run goes on from a merge of snapshots from before it; a healthy run is left alone, to the bit."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from merge_callback import Ema, MergeCallback, SpikeDetector, SpikeRecovery
+from tests import reference
+from tests.toys import ResumableBatches, Toy, Tracker, assert_same_training, fit, lightning, make, same
+
+# It says what it does, and a test that expects an action expects that.
+pytestmark = pytest.mark.filterwarnings("default:SpikeRecovery:UserWarning")
+
+
+class Accident(Callback):
+    """Something goes wrong in the middle of a training batch."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            if self.what == "weights":
+                with torch.no_grad():
+                    pl_module.out.weight.mul_(50)
+            elif self.what == "batch":
+                batch[0][0, 0] = math.nan
+            elif self.what == "gradient":
+                handle = pl_module.out.weight.register_hook(lambda gradient: gradient * math.inf)
+                self.handle = handle
+
+    def on_train_batch_end(self, trainer, pl_module, *arguments):
+        if hasattr(self, "handle"):
+            self.handle.remove()
+            del self.handle
+
+
+def slow():
+    """A toy whose loss is the same all along, but for noise."""
+    return make(Toy, learning_rate=1e-4)
+
+
+def recovering(**options):
+    merge = MergeCallback(5, 6)
+    detector = SpikeDetector(patience=2, window=20)
+    return merge, SpikeRecovery(merge, detector=detector, **options)
+
+
+@pytest.mark.usefixtures("both_lightnings")
+@pytest.mark.parametrize("what", ["weights", "batch", "gradient"])
+def test_a_run_goes_on_from_the_merge_of_snapshots_from_before_an_accident(tmp_path, what):
+    tracker = Tracker()
+    merge, recovery = recovering()
+    run = fit(slow(), tmp_path, merge, recovery, tracker, Accident(32, what), max_steps=60)
+    (acted,) = recovery.recoveries
+    assert 33 <= acted <= 36
+    # The merge was made of the snapshots of these steps; the tracker saw it written at the step of the recovery.
+    expected = reference.merge([tracker.parameters[step] for step in (20, 25, 30)], [1 / 3] * 3)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tracker.parameters[acted][name].double(), tensor, rtol=1e-6, atol=1e-7)
+    assert torch.equal(tracker.buffers[acted]["norm.running_mean"], tracker.buffers[30]["norm.running_mean"])
+    assert all(tensor.isfinite().all() for tensor in run.module.state_dict().values() if tensor.ndim)
+    # Nothing of the accident is in the window.
+    assert not [step for step in merge.snapshot_steps if 32 < step < acted]
+    assert merge.snapshot_steps[-1] == 60
+    assert [step for step, _ in run.logged("recovery/num_recoveries")] == [acted - 1]
+
+
+def test_without_it_the_same_accident_leaves_nan_for_good(tmp_path):
+    with pytest.warns(UserWarning, match="holds NaN or inf"):
+        run = fit(slow(), tmp_path, MergeCallback(5, 6), Accident(32, "batch"), max_steps=60)
+    assert run.module.out.weight.isnan().any()
+
+
+def test_a_healthy_run_is_bit_identical_with_and_without_it(tmp_path):
+    merge, recovery = recovering(rate_factor=0.5, rate_steps=5)
+    bare = fit(slow(), tmp_path / "bare", max_steps=60)
+    watched = fit(slow(), tmp_path / "watched", merge, recovery, max_steps=60)
+    assert recovery.recoveries == []
+    assert_same_training(bare, watched)
+
+
+@pytest.mark.parametrize("state", ["reset", "keep"])
+def test_optimizers_begin_anew_or_keep_their_states(tmp_path, state):
+    class Steps(Callback):
+        def __init__(self):
+            self.counts = {}
+
+        def on_train_batch_end(self, trainer, pl_module, *arguments):
+            states = list(trainer.optimizers[0].state.values())
+            self.counts[trainer.global_step] = int(states[0]["step"]) if states else 0
+
+    merge, recovery = recovering(optimizer_state=state)
+    steps = Steps()
+    fit(slow(), tmp_path, merge, recovery, steps, Accident(32, "weights"), max_steps=50)
+    (acted,) = recovery.recoveries
+    assert steps.counts[acted] == (0 if state == "reset" else acted)
+    assert steps.counts[50] == (50 - acted if state == "reset" else 50)
+
+
+def test_states_with_nan_are_reset_also_where_they_should_be_kept(tmp_path, recwarn):
+    merge, recovery = recovering(optimizer_state="keep")
+    run = fit(slow(), tmp_path, merge, recovery, Accident(32, "batch"), max_steps=50)
+    assert any("optimizer states begin anew" in str(warning.message) for warning in recwarn)
+    assert all(state["exp_avg"].isfinite().all() for state in run.trainer.optimizers[0].state.values())
+
+
+def test_rates_are_lowered_for_some_steps_and_the_schedulers_own_again(tmp_path):
+    class Rates(Callback):
+        def __init__(self):
+            self.used = {}
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            step = trainer.global_step
+            optimizer.register_step_pre_hook(lambda opt, *_: self.used.update({step: opt.param_groups[0]["lr"]}))
+
+    merge, recovery = recovering(rate_factor=0.25, rate_steps=8)
+    rates = Rates()
+    # Hooks run in the order in which they were registered; a new one at each step stands behind that of the recovery.
+    fit(slow(), tmp_path, merge, recovery, rates, Accident(32, "weights"), max_steps=60)
+    (acted,) = recovery.recoveries
+    lowered = sorted(step for step, rate in rates.used.items() if rate == pytest.approx(0.25e-4))
+    assert lowered == list(range(acted, acted + 8))
+    assert all(rate == pytest.approx(1e-4) for step, rate in rates.used.items() if step not in lowered)
+
+
+def test_the_run_is_saved_as_it_was_before_the_recovery(tmp_path):
+    merge, recovery = recovering(folder=tmp_path / "saved")
+    fit(slow(), tmp_path, merge, recovery, Accident(32, "weights"), max_steps=50)
+    (acted,) = recovery.recoveries
+    saved = torch.load(tmp_path / "saved" / f"before-recovery-{acted}.ckpt", weights_only=True)
+    # A weight fifty times as large is still there, and so are its optimizer's states.
+    assert saved["state_dict"]["out.weight"].abs().max() > 5
+    assert saved["optimizer_states"][0]["state"]
+
+
+def test_the_next_recoveries_reach_further_back_and_the_last_one_too_many_ends_the_run(tmp_path, recwarn):
+    class Accidents(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step in (40, 43, 46):
+                batch[0][0, 0] = math.nan
+
+    merge = MergeCallback(5, 8)
+    recovery = SpikeRecovery(merge, max_recoveries=2, num_snapshots=3)
+    with pytest.raises(RuntimeError, match=r"at step 47 the loss is nan.*recovered 2 times already, which is the most"):
+        fit(slow(), tmp_path, merge, recovery, Accidents(), max_steps=60)
+    assert recovery.recoveries == [41, 44]
+    said = [str(warning.message) for warning in recwarn if "Back to the merge" in str(warning.message)]
+    assert "Back to the merge of steps [30, 35, 40]" in said[0]
+    assert "Back to the merge of steps [15, 20, 25]" in said[1]
+
+
+def test_a_spike_before_the_first_snapshot_ends_the_run_with_what_is_missing(tmp_path):
+    merge = MergeCallback(5, 6, start=1000)
+    with pytest.raises(RuntimeError, match="there is no snapshot from before to go back to"):
+        fit(slow(), tmp_path, merge, SpikeRecovery(merge), Accident(3, "batch"))
+
+
+def test_averages_over_every_step_begin_anew_after_a_recovery(tmp_path):
+    merge = MergeCallback(5, 6, merges={"sma": "sma", "ema": Ema(half_life_steps=50)})
+    recovery = SpikeRecovery(merge, detector=SpikeDetector(patience=2, window=20))
+    fit(slow(), tmp_path, merge, recovery, Accident(32, "weights"), max_steps=60)
+    # Fifty times the weight would still be felt half as much fifty steps later.
+    assert merge.merged_state_dict("ema")["out.weight"].abs().max() < 2
+
+
+def test_a_run_that_is_interrupted_after_a_recovery_ends_as_the_one_that_was_not(tmp_path):
+    def run(folder, ckpt_path=None):
+        merge, recovery = recovering(rate_factor=0.5, rate_steps=20)
+        checkpoints = ModelCheckpoint(folder / "kept", "{step}", every_n_train_steps=1, save_top_k=-1)
+        result = fit(
+            slow(),
+            folder,
+            merge,
+            recovery,
+            Accident(22, "weights"),
+            checkpoints,
+            max_steps=50,
+            train=ResumableBatches(),
+            ckpt_path=ckpt_path,
+            enable_checkpointing=True,
+        )
+        return result, merge, recovery
+
+    whole, merge, recovery = run(tmp_path / "whole")
+    (acted,) = recovery.recoveries
+    for step in (acted - 1, acted, acted + 7):
+        again, merge_again, recovery_again = run(
+            tmp_path / f"from {step}", str(tmp_path / "whole" / "kept" / f"step={step}.ckpt")
+        )
+        assert recovery_again.recoveries == [acted]
+        assert same(again.module.state_dict(), whole.module.state_dict())
+        assert same(merge_again.merged_state_dict(), merge.merged_state_dict())
+        states = [each.trainer.optimizers[0].state_dict() for each in (again, whole)]
+        assert same(*states)
+
+
+def test_it_has_to_stand_behind_its_callback(tmp_path):
+    merge, recovery = recovering()
+    for callbacks in ([recovery, merge], [recovery]):
+        with pytest.raises(ValueError, match="behind the MergeCallback it was given"):
+            fit(slow(), tmp_path, *callbacks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_snapshots": 0}, ValueError, "num_snapshots must be >= 1, got 0"),
+        ({"optimizer_state": "lose"}, ValueError, "optimizer_state must be 'reset' or 'keep', got 'lose'"),
+        ({"rate_factor": 2.0, "rate_steps": 1}, ValueError, r"rate_factor must lie in \(0, 1\], got 2.0"),
+        ({"rate_factor": 0.5}, ValueError, "rate_factor and rate_steps go together, got 0.5 and 0"),
+        ({"merge_callback": None}, TypeError, "merge_callback must be a MergeCallback, got None"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SpikeRecovery(**({"merge_callback": MergeCallback()} | arguments))
+
+
+def test_a_module_that_returns_no_loss_is_named(tmp_path):
+    class Manual(Toy):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+    merge, recovery = recovering()
+    with pytest.raises(ValueError, match="needs the loss that training_step returns"):
+        fit(make(Manual), tmp_path, merge, recovery)
+    assert lightning() is not None
