@@ -40,7 +40,7 @@ class SpikeRecovery(Callback):
         merge_callback: Whose snapshots; it stands in the Trainer's callbacks before this one.
         detector: Decides what a spike is.
         num_snapshots: How many are merged.
-        optimizer_state: ``"reset"`` or ``"keep"``. After NaN or infinity in a state it is reset all the same.
+        optimizer_state: ``"reset"`` or ``"keep"``. Gradients that are NaN or infinite do not get into it.
         rate_factor: What learning rates are multiplied by after a recovery, in (0, 1].
         rate_steps: For how many optimizer steps.
         max_recoveries: After so many the next spike ends the run with an error.
@@ -211,8 +211,7 @@ class SpikeRecovery(Callback):
             raise RuntimeError(f"{what}, and there is no snapshot from before to go back to")
         coefficients = dict(zip(merged, sma(merged), strict=True))
         self.merge_callback.put_into(pl_module, coefficients, self._buffers.get(merged[-1], {}))
-        is_reset = self.optimizer_state == "reset" or not _is_finite(trainer.optimizers)
-        if is_reset:
+        if self.optimizer_state == "reset":
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
         self.recoveries.append(self._step)
@@ -221,7 +220,7 @@ class SpikeRecovery(Callback):
         self._rates_until = self._step + self.rate_steps
         self._restore_rates()
         self._lower_rates(trainer)
-        state = "begin anew" if is_reset else "stay as they are"
+        state = "begin anew" if self.optimizer_state == "reset" else "stay as they are"
         rates = f"; rates are {self.rate_factor} of theirs for {self.rate_steps} steps" if self.rate_steps else ""
         rank_zero_warn(f"{what}. Back to the merge of steps {merged}; optimizer states {state}{rates}")
         pl_module.log("recovery/num_recoveries", float(len(self.recoveries)), on_step=True, on_epoch=False)
@@ -241,14 +240,3 @@ class SpikeRecovery(Callback):
         if self._overlay is not None:
             self._overlay.remove()
             self._overlay = None
-
-
-def _is_finite(optimizers: list[Any]) -> bool:
-    tensors = [
-        value
-        for optimizer in optimizers
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    ]
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
