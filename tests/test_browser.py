@@ -6,6 +6,7 @@ Needs Debian's chromium; `.ci/run` installs it.
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,11 +135,19 @@ def test_mlflow_shows_merged_values_and_gains_beside_the_live_ones(tmp_path):
         screenshot(page, "mlflow")
 
 
+def reported_run(folder):
+    """A run's folder: its metrics, and the records of its anneals."""
+    records = Path(__file__).parents[1] / "benchmarks" / "records" / "annealing" / "seed0" / "anneals.jsonl"
+    shutil.copy(records, folder / "anneals.jsonl")
+    rows = [f"{step - 1},{3 - step / 1000},{2.9 - step / 1000},0.1" for step in range(100, 2001, 100)]
+    (folder / "metrics.csv").write_text("\n".join(["step,val_loss,merged/val_loss,merge_gain/val_loss", *rows, ""]))
+    return folder
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_report_is_readable_on_a_phone_in_light_and_dark_and_asks_for_nothing(tmp_path, scheme):
-    records = Path(__file__).parents[1] / "benchmarks" / "records" / "annealing" / "seed0" / "anneals.jsonl"
     report = tmp_path / "report.html"
-    main([str(records), "--output", str(report)])
+    main([str(reported_run(tmp_path)), "--output", str(report)])
     phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "color_scheme": scheme}
     with browser.opened_page(**phone) as page:
         asked = []
@@ -147,7 +156,8 @@ def test_the_report_is_readable_on_a_phone_in_light_and_dark_and_asks_for_nothin
         assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()]
         expect(page.locator("h1")).to_have_text("Merges and anneals: val_loss")
         assert page.evaluate("document.documentElement.scrollWidth") == 390
-        assert page.locator("img").count() == 2
+        expect(page.locator("h2")).to_have_text(["How well anneals were predicted", "Every anneal", "Every validation"])
+        assert page.locator("img").count() == 3
         for image in page.locator("img").all():
             assert image.evaluate("image => image.complete && image.naturalWidth > 500 && image.clientWidth <= 390")
             # The variant for this scheme: its text is light on a dark page, and dark on a light one.

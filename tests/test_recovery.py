@@ -106,11 +106,11 @@ def test_optimizers_begin_anew_or_keep_their_states(tmp_path, state):
 
 
 def test_rates_are_lowered_for_some_steps_and_the_schedulers_own_again(tmp_path):
-    class Recording(torch.optim.SGD):
-        rates = []
+    rates = []
 
+    class Recording(torch.optim.SGD):
         def step(self, closure=None):
-            self.rates.append(self.param_groups[0]["lr"])
+            rates.append(self.param_groups[0]["lr"])
             return super().step(closure)
 
     class Recorded(Toy):
@@ -120,9 +120,9 @@ def test_rates_are_lowered_for_some_steps_and_the_schedulers_own_again(tmp_path)
     merge, recovery = recovering(rate_factor=0.25, rate_steps=8)
     fit(make(Recorded), tmp_path, merge, recovery, Accident(32, "weights"), max_steps=60)
     (acted,) = recovery.recoveries
-    lowered = [step for step, rate in enumerate(Recording.rates) if rate == pytest.approx(0.25e-4)]
+    lowered = [step for step, rate in enumerate(rates) if rate == pytest.approx(0.25e-4)]
     assert lowered == list(range(acted, acted + 8))
-    assert all(rate == 1e-4 for step, rate in enumerate(Recording.rates) if step not in lowered)
+    assert all(rate == 1e-4 for step, rate in enumerate(rates) if step not in lowered)
 
 
 def test_the_run_is_saved_as_it_was_before_the_recovery(tmp_path):
