@@ -165,8 +165,8 @@ FAULTS = [
     (
         "merged values take the live names",
         "callback.py",
-        '                logged[f"merged{label}/{metric}"] = replace',
-        "                logged[metric] = replace",
+        'logged[self._name("merged", metric, name)] = replace(',
+        "logged[metric] = replace(",
         "test_observer.py::test_training_is_bit_identical_with_and_without_the_callback",
     ),
     (
@@ -501,15 +501,15 @@ FAULTS = [
     (
         "the callback's layout of charts stands where the user's own does",
         "dashboards.py",
-        "                run.add_custom_scalars(\n",
-        "                logger.experiment.add_custom_scalars(\n",
+        "                run.add_custom_scalars(",
+        "                logger.experiment.add_custom_scalars(",
         "test_dashboards.py::test_the_layout_is_written_once_and_predictions_bring_their_own_part",
     ),
     (
         "charts with an interval are given patterns, and stay empty",
         "dashboards.py",
-        "[tag + bound for bound",
-        "[_pattern(tag + bound) for bound",
+        'str(LoggedName("annealed", label, metric, end)) for end',
+        'f"^{LoggedName("annealed", label, metric, end)}$" for end',
         "test_dashboards.py::test_the_layout_is_written_once_and_predictions_bring_their_own_part",
     ),
     (
@@ -522,8 +522,8 @@ FAULTS = [
     (
         "Weights & Biases takes the smallest value for the best of every metric",
         "dashboards.py",
-        '            best = "max" if is_higher_better else "min"\n',
-        '            best = "min"\n',
+        'best = "max" if name.kind == "merge_gain" or value.higher_is_better else "min"',
+        'best = "min"',
         "test_loggers.py::test_weights_and_biases_has_them_and_knows_their_best",
     ),
     (
@@ -550,9 +550,72 @@ FAULTS = [
     (
         "the best job of a sweep has the smallest value also where more is better",
         "comparison.py",
-        "    is_less_better = sum(",
-        "    is_less_better = True or sum(",
+        "    sign = 1 if sum(",
+        "    sign = 1 if True or sum(",
         "test_comparison.py::test_the_best_merge_is_found_whether_less_or_more_is_better",
+    ),
+    (
+        "one job that diverged makes the worst merge the best",
+        "comparison.py",
+        "all(map(math.isfinite, (live, merged, better)))",
+        "True",
+        "test_comparison.py::test_a_job_that_diverged_is_not_the_best_and_makes_no_other_so",
+    ),
+    (
+        "every Hydra app imports torch",
+        "../hydra_plugins/merge_callback/__init__.py",
+        "path=f\"file://{Path(spec.origin).parent / 'conf'}\"",
+        'path="pkg://merge_callback.conf"',
+        "test_conf.py::test_an_app_that_uses_none_of_it_does_not_import_torch",
+    ),
+    (
+        "checkpoints are put together in the order given",
+        "merge.py",
+        "    order = sorted(range(len(opened)), key=known.__getitem__)\n",
+        "    order = list(range(len(opened)))\n",
+        "test_merge.py::test_the_merge_is_that_of_the_live_callback_to_the_bit",
+    ),
+    (
+        "a file that was packed again is read where torch would have written it",
+        "stored.py",
+        "contents.get(position) != storage.nbytes():",
+        "False:",
+        "test_merge.py::test_files_that_are_cut_short_packed_again_old_or_hostile_are_refused",
+    ),
+    (
+        "NaN in a checkpoint is merged",
+        "merge.py",
+        "        if not content.isfinite().all():",
+        "        if False:",
+        "test_merge.py::test_checkpoints_that_do_not_fit_are_refused_by_name_and_nothing_is_written",
+    ),
+    (
+        "snapshots of the spike stay in the window",
+        "recovery.py",
+        "        self.merge_callback.forget_since(began)\n",
+        "",
+        "test_recovery.py::test_the_next_recoveries_reach_further_back_and_the_last_one_too_many_ends_the_run",
+    ),
+    (
+        "lowered rates are forgotten on resume",
+        "recovery.py",
+        '            self._rates_until = state["rates_until"]\n',
+        "",
+        "test_recovery.py::test_a_run_that_is_interrupted_after_a_recovery_ends_as_the_one_that_was_not",
+    ),
+    (
+        "rates stay lowered",
+        "recovery.py",
+        "            self._overlay.remove()\n            self._overlay = None\n        if not self._losses:",
+        "            self._overlay = None\n        if not self._losses:",
+        "test_recovery.py::test_rates_are_lowered_for_some_steps_and_the_schedulers_own_again",
+    ),
+    (
+        "one bad batch is a spike",
+        "spikes.py",
+        "        if sum(latest) / self.patience - level <=",
+        "        if max(latest) - level <=",
+        "test_spikes.py::test_one_bad_batch_is_no_spike",
     ),
 ]
 

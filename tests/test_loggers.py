@@ -9,7 +9,7 @@ from merge_callback import MergeCallback
 from tests.toys import Toy, fit, lightning, make
 
 # Names that not every logger would take as they are.
-MERGES = {"sma": "sma", "1-sqrt": "1-sqrt", "wma (all)": "wma"}
+MERGES = {"sma": "sma", "1-sqrt": "1-sqrt", "wma (all)": "wma", "v0.2": "wma"}
 NAMES = [
     "merged/val_loss",
     "merge_gain/val_loss",
@@ -64,6 +64,8 @@ def test_weights_and_biases_has_them_and_knows_their_best(tmp_path):
     metrics = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
     best = {metric.name: (metric.summary.min, metric.summary.max, metric.summary.last) for metric in metrics}
     assert best["merged/val_loss"] == best["merged_wma__all_/val_loss"] == (True, False, True)
+    # A dot alone would be taken for the way into an entry.
+    assert best[r"merged_v0\.2/val_loss"] == (True, False, True)
     assert best["merged/val_accuracy"] == best["merge_gain/val_loss"] == (False, True, True)
     assert {metric.step_metric for metric in metrics if metric.name in best and "merge" in metric.name} == {
         "trainer/global_step"
