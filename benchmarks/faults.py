@@ -509,7 +509,7 @@ FAULTS = [
         "charts with an interval are given patterns, and stay empty",
         "dashboards.py",
         'str(LoggedName("annealed", label, metric, end)) for end',
-        'f"^{LoggedName("annealed", label, metric, end)}$" for end',
+        '"^" + str(LoggedName("annealed", label, metric, end)) + "$" for end',
         "test_dashboards.py::test_the_layout_is_written_once_and_predictions_bring_their_own_part",
     ),
     (
@@ -594,7 +594,7 @@ FAULTS = [
         "recovery.py",
         "        self.merge_callback.forget_since(began)\n",
         "",
-        "test_recovery.py::test_the_next_recoveries_reach_further_back_and_the_last_one_too_many_ends_the_run",
+        "test_recovery.py::test_snapshots_that_were_taken_since_the_spike_began_are_dropped",
     ),
     (
         "lowered rates are forgotten on resume",

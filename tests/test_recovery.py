@@ -73,6 +73,17 @@ def test_a_run_goes_on_from_the_merge_of_snapshots_from_before_an_accident(tmp_p
     assert run.logged("recovery/num_recoveries")[0] == (acted - 1, 1)
 
 
+def test_snapshots_that_were_taken_since_the_spike_began_are_dropped(tmp_path, recwarn):
+    class Late(SpikeDetector):
+        def update(self, step, loss):
+            return 34 if step == 37 else None
+
+    merge = MergeCallback(5, 6)
+    fit(slow(), tmp_path, merge, SpikeRecovery(merge, detector=Late()), max_steps=38)
+    assert merge.snapshot_steps == [10, 15, 20, 25, 30]
+    assert any("which began at step 34. Back to the merge of steps [20, 25, 30]" in str(w.message) for w in recwarn)
+
+
 def test_without_it_the_same_accident_leaves_nan_for_good(tmp_path):
     with pytest.warns(UserWarning, match="holds NaN or inf"):
         run = fit(slow(), tmp_path, MergeCallback(5, 6), Accident(32, "batch"), max_steps=60)
