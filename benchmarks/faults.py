@@ -606,8 +606,8 @@ FAULTS = [
     (
         "rates stay lowered",
         "recovery.py",
-        "            self._overlay.remove()\n            self._overlay = None\n        if not self._losses:",
-        "            self._overlay = None\n        if not self._losses:",
+        "        if step >= self._rates_until:\n            self._restore_rates()\n",
+        "",
         "test_recovery.py::test_rates_are_lowered_for_some_steps_and_the_schedulers_own_again",
     ),
     (

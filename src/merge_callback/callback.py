@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
@@ -169,7 +169,8 @@ class MergeCallback(Callback):
         self._began = time.perf_counter()
         self._evaluation: _Evaluation | None = None
         self._dashboards = Dashboards(f"MergeCallback({name!r})", self._label())
-        self._closing = ""
+        # Makes the closing table; only at the end of a fit is it needed.
+        self._closing: Callable[[], str] | None = None
         # Every validation of the primary merge at a constant rate: what real anneals are compared with.
         self._history: list[TrunkValues] = []
         self._anneals = AnnealCalibration(calibration) if calibration is not None else None
@@ -369,7 +370,7 @@ class MergeCallback(Callback):
             self._num_validations, self._worked, self._history, self._predictions = 0, set(), [], {}
             self._budget = Budget(self._budget.share)
         self._said.clear()
-        self._closing = ""
+        self._closing = None
         self._began = time.perf_counter()
         if self._loaded_state is not None:
             reader = shard_reader(self._loaded_state.get("shards"), trainer.ckpt_path)
@@ -606,16 +607,17 @@ class MergeCallback(Callback):
             merge = self._merge(name)
             span_steps = merge.span_steps(self._step) if is_average(merge) else 0.0
             merges[self._label(name)] = MergeNow(name, coefficients, span_steps)
-        self._closing = self._dashboards.closing_table(self._step, live, logged, merges)
+        self._closing = partial(self._dashboards.closing_table, self._step, live, logged, merges)
         self._budget.spend(time.perf_counter() - began)
 
     def _close(self, trainer: Trainer) -> None:
         stop_observing_validations(trainer, self)
         self._dashboards.close()
-        if self._closing:
+        if self._closing is not None:
             spent, elapsed = self._budget.spent, self._elapsed()
-            self._say(f"merges took {spent:.1f} s, {spent / elapsed:.1%} of the run\n{self._closing}", topic="closing")
-            self._closing = ""
+            cost = f"merges took {spent:.1f} s, {spent / elapsed:.1%} of the run"
+            self._say(f"{cost}\n{self._closing()}", topic="closing")
+            self._closing = None
 
     def _learn(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> None:
         """Remembers this validation, and what real anneals make of it, where merge and live model can be compared."""

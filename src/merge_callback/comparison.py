@@ -61,10 +61,10 @@ def read_jobs(folder: Path, metric: str | None = None) -> tuple[str | None, list
 
 def best(jobs: Sequence[Job]) -> Job | None:
     """The job with the best merged value at its last validation."""
-    known = {job.folder: (job, job.last.live, job.last.merged, job.last.gain) for job in jobs if job.last is not None}
+    known = [(job, job.last.live, job.last.merged, job.last.gain) for job in jobs if job.last is not None]
     finite = [
         (job, live, merged, better)
-        for job, live, merged, better in known.values()
+        for job, live, merged, better in known
         if merged is not None and better is not None and all(map(math.isfinite, (live, merged, better)))
     ]
     if not finite:

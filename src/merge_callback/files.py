@@ -83,6 +83,22 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def read_into(path: Path, begin: int, room: memoryview) -> None:
+    """Fills room with what a file holds from a byte on.
+
+    Raises:
+        ValueError: If the file ends before.
+    """
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        done = 0
+        while done < len(room):
+            got = file.readinto(room[done:])
+            if not got:
+                raise ValueError(f"{path} ends before byte {begin + len(room)}")
+            done += got
+
+
 class FlatTensor:
     """A flat tensor in a .safetensors file, of which parts are read as they are asked for.
 
@@ -112,7 +128,5 @@ class FlatTensor:
             content.set_(storage, self._begin, (numel,), (1,))  # type: ignore[arg-type]
             return content.view(self._dtype)
         content = torch.empty(max(0, stop - start), dtype=self._dtype)
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(self._begin + start * self._dtype.itemsize)
-            file.readinto(content.view(torch.uint8).numpy().data)
+        read_into(self._path, self._begin + start * self._dtype.itemsize, content.view(torch.uint8).numpy().data)
         return content

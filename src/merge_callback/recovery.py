@@ -165,15 +165,12 @@ class SpikeRecovery(Callback):
     ) -> None:
         if isinstance(outputs, dict) and outputs.get("loss") is not None:
             self._losses.append(outputs["loss"].detach())
-        elif isinstance(outputs, Tensor):
-            self._losses.append(outputs.detach())
         step = optimizer_step(trainer)
         if step == self._step:
             return
         self._step = step
-        if self._overlay is not None and step >= self._rates_until:
-            self._overlay.remove()
-            self._overlay = None
+        if step >= self._rates_until:
+            self._restore_rates()
         if not self._losses:
             raise ValueError("SpikeRecovery needs the loss that training_step returns, and it returns none")
         loss = float(trainer.strategy.reduce(torch.stack(self._losses).float().mean(), reduce_op="mean"))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from merge_callback.files import SAFETENSORS_DTYPES, read_header
+from merge_callback.files import SAFETENSORS_DTYPES, read_header, read_into
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Piece:
         span = 1 + sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
         content = torch.empty(span, dtype=dtype)
         begin = self.position + start * self.stride[0] * dtype.itemsize
-        _read(self.file, begin, content.view(torch.uint8).numpy().data)
+        read_into(self.file, begin, content.view(torch.uint8).numpy().data)
         return content.as_strided(shape, self.stride)
 
 
@@ -285,14 +285,3 @@ class _Part(io.RawIOBase):
         buffer[: len(content)] = content
         self._at += len(content)
         return len(content)
-
-
-def _read(path: Path, begin: int, into: memoryview) -> None:
-    with path.open("rb", buffering=0) as file:
-        file.seek(begin)
-        done = 0
-        while done < len(into):
-            got = file.readinto(into[done:])
-            if not got:
-                raise ValueError(f"{path} ends before byte {begin + len(into)}")
-            done += got
