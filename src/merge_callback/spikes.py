@@ -23,18 +23,19 @@ class SpikeDetector:
     Args:
         threshold: How many deviations above the median are a spike.
         patience: Over how many steps; one bad batch alone is none.
-        window: How many losses before them are compared with. No verdict until half of it is there.
+        window: How many losses before them are compared with. No verdict until half of it is there; of a dozen losses
+            and fewer the noise is not known well, and a false alarm is likely.
 
     Raises:
         ValueError: If one of them makes no sense.
 
     Examples:
-        >>> detector = SpikeDetector(patience=2, window=8)
-        >>> noise = [0.1, -0.1, 0.2, 0.0, -0.2, 0.1, 0.0, -0.1]
-        >>> [detector.update(step, 2 + each) for step, each in enumerate(noise)] == [None] * 8
+        >>> detector = SpikeDetector(patience=2, window=24)
+        >>> noise = [0.1, -0.1, 0.2, 0.0, -0.2, 0.1, 0.0, -0.1] * 4
+        >>> [detector.update(step, 2 + each) for step, each in enumerate(noise)] == [None] * 32
         True
-        >>> detector.update(8, 3.0), detector.update(9, 4.0)
-        (None, 8)
+        >>> detector.update(32, 3.0), detector.update(33, 4.0)
+        (None, 32)
     """
 
     threshold: float = 3.0
