@@ -41,9 +41,9 @@ smoke: package
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# The lowest versions that pyproject.toml admits.
+# The lowest versions that pyproject.toml admits. An old anyio comes with them, whose plugin pytest warns of.
 test-floors: .venv-floors/installed
-	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -p no:anyio -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 # The first trunk of the annealing benchmark again, with linear anneals over 10 % only; beside the record of all of it.
 benchmark-quick: .venv/installed

@@ -34,7 +34,7 @@ class SpikeDetector:
         >>> noise = [0.1, -0.1, 0.2, 0.0, -0.2, 0.1, 0.0, -0.1] * 4
         >>> [detector.update(step, 2 + each) for step, each in enumerate(noise)] == [None] * 32
         True
-        >>> detector.update(32, 3.0), detector.update(33, 4.0)
+        >>> detector.update(32, 2.5), detector.update(33, 2.6)
         (None, 32)
     """
 
