@@ -1,0 +1,187 @@
+"""Does `SpikeRecovery` leave healthy runs alone, find spikes, and bring a run through that diverges?
+
+Three questions, each on the demo's model and text.
+
+`healthy`: 20 seeds of 400 steps with AdamW at the demo's rate, after 100 steps of warmup, with the detector as it is by
+default. Statistic: number of recoveries. Pass rule: none in any seed.
+
+`planted`: the training losses of those runs, raised from one step on by five deviations of their noise between steps;
+the step is every tenth one after the warmup that leaves ten steps to find it in. Statistic: steps until the detector
+reports. Pass rule: at most ten, at every place in every seed; and the reported begin is at most ten steps off.
+
+`diverging`: three seeds of 400 steps with SGD and momentum at rates that are far too high, without clipping of
+gradients, 50 steps of warmup, snapshots every 5 steps from step 20 on. Three arms at the same rate and with the same data: nothing is
+done; back to the merge of the latest three snapshots (the paper's design); back to the latest snapshot alone (the
+control that the paper lacks). Optimizers are reset in both. Statistic: whether the run gets to its end within 20
+recoveries, how many there were, and the mean validation loss of the last quarter. Pass rule: with the merge every
+seed gets to its end below the loss at which it first ran away, and with fewer or as many recoveries as the control.
+
+    python benchmarks/recovery.py healthy diverging  # half an hour on two cores; writes records/recovery/
+    python benchmarks/recovery.py report             # writes records/recovery/REPORT.md from the records
+"""
+
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from lightning.pytorch import Callback
+
+from merge_callback import MergeCallback, SpikeDetector, SpikeRecovery
+from merge_callback.spikes import noise
+from merge_callback.train import prepare
+
+RECORDS = Path(__file__).parent / "records" / "recovery"
+NUM_STEPS = 400
+WARMUP = {"healthy": 100, "diverging": 50}
+HEALTHY_SEEDS = range(20)
+SEEDS = range(3)
+RATES = (0.15, 0.2, 0.25)
+ARMS = {"nothing": None, "merge of 3": 3, "latest": 1}
+MAX_RECOVERIES = 20
+DEVIATIONS = 5
+PATIENCE_STEPS = 10
+
+
+class Losses(Callback):
+    """Training loss of every step, and validation loss with its step; ends a run that is lost."""
+
+    def __init__(self) -> None:
+        self.train: list[float] = []
+        self.validation: list[tuple[int, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.train.append(float(outputs["loss"]))
+        if not math.isfinite(self.train[-1]) and not any(isinstance(c, SpikeRecovery) for c in trainer.callbacks):
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.validation.append((trainer.global_step, float(trainer.callback_metrics["val_loss"])))
+
+
+def train(kind: str, seed: int, rate: float | None, num_merged: int | None) -> dict[str, Any]:
+    """One run; what it was and what came of it."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    overrides = [f"demo.seed={seed}", f"trainer.max_steps={NUM_STEPS}", f"model.warmup_steps={WARMUP[kind]}"]
+    if kind == "diverging":
+        overrides += [f"model.learning_rate={rate}", "model.optimizer=sgd", "trainer.gradient_clip_val=null"]
+    every = ["trainer.val_check_interval=20", "data.num_validation_blocks=128", "callbacks.progress_bar=null"]
+    with initialize_config_module("merge_callback.conf", version_base="1.3"):
+        config = compose("demo", [*overrides, *every, "callbacks/merge=none", "demo.anneal_at=[]"])
+    losses, callbacks, recovery = Losses(), [], None
+    if num_merged is not None:
+        # Only the snapshots are wanted, not their validations.
+        merge = MergeCallback(every_n_train_steps=5, num_snapshots=20, start=20, evaluate_every_n_validations=10**6)
+        recovery = SpikeRecovery(merge, num_snapshots=num_merged, max_recoveries=MAX_RECOVERIES)
+        callbacks = [merge, recovery]
+    run = prepare(config, [*callbacks, losses], loggers=(), enable_progress_bar=False)
+    error = None
+    try:
+        run.fit()
+    except RuntimeError as raised:
+        error = str(raised)
+    recoveries = recovery.recoveries if recovery is not None else []
+    return {
+        "kind": kind,
+        "seed": seed,
+        "rate": rate,
+        "num_merged": num_merged,
+        "recoveries": recoveries,
+        "error": error,
+        "train_loss": [round(loss, 5) for loss in losses.train],
+        "val_loss": losses.validation,
+    }
+
+
+def planted(losses: list[float], step: int) -> tuple[int, int] | None:
+    """After how many steps, and with which begin, the detector reports a rise planted at that step."""
+    detector = SpikeDetector()
+    before = losses[max(0, step - detector.window) : step]
+    rise = DEVIATIONS * noise(before)
+    for now, loss in enumerate(losses):
+        began = detector.update(now, loss + rise if now >= step else loss)
+        if began is not None:
+            return now - step, began - step
+    return None
+
+
+def places() -> range:
+    """Steps at which a rise is planted."""
+    return range(WARMUP["healthy"], NUM_STEPS - PATIENCE_STEPS, 10)
+
+
+def record(kind: str) -> None:
+    """Trains all runs of a kind, and keeps what came."""
+    if kind == "healthy":
+        asked = [(kind, seed, None, 3) for seed in HEALTHY_SEEDS]
+    else:
+        asked = [(kind, seed, rate, num) for rate in RATES for seed in SEEDS for num in ARMS.values()]
+    with ProcessPoolExecutor(2) as pool:
+        runs = list(pool.map(train, *zip(*asked, strict=True)))
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True).strip()
+    packages = {name: version(name) for name in ("torch", "lightning", "merge-callback")}
+    about = {**packages, "processor": platform.processor() or platform.machine(), "commit": commit}
+    lines = [json.dumps({"about": about}), *map(json.dumps, runs)]
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    (RECORDS / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def read(kind: str) -> list[dict[str, Any]]:
+    """The runs on record."""
+    _, *lines = (RECORDS / f"{kind}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def report() -> None:
+    """Tables from the records."""
+    healthy = read("healthy")
+    alarms = sum(len(run["recoveries"]) for run in healthy)
+    found = [planted(run["train_loss"], step) for run in healthy for step in places()]
+    delays = [each[0] for each in found if each is not None and each[0] >= 0]
+    begins = [abs(each[1]) for each in found if each is not None and each[0] >= 0]
+    late = len(found) - sum(delay <= PATIENCE_STEPS for delay in delays)
+    lines = [
+        "# Recovery from spikes",
+        "",
+        "Written by `benchmarks/recovery.py report`; question and pass rules stand there.",
+        "",
+        f"Healthy runs: {len(healthy)} seeds, {alarms} false alarms. Rises of {DEVIATIONS} deviations, planted at"
+        f" {len(places())} places in each: {len(found)} in all, {late} not found within {PATIENCE_STEPS} steps; steps"
+        f" until they were found {statistics.median(delays):.0f} (median), {max(delays)} (most); the begin that was"
+        f" reported was {statistics.median(begins):.0f} (median), {max(begins)} (most) steps off.",
+        "",
+        "Diverging runs, SGD with momentum. *Ran away* is the validation loss before the first recovery, or before the"
+        " run was lost; *end* is the mean of the last quarter's.",
+        "",
+        "| rate | seed | arm | recoveries | reached step | ran away at step | best before | end |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    names = {num: name for name, num in ARMS.items()}
+    for run in read("diverging"):
+        finite = [(step, loss) for step, loss in run["val_loss"] if math.isfinite(loss)]
+        lost = next((step for step, loss in enumerate(run["train_loss"]) if not math.isfinite(loss)), None)
+        first = run["recoveries"][0] if run["recoveries"] else lost
+        before = [loss for step, loss in finite if first is None or step <= first]
+        last = [loss for step, loss in finite if step > 0.75 * NUM_STEPS]
+        end = f"{statistics.mean(last):.4f}" if last else "lost"
+        lines.append(
+            f"| {run['rate']} | {run['seed']} | {names[run['num_merged']]} | {len(run['recoveries'])}"
+            f" | {len(run['train_loss'])} | {first} | {min(before):.4f} | {end} |"
+        )
+    (RECORDS / "REPORT.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    for asked in sys.argv[1:]:
+        report() if asked == "report" else record(asked)
