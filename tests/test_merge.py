@@ -274,4 +274,5 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
     for output, most in (("m.safetensors", 64), ("m.ckpt", 200)):
         few, many = peak(2, output), peak(6, output)
         assert many < most, output
-        assert many - few < 16, output
+        # What the allocator keeps differs by some MiB; four more checkpoints in memory would be 512.
+        assert many - few < 64, output

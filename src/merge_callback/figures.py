@@ -139,6 +139,42 @@ def plot_merge(coefficients: Mapping[int, float]) -> Figure:
     return figure
 
 
+def plot_heat_maps(
+    panels: Mapping[str, Mapping[tuple[int, int], float]], horizontal: str, vertical: str, title: str
+) -> Figure:
+    """Values over pairs of numbers, one map a panel, all with the same colours; each value stands in its place.
+
+    Args:
+        panels: Title of a panel -> (horizontal, vertical) -> value; pairs may be missing.
+        horizontal: What the first numbers are.
+        vertical: What the second ones are.
+        title: Stands above.
+    """
+    everything = [value for values in panels.values() for value in values.values()]
+    columns = sorted({pair[0] for values in panels.values() for pair in values})
+    rows = sorted({pair[1] for values in panels.values() for pair in values})
+    num_across = min(3, max(1, len(panels)))
+    num_down = max(1, -(-len(panels) // num_across))
+    width, height = num_across * (1.5 + 0.8 * len(columns)), 1 + num_down * (1.2 + 0.6 * len(rows))
+    figure = Figure(figsize=(max(6, width), height), dpi=120, layout="constrained")
+    figure.suptitle(title)
+    for (label, values), axes in zip(
+        panels.items(), figure.subplots(num_down, num_across, squeeze=False).flat, strict=False
+    ):
+        grid = [[values.get((column, row), np.nan) for column in columns] for row in rows]
+        axes.imshow(grid, cmap="viridis", vmin=min(everything), vmax=max(everything), aspect="auto", origin="lower")
+        for (column, row), value in values.items():
+            is_dark = value < (min(everything) + max(everything)) / 2
+            place = columns.index(column), rows.index(row)
+            axes.text(*place, f"{value:.4g}", ha="center", va="center", color="white" if is_dark else "black")
+        axes.set_xticks(range(len(columns)), list(map(str, columns)))
+        axes.set_yticks(range(len(rows)), list(map(str, rows)))
+        axes.set(title=label, xlabel=horizontal, ylabel=vertical)
+    for axes in figure.axes[len(panels) :]:
+        axes.set_axis_off()
+    return figure
+
+
 def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
     """The figure as red, green and blue of each pixel, ``[height, width, 3]``."""
     canvas = FigureCanvasAgg(figure)

@@ -71,15 +71,15 @@ def merge_checkpoints(
     if not paths:
         raise ValueError("there are no checkpoints to merge")
     opened = [open_checkpoint(Path(path)) for path in paths]
-    known = _steps(opened, steps, is_needed=coefficients is None)
+    known = steps_of(opened, steps) if coefficients is None or steps is not None else _numbered(opened)
     values = _values(known, rule, coefficients)
     order = sorted(range(len(opened)), key=known.__getitem__)
     opened, values = [opened[place] for place in order], [values[place] for place in order]
-    _check_alike(opened)
+    check_alike(opened)
     label = "coefficients" if coefficients is not None else rule_label(rule)
     origin = provenance(label, dict(zip(sorted(known), values, strict=True)))
     origin["checkpoints"] = [checkpoint.path.name for checkpoint in opened]
-    merged = _merged(opened, values, newest, progress)
+    merged = merged_tensors(opened, values, newest, progress)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".safetensors":
         like = {name: tensor.like("meta") for name, tensor in opened[-1].tensors.items()}
@@ -94,12 +94,10 @@ def merge_checkpoints(
 @hydra.main(version_base="1.3", config_path="pkg://merge_callback.conf", config_name="merge")
 def main(config: DictConfig) -> None:
     """The command ``merge-callback-merge``."""
-    asked = [config.checkpoints] if isinstance(config.checkpoints, str) else list(config.checkpoints)
-    paths = [path for pattern in asked for path in (sorted(glob(pattern)) or [pattern])]  # noqa: PTH207
     rule = instantiate(config.rule) if OmegaConf.is_config(config.rule) else config.rule
     try:
         origin = merge_checkpoints(
-            paths,
+            find_checkpoints(config.checkpoints),
             config.output,
             rule,
             coefficients=config.coefficients,
@@ -114,24 +112,35 @@ def main(config: DictConfig) -> None:
     sys.stdout.write(f"{config.output}\n")
 
 
-def _steps(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None, is_needed: bool) -> list[int]:
-    if given is not None:
-        if len(given) != len(opened):
-            raise ValueError(f"steps must be as many as checkpoints, {len(opened)}, got {len(given)}")
-        steps = list(given)
-    elif not is_needed:
-        # Whoever gives coefficients says what counts; the order is theirs.
-        return list(range(1, len(opened) + 1))
-    else:
-        steps = []
-        for checkpoint in opened:
-            if checkpoint.step is None:
-                raise ValueError(f"neither {checkpoint.path} nor its name tells a step; give steps=[...]")
-            steps.append(checkpoint.step)
-    if twice := next((step for step in steps if steps.count(step) > 1), None):
+def find_checkpoints(asked: str | Sequence[str]) -> list[str]:
+    """Paths that fit a pattern, or any of several patterns or paths."""
+    patterns = [asked] if isinstance(asked, str) else list(asked)
+    return [path for pattern in patterns for path in (sorted(glob(pattern)) or [pattern])]  # noqa: PTH207
+
+
+def steps_of(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None = None) -> list[int]:
+    """Steps of the checkpoints, in their order: those given, or those that the checkpoints or their names tell.
+
+    Raises:
+        ValueError: If a step is unknown, or that of two checkpoints.
+    """
+    if given is not None and len(given) != len(opened):
+        raise ValueError(f"steps must be as many as checkpoints, {len(opened)}, got {len(given)}")
+    steps = []
+    for place, checkpoint in enumerate(opened):
+        step = given[place] if given is not None else checkpoint.step
+        if step is None:
+            raise ValueError(f"neither {checkpoint.path} nor its name tells a step; give steps=[...]")
+        steps.append(step)
+    if (twice := next((step for step in steps if steps.count(step) > 1), None)) is not None:
         same = [str(checkpoint.path) for checkpoint, step in zip(opened, steps, strict=True) if step == twice]
         raise ValueError(f"checkpoints must be of different steps, got {twice} of {' and '.join(same)}")
     return steps
+
+
+def _numbered(opened: Sequence[StoredCheckpoint]) -> list[int]:
+    """Whoever gives coefficients says what counts; the order is theirs."""
+    return list(range(1, len(opened) + 1))
 
 
 def _values(steps: Sequence[int], rule: str | Rule, coefficients: Sequence[float] | None) -> list[float]:
@@ -146,7 +155,12 @@ def _values(steps: Sequence[int], rule: str | Rule, coefficients: Sequence[float
     return merge_coefficients(lambda _: given, steps)
 
 
-def _check_alike(opened: Sequence[StoredCheckpoint]) -> None:
+def check_alike(opened: Sequence[StoredCheckpoint]) -> None:
+    """Raises unless all have the same tensors, of the same shapes and dtypes.
+
+    Raises:
+        ValueError: The message names checkpoint and tensor.
+    """
     first, *others = opened
     for other in others:
         if missing := sorted(first.tensors.keys() ^ other.tensors.keys()):
@@ -159,10 +173,23 @@ def _check_alike(opened: Sequence[StoredCheckpoint]) -> None:
                 raise ValueError(f"{name} is {described[0]} in {first.path} but {described[1]} in {other.path}")
 
 
-def _merged(
-    opened: Sequence[StoredCheckpoint], values: Sequence[float], newest: Sequence[str], progress: bool
+def merged_tensors(
+    opened: Sequence[StoredCheckpoint],
+    values: Sequence[float],
+    newest: Sequence[str] = TAKEN_FROM_NEWEST,
+    progress: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and merge of every tensor, one at a time; tied ones are one."""
+    """Name and merge of every tensor, one at a time.
+
+    Args:
+        opened: Checkpoints that are alike, oldest first.
+        values: A coefficient for each.
+        newest: Patterns of names that are taken from the newest checkpoint instead of merged.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If a tensor holds NaN or inf, or is of integers that differ; the message names it.
+    """
     last = opened[-1]
     num_bytes = sum(tensor.numel * tensor.dtype.itemsize for tensor in last.tensors.values())
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:

@@ -107,6 +107,8 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
     Raises:
         ValueError: If it is none of these, or was cut short, repacked, or holds what only unpickling would read.
     """
+    if not path.exists():
+        raise ValueError(f"there is no checkpoint {path}")
     try:
         if path.is_dir():
             opened = _open_distributed(path) if (path / ".metadata").exists() else _open_index(_index_of(path))
