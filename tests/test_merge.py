@@ -213,7 +213,7 @@ def test_files_that_are_cut_short_packed_again_old_or_hostile_are_refused(tmp_pa
         ("again", "was the file packed again"),
         ("hostile", "no checkpoint that can be read in parts"),
         ("empty", "no checkpoint that can be read in parts"),
-        ("missing", "no checkpoint that can be read in parts"),
+        ("missing", "there is no checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
             open_checkpoint(tmp_path / f"{name}_1.pt")

@@ -224,7 +224,7 @@ def sweep_table(values: Mapping[Cell, float], metric: str, mode: Literal["min", 
         rows.append(
             [cell.rule, str(cell.end), str(cell.num_snapshots), str(cell.every), span, used, number(value), gain]
         )
-    header = ["rule", "end", "N", "every", "span", "merged", metric, "gain"]
+    header = ["rule", "end", "N", "every", "span", "checkpoints", metric, "gain"]
     return text_table(header, rows, title=f"{len(rows)} merges, the best {metric} first")
 
 
