@@ -7,16 +7,20 @@ default. Statistic: number of recoveries. Pass rule: none in any seed.
 
 `planted`: the training losses of those runs, raised from one step on by five deviations of their noise between steps;
 the step is every tenth one after the warmup that leaves ten steps to find it in. Statistic: steps until the detector
-reports. Pass rule: at most ten, at every place in every seed; and the reported begin is at most ten steps off.
+reports. Pass rule: at most ten, at every place in every seed.
+
+Added when 20 seeds were done: with the median of the whole window alone, as it was first, 162 of 580 were found too
+late, most of them while the loss still fell fast. The last quarter of the window was added for them. So 20 more seeds
+are run, which tell whether that was luck.
 
 `diverging`: three seeds of 400 steps with SGD and momentum at rates that are far too high, without clipping of
 gradients, 50 steps of warmup, snapshots every 5 steps from step 20 on. Three arms at the same rate and with the same
 data: nothing is done; back to the merge of the latest three snapshots (the paper's design); back to the latest snapshot
 alone (the control that the paper lacks). Optimizers are reset in both. Statistic: whether the run gets to its end
-within 20 recoveries, how many there were, and the mean validation loss of the last quarter. Pass rule: with the merge
+within 20 recoveries, how many there were, and the median validation loss of the last quarter. Pass rule: with the merge
 every seed gets to its end, with fewer or as many recoveries as the control.
 
-    python benchmarks/recovery.py healthy diverging  # half an hour on two cores; writes records/recovery/
+    python benchmarks/recovery.py healthy diverging  # 40 minutes on two cores; writes records/recovery/
     python benchmarks/recovery.py report             # writes records/recovery/REPORT.md from the records
 """
 
@@ -43,7 +47,7 @@ from merge_callback.train import prepare
 RECORDS = Path(__file__).parent / "records" / "recovery"
 NUM_STEPS = 400
 WARMUP = {"healthy": 100, "diverging": 50}
-HEALTHY_SEEDS = range(20)
+HEALTHY_SEEDS = range(40)
 SEEDS = range(3)
 RATES = (0.15, 0.2, 0.25)
 ARMS = {"nothing": None, "merge of 3": 3, "latest": 1}
@@ -146,38 +150,44 @@ def read(kind: str) -> list[dict[str, Any]]:
 def report() -> None:
     """Tables from the records."""
     healthy = read("healthy")
-    alarms = sum(len(run["recoveries"]) for run in healthy)
-    found = [planted(run["train_loss"], step) for run in healthy for step in places()]
-    delays = [each[0] for each in found if each is not None and each[0] >= 0]
-    begins = [abs(each[1]) for each in found if each is not None and each[0] >= 0]
-    late = len(found) - sum(delay <= PATIENCE_STEPS for delay in delays)
     lines = [
         "# Recovery from spikes",
         "",
         "Written by `benchmarks/recovery.py report`; question and pass rules stand there.",
         "",
-        f"Healthy runs: {len(healthy)} seeds, {alarms} false alarms. Rises of {DEVIATIONS} deviations, planted at"
-        f" {len(places())} places in each: {len(found)} in all, {late} not found within {PATIENCE_STEPS} steps; steps"
-        f" until they were found {statistics.median(delays):.0f} (median), {max(delays)} (most); the begin that was"
-        f" reported was {statistics.median(begins):.0f} (median), {max(begins)} (most) steps off.",
+        f"Rises are of {DEVIATIONS} deviations, planted at {len(places())} places in each healthy run.",
         "",
-        "Diverging runs, SGD with momentum. *Ran away* is the validation loss before the first recovery, or before the"
-        " run was lost; *end* is the mean of the last quarter's.",
+        "| healthy runs | false alarms | rises | not found in 10 steps | found after: median, most | begin off: most |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for seeds in (range(20), range(20, 40)):
+        runs = [run for run in healthy if run["seed"] in seeds]
+        alarms = sum(len(run["recoveries"]) for run in runs)
+        found = [planted(run["train_loss"], step) for run in runs for step in places()]
+        # What is reported before the rise is a false alarm.
+        in_time = [each for each in found if each is not None and 0 <= each[0] <= PATIENCE_STEPS]
+        delays, begins = zip(*in_time, strict=True)
+        lines.append(
+            f"| seeds {seeds.start} to {seeds.stop - 1} | {alarms} | {len(found)} | {len(found) - len(in_time)}"
+            f" | {statistics.median(delays):.0f}, {max(delays)} | {max(map(abs, begins))} |"
+        )
+    lines += [
         "",
-        "| rate | seed | arm | recoveries | reached step | ran away at step | best before | end |",
+        f"Diverging runs, SGD with momentum, {NUM_STEPS} steps, up to {MAX_RECOVERIES} recoveries. *Best* is the lowest"
+        " validation loss; *last quarter* the median of it over the last 100 steps.",
+        "",
+        "| rate | seed | arm | recoveries | reached step | first spike at | best | last quarter |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     names = {num: name for name, num in ARMS.items()}
     for run in read("diverging"):
         finite = [(step, loss) for step, loss in run["val_loss"] if math.isfinite(loss)]
-        lost = next((step for step, loss in enumerate(run["train_loss"]) if not math.isfinite(loss)), None)
-        first = run["recoveries"][0] if run["recoveries"] else lost
-        before = [loss for step, loss in finite if first is None or step <= first]
+        first = str(run["recoveries"][0]) if run["recoveries"] else "-"
         last = [loss for step, loss in finite if step > 0.75 * NUM_STEPS]
-        end = f"{statistics.mean(last):.4f}" if last else "lost"
+        end = f"{statistics.median(last):.4g}" if len(run["train_loss"]) == NUM_STEPS else "lost"
         lines.append(
             f"| {run['rate']} | {run['seed']} | {names[run['num_merged']]} | {len(run['recoveries'])}"
-            f" | {len(run['train_loss'])} | {first} | {min(before):.4f} | {end} |"
+            f" | {len(run['train_loss'])} | {first} | {min(loss for _, loss in finite):.4f} | {end} |"
         )
     (RECORDS / "REPORT.md").write_text("\n".join(lines) + "\n")
 

@@ -43,7 +43,16 @@ def test_one_bad_batch_is_no_spike():
     losses = falling(0)
     losses[300] += 0.5
     assert first_alarm(losses) is None
-    assert first_alarm(losses, patience=1)[0] == 300
+    # Of single losses some lie three deviations above the median.
+    assert first_alarm(losses, patience=1, threshold=6)[0] == 300
+
+
+@pytest.mark.parametrize("begin", range(130, 200, 10))
+def test_a_rise_is_found_in_time_while_the_loss_falls_fast(begin):
+    for seed in range(5):
+        found, began = first_alarm([loss + 5 * 0.05 * (step >= begin) for step, loss in enumerate(falling(seed))])
+        assert begin <= found < begin + 10
+        assert abs(began - begin) <= 3
 
 
 def test_there_is_no_verdict_before_half_a_window_is_there():

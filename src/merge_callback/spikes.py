@@ -15,10 +15,11 @@ _MAD_TO_DEVIATION = 1.4826
 class SpikeDetector:
     """Finds the step at which the loss began to run away.
 
-    The mean of the latest ``patience`` losses is compared with the median of the ``window`` losses before them. A
-    deviation is that of the noise between one step and the next, taken from the median of absolute differences, so that
-    neither outliers nor a falling loss widen it. A falling loss lies below the median of what was before, so it never
-    looks like a spike. A loss that is NaN or infinite is one at once.
+    The mean of the latest ``patience`` losses is compared with the median of the ``window`` losses before them, or of
+    the last quarter of those where that is lower, as it is while the loss falls. A falling loss lies below both, so it
+    does not look like a spike. A deviation is that of the noise between one step and the next, taken from the median of
+    absolute differences, so that neither outliers nor a falling loss widen it. A loss that is NaN or infinite is a
+    spike at once.
 
     Args:
         threshold: How many deviations above the median are a spike.
@@ -64,7 +65,8 @@ class SpikeDetector:
         before, latest = losses[: -self.patience], losses[-self.patience :]
         if len(before) < self.window // 2:
             return None
-        level, deviation = median(before), noise(before)
+        # With the whole window alone, a rise that comes while the loss falls is found late.
+        level, deviation = min(median(before), median(before[-(self.window // 4) :])), noise(before)
         if sum(latest) / self.patience - level <= self.threshold * deviation:
             return None
         # Where the losses that end here left the noise.
