@@ -77,6 +77,14 @@ def check_calibration(calibration: Any) -> None:
         raise ValueError(f"calibration must be a file of records, not a folder, or 'prior', got {str(calibration)!r}")
 
 
+def patterns(argument: str, value: Any) -> tuple[str, ...]:
+    """A pattern of names, or several, as a tuple; raises if it is something else."""
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(each, str) and each for each in given):
+        raise TypeError(f"{argument} must be a pattern of names or a list of them, got {value!r}")
+    return tuple(given)
+
+
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype itself, also from its name; None stays None."""
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

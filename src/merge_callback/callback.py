@@ -21,6 +21,7 @@ from merge_callback.arguments import (
     check_share,
     floating_dtype,
     named_merges,
+    patterns,
     refuse_strategy,
     safe_name,
     snapshot_storage,
@@ -48,7 +49,7 @@ from merge_callback.shadow import Average, is_average
 from merge_callback.shards import local, put_shards, rank, reshard, shard_reader
 from merge_callback.storage import SnapshotDirectory
 from merge_callback.swap import overwrite_, swapped_weights
-from merge_callback.weights import tensors_by_name
+from merge_callback.weights import Selection, check_patterns, tensors_by_name
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class MergeCallback(Callback):
             nothing.
         higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``.
             torchmetrics objects that are logged know it themselves; of numbers and tensors nobody knows it.
+        include: Patterns (``"*lora*"``) of the names of parameters that are merged; ``"*"`` fits all. The others stay
+            live, as frozen ones do.
+        exclude: Patterns (``"*.router.*"``) of those that are not; a tied parameter is known by its first name.
         save_state: What checkpoints hold: ``"full"`` is all that a resumed run needs to go on exactly (the ring);
             ``"none"`` leaves the snapshots out, and the window starts empty after a resume.
         name: Distinguishes two callbacks in one Trainer, in checkpoints and in logged names.
@@ -129,6 +133,8 @@ class MergeCallback(Callback):
         max_overhead: float | None = None,
         calibration: str | os.PathLike[str] | None = None,
         higher_is_better: str | Sequence[str] = (),
+        include: str | Sequence[str] = "*",
+        exclude: str | Sequence[str] = (),
         save_state: Literal["full", "none"] = "full",
         name: str = "merge",
     ) -> None:
@@ -156,6 +162,9 @@ class MergeCallback(Callback):
         self.max_overhead = max_overhead
         self.calibration = calibration
         self.higher_is_better = (higher_is_better,) if isinstance(higher_is_better, str) else tuple(higher_is_better)
+        self.selection = Selection(patterns("include", include), patterns("exclude", exclude))
+        if not self.selection.include:
+            raise ValueError(f"include must name at least one pattern, got {include!r}")
         self.save_state = save_state
         self.name = name
 
@@ -365,6 +374,7 @@ class MergeCallback(Callback):
         continues = self._module is pl_module and self._step <= step
         self._module, self._step = pl_module, step
         if self._loaded_state is not None or not continues:
+            check_patterns(pl_module, self.selection)
             self._capture = self._new_capture()
             self._capture.prepare(pl_module)
             self._num_validations, self._worked, self._history, self._predictions = 0, set(), [], {}
@@ -510,6 +520,7 @@ class MergeCallback(Callback):
             storage=self.storage,
             name=self.name,
             averages={name: merge for name, merge in self.merges.items() if is_average(merge)},
+            selection=self.selection,
         )
 
     def _is_captured(self, name: str | None) -> bool:

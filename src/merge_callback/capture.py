@@ -24,7 +24,9 @@ from merge_callback.snapshots import (
 )
 from merge_callback.storage import HOST, DirectoryStorage, HostStorage, SnapshotDirectory, host_row
 from merge_callback.weights import (
+    EVERYTHING,
     LiveTensors,
+    Selection,
     has_lazy_parameters,
     merged_parameters,
     nonfinite_names,
@@ -47,6 +49,7 @@ class SnapshotCapture:
         storage: ``"device"``, ``"cpu"``, or a directory.
         name: Distinguishes files in a directory.
         averages: Name -> profile of every shadow. With shadows and no rules no snapshots are taken.
+        selection: Which parameters are captured; the others are left to the live model.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class SnapshotCapture:
         storage: str | SnapshotDirectory = "device",
         name: str = "merge",
         averages: Mapping[str, Average] | None = None,
+        selection: Selection = EVERYTHING,
     ) -> None:
         self.every_n_train_steps = every_n_train_steps
         self.num_snapshots = num_snapshots
@@ -67,6 +71,8 @@ class SnapshotCapture:
         self.dtype = dtype
         self.storage = storage
         self.name = name
+        self.selection = selection
+        self._left_out = ""
         self.phase = StablePhase()
         self.schedule = CaptureSchedule(every_n_train_steps or 1)
         self.sharding = Sharding({})
@@ -118,16 +124,19 @@ class SnapshotCapture:
         """Allocates the ring, unless the module's parameters get their shapes only in its first forward pass.
 
         Raises:
-            ValueError: If the module has no trainable floating-point parameters.
+            ValueError: If the module has no trainable floating-point parameters, or none of those selected.
             MemoryError: If the ring does not fit into the memory that is free.
         """
         if has_lazy_parameters(module):
             return
-        parameters = merged_parameters(module)
+        parameters = merged_parameters(module, self.selection)
         self.sharding = Sharding(parameters)
+        self._left_out = self._describe_left_out(module)
         if not parameters:
             raise ValueError(
                 f"{type(module).__name__} has no trainable floating-point parameters, so there is nothing to merge"
+                if self.selection.is_everything
+                else f"{self.selection} leaves no trainable parameter to merge"
             )
         self.layout = layout = RowLayout(local_tensors(parameters))
         num_snapshots = self.num_snapshots if self._takes_snapshots else 0
@@ -144,6 +153,15 @@ class SnapshotCapture:
             self.ring = SnapshotRing(self._new_storage(layout), num_snapshots)
         if self._shadows and self._shadow_device is not None:
             self._host_shadows = HostShadows(self._shadows.values(), layout)
+
+    def _describe_left_out(self, module: nn.Module) -> str:
+        """What the selection leaves to the live model, for whoever reads the start of a fit."""
+        if self.selection.is_everything:
+            return ""
+        out = {name: p for name, p in merged_parameters(module).items() if not self.selection(name)}
+        num = sum(parameter.numel() for parameter in out.values())
+        names = ", ".join([*list(out)[:3], *(["..."] if len(out) > 3 else [])])
+        return f", without {len(out)} parameters of {num:,} elements, which stay live ({names})" if out else ""
 
     @property
     def _shadow_device(self) -> torch.device | None:
@@ -165,7 +183,7 @@ class SnapshotCapture:
         if self._takes_snapshots:
             interval = f"every {every} steps" if every else "at an interval that doubles"
             parts.insert(0, f"up to {self.num_snapshots} snapshots, {interval} {during}")
-        what = ", and ".join(parts)
+        what = ", and ".join(parts) + self._left_out
         if self.layout is None:
             return f"{what}, of parameters whose shapes are not known yet"
         devices = ", ".join(sorted({str(device) for _, device in self.layout.groups}))
@@ -213,7 +231,7 @@ class SnapshotCapture:
         if self.layout is None and has_lazy_parameters(module):
             return False
         if self._live is None or self._live.module is not module:
-            self._live, self._fitting = LiveTensors(module), 0
+            self._live, self._fitting = LiveTensors(module, self.selection), 0
         found, parameters = self._live.find(), self._live.parameters()
         if is_due or found != self._fitting:
             self._fit_to(module, parameters, step)
@@ -425,7 +443,7 @@ class SnapshotCapture:
         return changes + self._load_shadows(state, module, read)
 
     def _load_shadows(self, state: Mapping[str, Any], module: nn.Module, read: ShardReader | None) -> list[str]:
-        live = local_tensors(merged_parameters(module))
+        live = local_tensors(merged_parameters(module, self.selection))
         if read is not None:
             shadows = {}
             for average, saved in state["shadows"].items():

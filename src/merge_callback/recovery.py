@@ -70,6 +70,8 @@ class SpikeRecovery(Callback):
     ) -> None:
         if not isinstance(merge_callback, MergeCallback):
             raise TypeError(f"merge_callback must be a MergeCallback, got {merge_callback!r}")
+        if not merge_callback.selection.is_everything:
+            raise ValueError("merge_callback must merge all parameters, or those it leaves out would stay in the spike")
         check_count("num_snapshots", num_snapshots)
         check_count("max_recoveries", max_recoveries)
         check_count("rate_steps", rate_steps, minimum=0)

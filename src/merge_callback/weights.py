@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -27,19 +29,67 @@ def clean_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def merged_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+@dataclass(frozen=True)
+class Selection:
+    """Which parameters are merged, by patterns of their clean names; the others stay live.
+
+    Args:
+        include: One of these has to fit; ``"*"`` fits all.
+        exclude: None of these may fit.
+
+    Examples:
+        >>> selection = Selection(exclude=("*.router.*",))
+        >>> selection("blocks.0.router.weight"), selection("blocks.0.up")
+        (False, True)
+    """
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def __call__(self, name: str) -> bool:
+        is_included = any(fnmatch(name, pattern) for pattern in self.include)
+        return is_included and not any(fnmatch(name, pattern) for pattern in self.exclude)
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether it leaves nothing out, whatever the model."""
+        return "*" in self.include and not self.exclude
+
+
+EVERYTHING = Selection()
+
+
+def merged_parameters(module: nn.Module, selection: Selection = EVERYTHING) -> dict[str, nn.Parameter]:
     """The parameters that a merge averages: trainable, floating point, each once however often it is tied.
+
+    Args:
+        module: The live model.
+        selection: Leaves some of them out; a tied one is known by the first of its names.
 
     Returns:
         Clean name -> live parameter, in the module's order; of a sharded model the sharded ones. Frozen ones are
         absent: they come from the live model.
     """
     reshard(module)
+    named = ((clean_name(name), parameter) for name, parameter in module.named_parameters())
     return {
-        clean_name(name): parameter
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and parameter.is_floating_point()
+        name: parameter
+        for name, parameter in named
+        if parameter.requires_grad and parameter.is_floating_point() and selection(name)
     }
+
+
+def check_patterns(module: nn.Module, selection: Selection) -> None:
+    """Raises if a pattern fits no parameter, trainable or not: it would be mistyped.
+
+    Raises:
+        ValueError: The message names the pattern, and the parameters that there are.
+    """
+    names = [clean_name(name) for name, _ in module.named_parameters()]
+    for argument, patterns in (("include", selection.include), ("exclude", selection.exclude)):
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in names):
+                raise ValueError(f"{argument}={pattern!r} fits no parameter; there are {', '.join(names)}")
 
 
 def snapshot_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -74,10 +124,12 @@ class LiveTensors:
 
     Args:
         module: The live model.
+        selection: As for `merged_parameters`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, selection: Selection = EVERYTHING) -> None:
         self.module = module
+        self.selection = selection
         self._num_found = 0
         self._find()
 
@@ -101,7 +153,7 @@ class LiveTensors:
         self._num_found += 1
         submodules = list(self.module.modules())
         self._resharded = [submodule for submodule in submodules if isinstance(submodule, FSDPModule)]
-        self._parameters = merged_parameters(self.module)
+        self._parameters = merged_parameters(self.module, self.selection)
         self._owners = _buffer_owners(self.module)
         self._is_sharded = any(map(is_shard, self._parameters.values()))
         fixed: list[Mapping[str, Any]] = [
