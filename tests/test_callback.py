@@ -200,6 +200,25 @@ def test_diagnostics_describe_the_primary_merge(tmp_path):
     assert metrics["merge/seconds"] > 0
 
 
+def test_the_curvature_gain_is_the_mean_live_loss_of_the_snapshots_minus_the_merges(tmp_path):
+    callback = MergeCallback(4, 3, merges="wma")
+    run = fit(make(Toy), tmp_path, callback)
+    live, merged = dict(run.logged("val_loss")), dict(run.logged("merged/val_loss"))
+    # Rows are one step behind the count of steps.
+    mean = sum(value * live[step - 1] for step, value in callback.coefficients().items())
+    assert callback.snapshot_steps == [16, 20, 24]
+    gains = dict(run.logged("merge/curvature_gain"))
+    assert list(gains) == [3, 7, 11, 15, 19, 23]
+    assert gains[3] == pytest.approx(0, abs=1e-7)
+    assert gains[23] == pytest.approx(mean - merged[23], rel=1e-5)
+
+
+def test_without_a_live_loss_of_every_snapshot_there_is_no_curvature_gain(tmp_path):
+    run = fit(make(Toy), tmp_path, MergeCallback(2, 3))
+    assert run.logged("merged/val_loss")
+    assert not run.logged("merge/curvature_gain")
+
+
 def test_nothing_is_logged_before_the_first_snapshot(tmp_path):
     callback = MergeCallback(2, 3)
     run = fit(make(Toy, warmup_steps=10), tmp_path, callback)

@@ -8,6 +8,7 @@ from merge_callback.checkpoint import MergedCheckpoint
 from merge_callback.presets import recommended_window
 from merge_callback.progress import LiveAndMergedBar
 from merge_callback.recovery import SpikeRecovery
+from merge_callback.routers import Routers
 from merge_callback.rules import Extrapolate, Window
 from merge_callback.shadow import Ema, PowerEma
 from merge_callback.spikes import SpikeDetector
@@ -21,6 +22,7 @@ __all__ = [
     "MergeCallback",
     "MergedCheckpoint",
     "PowerEma",
+    "Routers",
     "SnapshotDirectory",
     "SpikeDetector",
     "SpikeRecovery",

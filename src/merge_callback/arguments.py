@@ -11,6 +11,7 @@ import torch
 from merge_callback.rules import Rule, resolve_rule
 from merge_callback.shadow import Average, is_average
 from merge_callback.storage import SnapshotDirectory
+from merge_callback.weights import Selection
 
 
 def check_count(argument: str, value: Any, minimum: int = 1) -> None:
@@ -83,6 +84,14 @@ def patterns(argument: str, value: Any) -> tuple[str, ...]:
     if not isinstance(given, list | tuple) or not all(isinstance(each, str) and each for each in given):
         raise TypeError(f"{argument} must be a pattern of names or a list of them, got {value!r}")
     return tuple(given)
+
+
+def selection(include: Any, exclude: Any) -> Selection:
+    """Which parameters are merged, by patterns; raises unless at least one includes some."""
+    chosen = Selection(patterns("include", include), patterns("exclude", exclude))
+    if not chosen.include:
+        raise ValueError(f"include must name at least one pattern, got {include!r}")
+    return chosen
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -21,9 +21,9 @@ from merge_callback.arguments import (
     check_share,
     floating_dtype,
     named_merges,
-    patterns,
     refuse_strategy,
     safe_name,
+    selection,
     snapshot_storage,
 )
 from merge_callback.budget import Budget
@@ -41,15 +41,17 @@ from merge_callback.evaluate import (
     validation_follows,
 )
 from merge_callback.export import provenance, save, save_sharded, weights_checkpoint
-from merge_callback.prediction import Prediction, gain
+from merge_callback.prediction import Prediction, curvature_gain, gain
 from merge_callback.rates import learning_rates, optimizer_step
+from merge_callback.recalibrate import RecentBatches, batch_norms, recalibrate_
 from merge_callback.records import TrunkValues
+from merge_callback.routers import Choices, Routers
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
 from merge_callback.shadow import Average, is_average
 from merge_callback.shards import local, put_shards, rank, reshard, shard_reader
 from merge_callback.storage import SnapshotDirectory
 from merge_callback.swap import overwrite_, swapped_weights
-from merge_callback.weights import Selection, check_patterns, tensors_by_name
+from merge_callback.weights import check_patterns, tensors_by_name
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ class MergeCallback(Callback):
         include: Patterns (``"*lora*"``) of the names of parameters that are merged; ``"*"`` fits all. The others stay
             live, as frozen ones do.
         exclude: Patterns (``"*.router.*"``) of those that are not; a tied parameter is known by its first name.
+        recalibrate_batches: From so many of the latest training batches, statistics of batch norm layers are calculated
+            for the merge, instead of taken from the newest snapshot: copies of the batches are kept, and go into
+            checkpoints. None for models without such layers.
+        routers: Where a mixture of experts has its routers; logs ``merge/router_agreement``. See `Routers`.
         save_state: What checkpoints hold: ``"full"`` is all that a resumed run needs to go on exactly (the ring);
             ``"none"`` leaves the snapshots out, and the window starts empty after a resume.
         name: Distinguishes two callbacks in one Trainer, in checkpoints and in logged names.
@@ -135,6 +141,8 @@ class MergeCallback(Callback):
         higher_is_better: str | Sequence[str] = (),
         include: str | Sequence[str] = "*",
         exclude: str | Sequence[str] = (),
+        recalibrate_batches: int | None = None,
+        routers: Routers | None = None,
         save_state: Literal["full", "none"] = "full",
         name: str = "merge",
     ) -> None:
@@ -145,8 +153,10 @@ class MergeCallback(Callback):
         check_limit(limit_batches)
         check_share("max_overhead", max_overhead)
         check_calibration(calibration)
-        if start != "stable":
-            check_count("start", start, minimum=0)
+        check_count("start", 0 if start == "stable" else start, minimum=0)
+        check_count("recalibrate_batches", 1 if recalibrate_batches is None else recalibrate_batches)
+        if not isinstance(routers, Routers | None):
+            raise TypeError(f"routers must be a Routers or None, got {routers!r}")
         if save_state not in ("full", "none"):
             raise ValueError(f"save_state must be 'full' or 'none', got {save_state!r}")
         if not isinstance(name, str) or not name:
@@ -162,9 +172,9 @@ class MergeCallback(Callback):
         self.max_overhead = max_overhead
         self.calibration = calibration
         self.higher_is_better = (higher_is_better,) if isinstance(higher_is_better, str) else tuple(higher_is_better)
-        self.selection = Selection(patterns("include", include), patterns("exclude", exclude))
-        if not self.selection.include:
-            raise ValueError(f"include must name at least one pattern, got {include!r}")
+        self.selection = selection(include, exclude)
+        self.recalibrate_batches = recalibrate_batches
+        self.routers = routers
         self.save_state = save_state
         self.name = name
 
@@ -174,6 +184,8 @@ class MergeCallback(Callback):
         self._step = 0
         self._rates: list[float] = []
         self._num_validations = 0
+        self._batches = RecentBatches(recalibrate_batches or 0)
+        self._step_context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._budget = Budget(max_overhead or 1.0)
         self._began = time.perf_counter()
         self._evaluation: _Evaluation | None = None
@@ -342,6 +354,7 @@ class MergeCallback(Callback):
         return {
             "capture": capture,
             "step": self._step,
+            "batches": self._batches.state_dict() if self.save_state == "full" else None,
             "rates": self._rates,
             "num_validations": self._num_validations,
             "worked": sorted(self._worked),
@@ -370,11 +383,13 @@ class MergeCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = optimizer_step(trainer)
+        self._step_context = trainer.precision_plugin.train_step_context
         # Another fit of the same module goes on with its window, unless it starts counting anew.
         continues = self._module is pl_module and self._step <= step
         self._module, self._step = pl_module, step
         if self._loaded_state is not None or not continues:
-            check_patterns(pl_module, self.selection)
+            self._check_module(pl_module)
+            self._batches = RecentBatches(self.recalibrate_batches or 0)
             self._capture = self._new_capture()
             self._capture.prepare(pl_module)
             self._num_validations, self._worked, self._history, self._predictions = 0, set(), [], {}
@@ -386,6 +401,7 @@ class MergeCallback(Callback):
             reader = shard_reader(self._loaded_state.get("shards"), trainer.ckpt_path)
             if changes := self._capture.load_state_dict(self._loaded_state["capture"], pl_module, reader):
                 self._say(f"resumed, but {'; '.join(changes)}", topic="resumed", warn=True)
+            self._batches.load_state_dict(self._loaded_state["batches"], pl_module.device)
             self._num_validations = self._loaded_state["num_validations"]
             self._worked = set(self._loaded_state["worked"])
             self._budget = replace(Budget(**self._loaded_state["budget"]), share=self._budget.share)
@@ -412,6 +428,8 @@ class MergeCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._rates = learning_rates(trainer.optimizers)
+        if self.recalibrate_batches is not None:
+            self._batches.append(batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._capture.finish()
@@ -473,16 +491,21 @@ class MergeCallback(Callback):
         began = time.perf_counter()
         num_batches, num_live_batches = num_limited_batches(trainer, self.limit_batches)
         merged, diagnostics, used = {}, {}, {}
+        choices: dict[str, Choices] = {}
         for name, coefficients, row in self._rows(captured):
             if name == self._primary:
                 diagnostics = self._diagnostics(coefficients, row)
             with self._swapped_in(trainer.lightning_module, row, self._buffers(name)):
                 merged[name] = evaluate(trainer, self.limit_batches)
+                if name == self._primary:
+                    choices = self._choices(trainer)
             self._worked.add(name)
             used[name] = dict(zip(self.snapshot_steps, coefficients, strict=False))
             # Otherwise the next merge would be made while this one still takes its memory.
             del row
         live = evaluate(trainer, self.limit_batches) if num_batches < num_live_batches else None
+        if self.routers is not None and choices:
+            diagnostics |= self.routers.compare(choices, self._choices(trainer))
         diagnostics["seconds"] = time.perf_counter() - began
         self._budget.spend(diagnostics["seconds"], is_costly=True)
         self._evaluation = _Evaluation(merged, used, live, diagnostics)
@@ -498,7 +521,7 @@ class MergeCallback(Callback):
             live = evaluation.live or live
             logged |= self._merged(evaluation, live)
             device = trainer.lightning_module.device
-            for key, diagnostic in evaluation.diagnostics.items():
+            for key, diagnostic in (evaluation.diagnostics | self._curvature_gain(evaluation)).items():
                 logged[self._name("merge", key)] = LoggedValue(torch.tensor(diagnostic, device=device))
             if trainer.is_global_zero:
                 self._show(trainer, evaluation, live, logged, step)
@@ -509,6 +532,21 @@ class MergeCallback(Callback):
     @property
     def _primary(self) -> str:
         return next(iter(self.merges))
+
+    def _check_module(self, module: LightningModule) -> None:
+        """Raises `ValueError` if the callback was told of something that the module does not have."""
+        check_patterns(module, self.selection)
+        if self.routers is not None:
+            self.routers.find(module)
+        if self.recalibrate_batches is None:
+            return
+        if not batch_norms(module):
+            raise ValueError(f"recalibrate_batches is for batch norm layers, of which {type(module).__name__} has none")
+        if not module.automatic_optimization:
+            raise ValueError(
+                "recalibrate_batches runs the training step without training, which is not possible with manual"
+                " optimization"
+            )
 
     def _new_capture(self) -> SnapshotCapture:
         return SnapshotCapture(
@@ -578,6 +616,12 @@ class MergeCallback(Callback):
     def _buffers(self, name: str | None) -> dict[str, Tensor]:
         return self._capture.shadow_buffers if is_average(self._merge(name)) else self._capture.buffers
 
+    def _choices(self, trainer: Trainer) -> dict[str, Choices]:
+        """Of the routers, as the module is now."""
+        if (routers := self.routers) is None:
+            return {}
+        return routers.choices(trainer.lightning_module, lambda: evaluate(trainer, routers.num_batches))
+
     def _diagnostics(self, coefficients: list[float], row: list[Tensor]) -> dict[str, float]:
         """Of the primary merge."""
         merge = self._merge(None)
@@ -586,6 +630,19 @@ class MergeCallback(Callback):
         used = [step for step, value in zip(self.snapshot_steps, coefficients, strict=True) if value != 0]
         spread = self._capture.spread(coefficients, row)
         return {"num_snapshots": float(len(used)), "span_steps": float(used[-1] - used[0]), "spread": spread}
+
+    def _curvature_gain(self, evaluation: _Evaluation) -> dict[str, float]:
+        """Of the first loss, where every snapshot of the primary merge was validated when it was the live model."""
+        if not self._history or self._history[-1].step != self._step:
+            return {}
+        values = evaluation.merged[self._primary]
+        metric = next((name for name, value in values.items() if not self._is_higher_better(name, value)), None)
+        if metric is None or metric not in self._history[-1].merged:
+            return {}
+        losses = {known.step: known.live[metric] for known in self._history if metric in known.live}
+        merged = self._history[-1].merged[metric]
+        found = curvature_gain(evaluation.coefficients[self._primary], losses, merged)
+        return {} if found is None else {"curvature_gain": found}
 
     def _merged(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue]) -> dict[LoggedName, LoggedValue]:
         """Merged values and gains."""
@@ -707,6 +764,8 @@ class MergeCallback(Callback):
         # Copies, since a forward pass may write to buffers; and Lightning takes the model off its device after a fit.
         merged |= {name: buffer.to(local(live[name]).device, copy=True) for name, buffer in buffers.items()}
         with swapped_weights(live, merged, before=partial(reshard, module)):
+            if self.recalibrate_batches is not None:
+                recalibrate_(module, self._batches, self._step_context)
             yield
 
     def _is_higher_better(self, metric: str, merged: LoggedValue) -> bool:

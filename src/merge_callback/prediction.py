@@ -17,7 +17,7 @@ on the one says nothing about the other; nothing here mixes them.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -73,6 +73,28 @@ def gain(live: Value, other: Value, higher_is_better: bool = False) -> Value:
         (0.25, 0.25)
     """
     return other - live if higher_is_better else live - other
+
+
+def curvature_gain(coefficients: Mapping[int, float], losses: Mapping[int, float], merged: float) -> float | None:
+    """How far the loss of a merge lies below the mean loss of what was merged; None if a loss is not known.
+
+    In second order around a minimum that is ``1/2 * sum_(i<j) c_i c_j (x_i - x_j)' H (x_i - x_j)``, so it is positive
+    where the snapshots lie around a minimum rather than on one slope, and says nothing about the latest snapshot. For
+    the uniform merge this is the second-order expansion of arXiv 2505.12082 ("theoretical analysis").
+
+    Args:
+        coefficients: By snapshot step, summing to one.
+        losses: Live loss by step.
+        merged: Loss of the merge.
+
+    Examples:
+        >>> curvature_gain({10: 0.5, 20: 0.5}, {10: 1.5, 20: 1.25}, merged=1.0)
+        0.375
+    """
+    used = {step: value for step, value in coefficients.items() if value}
+    if not used or any(step not in losses for step in used):
+        return None
+    return sum(value * losses[step] for step, value in used.items()) - merged
 
 
 def recovered_share(comparison: Comparison) -> float:
