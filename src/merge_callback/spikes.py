@@ -9,6 +9,8 @@ from statistics import median
 
 # Standard deviations in a median absolute deviation of a normal distribution.
 _MAD_TO_DEVIATION = 1.4826
+# The median of fewer losses than that is noise itself.
+_MIN_RECENT = 25
 
 
 @dataclass
@@ -16,7 +18,7 @@ class SpikeDetector:
     """Finds the step at which the loss began to run away.
 
     The mean of the latest ``patience`` losses is compared with the median of the ``window`` losses before them, or of
-    the last quarter of those where that is lower, as it is while the loss falls. A falling loss lies below both, so it
+    the last quarter of those (25 at least) where that is lower, as it is while the loss falls. A falling loss lies below both, so it
     does not look like a spike. A deviation is that of the noise between one step and the next, taken from the median of
     absolute differences, so that neither outliers nor a falling loss widen it. A loss that is NaN or infinite is a
     spike at once.
@@ -66,7 +68,8 @@ class SpikeDetector:
         if len(before) < self.window // 2:
             return None
         # With the whole window alone, a rise that comes while the loss falls is found late.
-        level, deviation = min(median(before), median(before[-(self.window // 4) :])), noise(before)
+        recent = before[-max(self.window // 4, _MIN_RECENT) :]
+        level, deviation = min(median(before), median(recent)), noise(before)
         if sum(latest) / self.patience - level <= self.threshold * deviation:
             return None
         # Where the losses that end here left the noise.
