@@ -190,7 +190,7 @@ def picture(runs: dict[Any, Any]) -> Figure:
                 label = f"from {origin}" if seed == 0 else None
                 upper.plot(*zip(*run["val_loss"], strict=True), color=colour, linewidth=1, label=label)
                 lower.plot(run["gradient_norm"], color=colour, linewidth=0.6)
-            upper.set(title=f"{task} on {corpus}, rate {rate:g}", ylabel="validation loss")
+            upper.set(title=f"{task} ({corpus}), {rate:g}", ylabel="validation loss")
             lower.set(ylabel="gradient norm", xlabel="steps", yscale="log")
             for each in (upper, lower):
                 each.grid(alpha=0.3)

@@ -97,6 +97,6 @@ def test_an_app_that_uses_none_of_it_does_not_import_torch(tmp_path):
 
 def test_all_yaml_files_are_known_to_these_tests():
     known = {CONF / "demo.yaml", CONF / "merge.yaml", CONF / "merge_callback" / "defaults.yaml"}
-    known |= {CONF / "sweep" / "grid.yaml"}
+    known |= {CONF / "sweep" / "grid.yaml", *(CONF / "landscape" / f"{kind}.yaml" for kind in ("line", "plane"))}
     known |= {CONF / "callbacks" / "merge" / f"{choice}.yaml" for choice in CHOICES}
     assert set(CONF.rglob("*.yaml")) == known | {CONF / "hydra" / "callbacks" / "merge_comparison.yaml"}

@@ -174,6 +174,12 @@ def test_checkpoints_of_another_model_are_refused(run, tmp_path):
         main.__wrapped__(other)
 
 
+def test_a_missing_extra_is_named_before_anything_is_validated(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("merge_callback.arguments.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"matplotlib is not installed: pip install 'merge-callback\[dashboards\]'"):
+        main.__wrapped__(config(run, tmp_path))
+
+
 def test_a_config_without_a_sweep_says_how_to_give_one():
     with pytest.raises(SystemExit, match=r"no entry 'sweep'; give \+sweep=grid"):
         main.__wrapped__(OmegaConf.create({}))

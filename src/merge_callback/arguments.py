@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def check_limit(limit_batches: Any) -> None:
         raise TypeError(f"limit_batches must be an int, a float or None, got {limit_batches!r}")
     if limit_batches < 1 if isinstance(limit_batches, int) else not 0 < limit_batches <= 1:
         raise ValueError(f"limit_batches must be a number of batches >= 1 or a share in (0, 1], got {limit_batches}")
+
+
+def check_installed(package: str, extra: str) -> None:
+    """Raises unless a package of an extra is there; for programs that would miss it only at their end.
+
+    Raises:
+        ModuleNotFoundError: The message says how to install it.
+    """
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(f"{package} is not installed: pip install 'merge-callback[{extra}]'")
 
 
 def check_share(argument: str, value: Any) -> None:

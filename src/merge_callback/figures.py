@@ -175,6 +175,55 @@ def plot_heat_maps(
     return figure
 
 
+def plot_line(values: Mapping[float, float], marks: Mapping[str, float], metric: str) -> Figure:
+    """A metric along a line through checkpoints.
+
+    Args:
+        values: Distance from the first checkpoint -> value.
+        marks: Name of a checkpoint -> its distance.
+        metric: Label of the axis.
+    """
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(list(values), list(values.values()), ".-", color=PREDICTED)
+    for name, at in marks.items():
+        nearest = min(values, key=lambda x: abs(x - at))
+        axes.plot(at, values[nearest], "o", color=MERGED, markersize=7)
+        axes.annotate(name, (at, values[nearest]), (0, 9), textcoords="offset points", ha="center")
+    axes.set(xlabel="distance from the first, in weights", ylabel=metric)
+    axes.margins(y=0.15)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_plane(
+    values: Mapping[tuple[float, float], float], marks: Mapping[str, tuple[float, float]], metric: str
+) -> Figure:
+    """Contours of a metric on a plane through checkpoints, at equal scales.
+
+    Args:
+        values: Place -> value, on a full grid.
+        marks: Name -> place of what is marked.
+        metric: Label of the colours.
+    """
+    columns, rows = sorted({x for x, _ in values}), sorted({y for _, y in values})
+    grid = np.array([[values[x, y] for x in columns] for y in rows])
+    height = 1 + 5.5 * (rows[-1] - rows[0]) / (columns[-1] - columns[0])
+    figure = Figure(figsize=(7, min(max(height, 3.0), 9.0)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    # Most of the plane may lie far above what lies between the checkpoints.
+    levels = np.unique(np.quantile(grid[np.isfinite(grid)], np.linspace(0, 1, 16)))
+    drawn = axes.contourf(columns, rows, grid, levels=levels, cmap="viridis")
+    axes.contour(columns, rows, grid, levels=levels, colors="black", linewidths=0.3)
+    figure.colorbar(drawn, label=metric)
+    for name, place in marks.items():
+        axes.plot(*place, "o", color="white", markeredgecolor="black", markersize=8)
+        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+        axes.annotate(name, place, (0, 10), textcoords="offset points", ha="center", color="black", bbox=box)
+    axes.set(xlabel="distance in weights", ylabel="distance in weights", aspect="equal")
+    return figure
+
+
 def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
     """The figure as red, green and blue of each pixel, ``[height, width, 3]``."""
     canvas = FigureCanvasAgg(figure)

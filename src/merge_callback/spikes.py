@@ -18,10 +18,10 @@ class SpikeDetector:
     """Finds the step at which the loss began to run away.
 
     The mean of the latest ``patience`` losses is compared with the median of the ``window`` losses before them, or of
-    the last quarter of those (25 at least) where that is lower, as it is while the loss falls. A falling loss lies below both, so it
-    does not look like a spike. A deviation is that of the noise between one step and the next, taken from the median of
-    absolute differences, so that neither outliers nor a falling loss widen it. A loss that is NaN or infinite is a
-    spike at once.
+    the last quarter of those (25 at least) where that is lower, as it is while the loss falls. A falling loss lies
+    below both, so it does not look like a spike. A deviation is that of the noise between one step and the next, taken
+    from the median of absolute differences, so that neither outliers nor a falling loss widen it. A loss that is NaN or
+    infinite is a spike at once.
 
     Args:
         threshold: How many deviations above the median are a spike.

@@ -11,7 +11,7 @@ import csv
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,18 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import hydra
 from hydra.utils import instantiate
-from lightning.pytorch import seed_everything
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from merge_callback.arguments import check_count, named_merges, safe_name
+from merge_callback.arguments import check_count, check_installed, named_merges, safe_name
 from merge_callback.files import complete_or_absent
-from merge_callback.merge import check_alike, find_checkpoints, merged_tensors, steps_of
+from merge_callback.merge import check_alike, find_checkpoints, steps_of
+from merge_callback.offline import chosen_metric, prepare_validation, validated
 from merge_callback.rules import Rule, merge_coefficients
 from merge_callback.shadow import is_average
 from merge_callback.stored import StoredCheckpoint, open_checkpoint
 from merge_callback.tables import NOTHING, number, text_table
-from merge_callback.train import Run, prepare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,33 +141,6 @@ class Grid:
         return [1.0] if cell.rule == LIVE else merge_coefficients(self.rules[cell.rule], cell.steps)
 
 
-def run_cells(
-    cells: Sequence[Cell], grid: Grid, checkpoints: Mapping[int, StoredCheckpoint], run: Run, seed: int = 0
-) -> Iterator[tuple[Cell, dict[str, float]]]:
-    """Validates merges one after the other; gives each with its metrics.
-
-    Args:
-        cells: What to merge.
-        grid: Whose rules they name.
-        checkpoints: By step.
-        run: Its trainer validates its model, which has the last merge afterwards, on its data.
-        seed: Every validation begins with it.
-
-    Raises:
-        ValueError: If a merge does not fit the model; the message names the tensors.
-    """
-    for cell in cells:
-        merged = dict(merged_tensors([checkpoints[step] for step in cell.steps], grid.coefficients(cell)))
-        try:
-            run.model.load_state_dict(merged, strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"the checkpoints are of another model than the config's: {error}") from error
-        seed_everything(seed, verbose=False)
-        # One dictionary a loader; names differ.
-        found = run.trainer.validate(run.model, run.data, verbose=False)
-        yield cell, {name: value for of_loader in found for name, value in of_loader.items()}
-
-
 class CellFile:
     """A CSV file of merges and their metrics, whole at any time.
 
@@ -254,6 +226,7 @@ def main(config: DictConfig) -> None:
         sys.exit("merge_callback.sweep: the config has no entry 'sweep'; give +sweep=grid sweep.checkpoints=...")
     asked = config.sweep
     try:
+        check_installed("matplotlib", "dashboards")
         grid = Grid(
             _rules(asked.rules),
             *(list(asked[name]) for name in ("num_snapshots", "every", "span_steps", "ends")),
@@ -269,18 +242,12 @@ def main(config: DictConfig) -> None:
         missing = [cell for cell in cells if not file[cell]]
         sys.stdout.write(f"{len(cells)} merges, of which {len(cells) - len(missing)} are there already\n")
         if missing:
-            # Nothing but the validation is wanted of the run.
-            with open_dict(config):
-                config.callbacks, config.anneal = {}, None
-            run = prepare(config, loggers=(), enable_progress_bar=False, enable_checkpointing=False)
-            for cell, metrics in tqdm(
-                run_cells(missing, grid, checkpoints, run, config.get("seed") or 0),
-                total=len(missing),
-                desc="Validating merges",
-            ):
-                file.add(cell, metrics)
+            run, seed = prepare_validation(config), config.get("seed") or 0
+            for cell in tqdm(missing, desc="Validating merges"):
+                chosen = [checkpoints[step] for step in cell.steps]
+                file.add(cell, validated(run, chosen, grid.coefficients(cell), seed))
         values = _values(cells, file, asked.metric)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"merge_callback.sweep: {error}")
     metric, by_cell = values
     sys.stdout.write(sweep_table(by_cell, metric, asked.mode))
@@ -320,12 +287,7 @@ def _fingerprints(config: DictConfig, grid: Grid, checkpoints: Mapping[int, Stor
 def _values(cells: Sequence[Cell], file: CellFile, metric: str | None) -> tuple[str, dict[Cell, float]]:
     """The metric's name, the first one unless one was asked for, and its value for each merge."""
     found = {cell: file[cell] for cell in cells}
-    known = list(next(iter(found.values())))
-    if not known:
-        raise ValueError("the validation logs no metric")
-    name = metric or known[0]
-    if name not in known:
-        raise ValueError(f"the validation logs no {name!r}, which sweep.metric names; it logs {', '.join(known)}")
+    name = chosen_metric(list(next(iter(found.values()))), metric, "sweep.metric")
     return name, {cell: metrics[name] for cell, metrics in found.items()}
 
 
