@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from merge_callback import Ema, MergeCallback, SpikeDetector, SpikeRecovery
 from tests import reference
@@ -73,6 +74,42 @@ def test_a_run_goes_on_from_the_merge_of_snapshots_from_before_an_accident(tmp_p
     assert run.logged("recovery/num_recoveries")[0] == (acted - 1, 1)
 
 
+@pytest.mark.parametrize("what", ["weights", "gradient"])
+def test_under_mixed_precision_it_acts_as_well(tmp_path, what):
+    merge, recovery = recovering()
+    run = fit(slow(), tmp_path, merge, recovery, Accident(32, what), max_steps=50, precision="bf16-mixed")
+    (acted,) = recovery.recoveries
+    assert 33 <= acted <= 36
+    assert all(tensor.isfinite().all() for tensor in run.module.state_dict().values() if tensor.ndim)
+    assert run.module.out.weight.abs().max() < 5
+
+
+class Embedding(Toy):
+    """Gradients of its first layer are sparse."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 6, sparse=True)
+
+    def forward(self, x):
+        return super().forward(x + self.table((x[:, 0] > 0).long()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=1e-3)
+
+
+def test_sparse_gradients_are_looked_at_too(tmp_path):
+    class Inf(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 32:
+                pl_module.table.weight.grad = pl_module.table.weight.grad * math.inf
+
+    merge, recovery = recovering()
+    run = fit(make(Embedding), tmp_path, merge, recovery, Inf(), max_steps=40)
+    assert recovery.recoveries == [33]
+    assert run.module.table.weight.isfinite().all()
+
+
 def test_snapshots_that_were_taken_since_the_spike_began_are_dropped(tmp_path, recwarn):
     class Late(SpikeDetector):
         def update(self, step, loss):
@@ -90,10 +127,11 @@ def test_without_it_the_same_accident_leaves_nan_for_good(tmp_path):
     assert run.module.out.weight.isnan().any()
 
 
-def test_a_healthy_run_is_bit_identical_with_and_without_it(tmp_path):
+@pytest.mark.parametrize("arguments", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}])
+def test_a_healthy_run_is_bit_identical_with_and_without_it(tmp_path, arguments):
     merge, recovery = recovering(rate_factor=0.5, rate_steps=5)
-    bare = fit(slow(), tmp_path / "bare", max_steps=60)
-    watched = fit(slow(), tmp_path / "watched", merge, recovery, max_steps=60)
+    bare = fit(slow(), tmp_path / "bare", max_steps=40, **arguments)
+    watched = fit(slow(), tmp_path / "watched", merge, recovery, max_steps=40, **arguments)
     assert recovery.recoveries == []
     assert_same_training(bare, watched)
 

@@ -18,11 +18,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_callback import AnnealBranch, Ema, MergeCallback, MergedCheckpoint
+from merge_callback import AnnealBranch, Ema, MergeCallback, MergedCheckpoint, SpikeDetector, SpikeRecovery
 from merge_callback.arguments import refuse_strategy
 from merge_callback.export import read_provenance, save_sharded, weights_checkpoint
 from merge_callback.records import read_records
 from merge_callback.shards import local
+from tests import reference
 from tests.ranks import Ranks
 from tests.sharded_toys import WIDTH, FullTracker, Sharded, fit_sharded, full, merge_by_hand, strategy, weights
 from tests.toys import ResumableBatches, batches, make, same
@@ -396,3 +397,87 @@ def test_strategies_whose_merges_would_be_wrong_are_refused_with_what_to_use(nam
 
     with pytest.raises(NotImplementedError, match=f"does not work under {name}, .*; use ModelParallelStrategy"):
         refuse_strategy(Here())
+
+
+class AccidentOn(Callback):
+    """At one step, NaN in the batch of one rank alone, or on all ranks a weight fifty times as large."""
+
+    def __init__(self, step: int, rank: int | None) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != self.step:
+            return
+        if self.rank is None:
+            with torch.no_grad():
+                local(pl_module.out.weight).mul_(50)
+        elif trainer.global_rank == self.rank:
+            batch[0][0, 0] = float("nan")
+
+
+def recovered(folder: Path, form: str, options: dict, rank: int | None) -> dict:
+    merge, tracker = MergeCallback(5, 6), FullTracker()
+    recovery = SpikeRecovery(merge, detector=SpikeDetector(threshold=8, patience=2, window=20))
+    module = make(Sharded, form="" if form == "ddp" else form, **options)
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=1e-4, foreach=False)
+    callbacks = [merge, recovery, tracker, AccidentOn(32, rank)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SpikeRecovery")
+        run = fit_sharded(folder / f"{form}-recovered", form, *callbacks, module=module, max_steps=60)
+    (acted,) = recovery.recoveries
+    by_hand = reference.merge([tracker.parameters[step] for step in (20, 25, 30)], [1 / 3] * 3)
+    return {"acted": acted, "by_hand": by_hand, "written": tracker.parameters[acted], "weights": weights(run.module)}
+
+
+ACCIDENTS: list[tuple[str, dict[str, Any], int | None]] = [
+    ("ddp", {}, 1),
+    ("ddp", {}, None),
+    ("fsdp", {}, 1),
+    ("fsdp", {"reshard": False}, None),
+    ("fsdp", {"narrow": True}, None),
+    ("tp", {}, None),
+]
+
+
+@pytest.mark.parametrize(("form", "options", "rank"), ACCIDENTS)
+def test_all_ranks_recover_alike_from_an_accident_even_of_one_of_them(tmp_path, two_ranks, form, options, rank):
+    first, second = two_ranks.run(recovered, tmp_path, form, options, rank)
+    assert first["acted"] == second["acted"]
+    assert 33 <= first["acted"] <= 36
+    for found in (first, second):
+        for name, expected in found["by_hand"].items():
+            torch.testing.assert_close(found["written"][name].double(), expected, rtol=1e-6, atol=1e-7)
+        assert all(tensor.isfinite().all() for tensor in found["weights"].values())
+    assert same(first["weights"], second["weights"])
+
+
+def guarded(folder: Path, form: str, with_it: bool) -> dict:
+    merge = MergeCallback(2, 3)
+    callbacks = [merge, SpikeRecovery(merge)] if with_it else []
+    run = fit_sharded(folder / f"{form}-{with_it}", form, *callbacks)
+    return {"weights": weights(run.module), "rng": run.rng}
+
+
+@pytest.mark.parametrize("form", ["ddp", "fsdp", "tp"])
+def test_a_healthy_run_on_two_ranks_is_bit_identical_with_and_without_recovery(tmp_path, two_ranks, form):
+    for ours, theirs in zip(
+        *(two_ranks.run(guarded, tmp_path, form, with_it) for with_it in (True, False)), strict=True
+    ):
+        assert same(ours, theirs)
+
+
+def partly(folder: Path, form: str) -> dict:
+    callback, tracker = MergeCallback(2, 3, exclude="down.*"), FullTracker()
+    run = fit_sharded(folder / f"{form}-partly", form, tracker, callback)
+    state = {name: full(tensor) for name, tensor in callback.merged_state_dict().items()}
+    return {"state": state, "by_hand": merge_by_hand(tracker, callback), "live": weights(run.module)}
+
+
+@pytest.mark.parametrize("form", ["fsdp", "tp", "ddp"])
+def test_what_is_excluded_stays_live_on_every_rank(tmp_path, two_ranks, form):
+    for found in two_ranks.run(partly, tmp_path, form):
+        for name, live in found["live"].items():
+            if name.startswith("down."):
+                assert torch.equal(found["state"][name], live)
+            else:
+                torch.testing.assert_close(found["state"][name].double(), found["by_hand"][name], rtol=0, atol=1e-6)

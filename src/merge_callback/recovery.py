@@ -1,6 +1,5 @@
 """`SpikeRecovery`: after a loss spike, back to a merge from before it; an actor where all else observes."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from merge_callback.rates import RateOverlay, optimizer_step
 from merge_callback.rules import sma
 from merge_callback.shards import local
 from merge_callback.spikes import SpikeDetector
-from merge_callback.weights import snapshot_buffers
+from merge_callback.weights import nonfinite_names, snapshot_buffers
 
 
 class SpikeRecovery(Callback):
@@ -33,8 +32,9 @@ class SpikeRecovery(Callback):
     4. Optimizers begin without the momenta of the spike, unless they are to keep them.
     5. For ``rate_steps`` steps the learning rates are lowered.
 
-    Steps and data are not turned back: the batches of the spike are not trained on again. All ranks act alike, on the
-    mean of their losses. Until it acts, training is bit-identical to training without it.
+    Steps and data are not turned back: the batches of the spike are skipped, and not trained on again. All ranks act
+    alike, on the mean of their losses. Until it acts, training is bit-identical to training without it; every step
+    costs a pass over the gradients, and waits for the device.
 
     Args:
         merge_callback: Whose snapshots; it stands in the Trainer's callbacks before this one.
@@ -150,11 +150,9 @@ class SpikeRecovery(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        is_bad = trainer.strategy.reduce_boolean_decision(not math.isfinite(float(norm)), all=False)
+        # Of a sharded model each rank looks at its own part, so that lists may mix shards and plain tensors.
+        own = {str(place): _dense(local(gradient)) for place, gradient in enumerate(gradients)}
+        is_bad = trainer.strategy.reduce_boolean_decision(bool(own and nonfinite_names(own)), all=False)
         if is_bad:
             # The step finds nothing to do.
             self._has_bad_gradient = True
@@ -239,3 +237,7 @@ class SpikeRecovery(Callback):
         if self._overlay is not None:
             self._overlay.remove()
             self._overlay = None
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
