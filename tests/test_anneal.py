@@ -305,6 +305,30 @@ def test_an_overlay_acts_inside_steps_only_and_leaves_nothing_behind():
     assert weight.item() == 0.375
 
 
+def test_an_optimizer_whose_step_calls_its_bases_step_decays_once():
+    rates = []
+
+    class Recording(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    # From the first optimizer of a class on, torch calls hooks around the class's step.
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = Recording([parameter], lr=0.5)
+    overlay = RateOverlay([optimizer], lambda: 0.25)
+    for _ in range(3):
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 0.5
+    assert rates == [0.125] * 3
+    assert parameter.item() == pytest.approx(1 - 3 * 0.125)
+    assert overlay.num_steps == 3
+    overlay.remove()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_a_step_that_fails_gives_the_rate_back():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.5)
     overlay = RateOverlay([optimizer], lambda: 0.25)

@@ -31,6 +31,8 @@ class RateOverlay:
         self.multiplier = multiplier
         self.num_steps = 0
         self._set_aside: dict[Optimizer, list[Any]] = {}
+        # The step of a subclass that calls its base's may call the hooks once for each.
+        self._depth: dict[Optimizer, int] = {}
         for optimizer in self.optimizers:
             name = type(optimizer).__name__
             if not isinstance(optimizer, Optimizer) or any(group.get("lr") is None for group in optimizer.param_groups):
@@ -53,11 +55,14 @@ class RateOverlay:
         for handle in self._handles:
             handle.remove()
         for optimizer in self.optimizers:
-            self._after_step(optimizer)
+            self._restore(optimizer)
             if _overlays.get(optimizer) is self:
                 del _overlays[optimizer]
 
     def _before_step(self, optimizer: Optimizer, *arguments: Any) -> None:
+        self._depth[optimizer] = self._depth.get(optimizer, 0) + 1
+        if self._depth[optimizer] > 1:
+            return
         self.num_steps += 1
         multiplier = self.multiplier()
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -67,6 +72,12 @@ class RateOverlay:
             group["lr"] = rate.mul_(multiplier) if isinstance(rate, Tensor) else rate * multiplier
 
     def _after_step(self, optimizer: Optimizer, *arguments: Any) -> None:
+        self._depth[optimizer] -= 1
+        if self._depth[optimizer] == 0:
+            self._restore(optimizer)
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        self._depth.pop(optimizer, None)
         for group, rate in zip(optimizer.param_groups, self._set_aside.pop(optimizer, []), strict=False):
             group["lr"] = group["lr"].copy_(rate) if isinstance(rate, Tensor) else rate
 
