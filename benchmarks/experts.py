@@ -17,13 +17,9 @@ the means of their gains differ by less than the deviation between seeds.
     python benchmarks/experts.py report  # writes records/experts/REPORT.md from the records
 """
 
-import json
-import platform
-import subprocess
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -36,6 +32,9 @@ from lightning.pytorch import Callback
 from merge_callback import MergeCallback, Routers, Window
 from merge_callback.routers import LOGGED
 from merge_callback.train import prepare
+
+sys.path.insert(0, str(Path(__file__).parent))
+from keeping import ROOT, put_into, read_runs, write_runs
 
 RECORDS = Path(__file__).parent / "records" / "experts"
 SEEDS = range(3)
@@ -79,11 +78,7 @@ def record() -> None:
     """Trains everything, and keeps what came."""
     with ProcessPoolExecutor(2) as pool:
         runs = list(pool.map(train, *zip(*product(reversed(NUM_EXPERTS), SEEDS), strict=True)))
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True).strip()
-    packages = {name: version(name) for name in ("torch", "lightning", "merge-callback")}
-    about = {**packages, "processor": platform.processor() or platform.machine(), "commit": commit}
-    RECORDS.mkdir(parents=True, exist_ok=True)
-    (RECORDS / "runs.jsonl").write_text("\n".join(map(json.dumps, [{"about": about}, *runs])) + "\n")
+    write_runs(RECORDS / "runs.jsonl", runs)
 
 
 def later(run: dict[str, Any], name: str) -> float:
@@ -91,46 +86,62 @@ def later(run: dict[str, Any], name: str) -> float:
     return mean(each[name] for each in run["validations"] if each["step"] > NUM_STEPS / 4)
 
 
-def report() -> None:
-    """The tables from the records."""
-    _, *lines = (RECORDS / "runs.jsonl").read_text().splitlines()
-    runs = {(run["num_experts"], run["seed"]): run for run in map(json.loads, lines)}
+def table() -> str:
+    """Gains, routers, and what the rules say."""
+    runs = {(run["num_experts"], run["seed"]): run for run in read_runs(RECORDS / "runs.jsonl")}
     dense, experts = ([runs[num, seed] for seed in SEEDS] for num in NUM_EXPERTS)
     gains = {
         "dense": [later(run, "merge_gain/val_loss") for run in dense],
         "experts, routers merged": [later(run, "merge_gain/val_loss") for run in experts],
         "experts, newest routers": [later(run, "merge_gain_kept/val_loss") for run in experts],
     }
-    text = [
-        "# Merging a mixture of experts",
-        "",
-        "Written by `benchmarks/experts.py report`; question and rules stand there. Means over the validations after",
-        "the first quarter, in nats a byte.",
-        "",
-        "| gain of the merge | seed 0 | seed 1 | seed 2 | mean |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    text += [f"| {name} | {' | '.join(f'{g:.4f}' for g in of)} | {mean(of):.4f} |" for name, of in gains.items()]
-    merged, kept = gains["experts, routers merged"], gains["experts, newest routers"]
-    difference = [one - other for one, other in zip(merged, kept, strict=True)]
-    text += ["", "| routers | seed | live | merged | newest, all else merged |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| gain of the merge | seed 0 | seed 1 | seed 2 | mean |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {name} | {' | '.join(f'{g:.4f}' for g in of)} | {mean(of):.4f} |" for name, of in gains.items()]
+    lines += ["", "| routers | seed | live | merged | newest, all else merged |", "| --- | --- | --- | --- | --- |"]
     for what in ("agreement", "jaccard", "entropy", "violation"):
         for run in experts:
             name = f"router_{what}"
             live = f"{later(run, f'merge/{name}_live'):.4f}" if f"{name}_live" in LOGGED else "-"
             both = [f"{later(run, f'merge{label}/{name}'):.4f}" for label in ("", "_kept")]
-            text.append(f"| {what} | {run['seed']} | {live} | {' | '.join(both)} |")
+            lines.append(f"| {what} | {run['seed']} | {live} | {' | '.join(both)} |")
+    merged, kept = gains["experts, routers merged"], gains["experts, newest routers"]
+    difference = [one - other for one, other in zip(merged, kept, strict=True)]
     is_kept = all(later(r, "merge/router_entropy") >= later(r, "merge/router_entropy_live") - 0.01 for r in experts)
     away = abs(mean(merged) - mean(gains["dense"]))
     noise = max(stdev(merged), stdev(gains["dense"]))
-    text += [
-        "",
-        f"Merging the routers too changes the gain by {' '.join(f'{each:+.5f}' for each in difference)}:"
-        f" harmless: {'yes' if mean(difference) >= -0.001 else 'no'}; better:"
-        f" {'yes' if min(difference) > 0 else 'no'}. Balance kept: {'yes' if is_kept else 'no'}. Gains as a dense model"
-        f" does: {'yes' if away < noise else 'no'} (means differ by {away:.4f}, seeds deviate by {noise:.4f}).",
-    ]
-    (RECORDS / "REPORT.md").write_text("\n".join(text) + "\n")
+    verdicts = {
+        "harmless": mean(difference) >= -0.001,
+        "better": min(difference) > 0,
+        "balance kept": is_kept,
+        "gains as a dense model does": away < noise,
+    }
+    said = "; ".join(f"{what}: {'yes' if is_so else 'no'}" for what, is_so in verdicts.items())
+    changes = " ".join(f"{each:+.5f}" for each in difference)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Merging the routers too changes the gain by {changes} nats. By the rules set before, {said} (the means",
+            f"differ by {away:.4f}, seeds deviate by {noise:.4f}).",
+        ]
+    )
+
+
+def page() -> str:
+    """The report."""
+    return f"""# Merging a mixture of experts
+
+Written by `benchmarks/experts.py report`; question and rules stand there. Means over the validations after the first
+quarter, losses in nats a byte.
+
+{table()}
+"""
+
+
+def report() -> None:
+    """Writes the report, and the tables in the docs."""
+    (RECORDS / "REPORT.md").write_text(page())
+    put_into(ROOT / "docs" / "experts.md", "experts", table())
 
 
 if __name__ == "__main__":

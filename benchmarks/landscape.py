@@ -5,7 +5,7 @@ of steps 920, 960 and 1,000, with their mean, and (b) the way from the live weig
 of the ten snapshots since step 900, and on to the weights after a linear decay from step 900 to 1,000. One seed, the
 demo's validation text. It asks for no pass or fail; it is made with the commands that users have.
 
-    python benchmarks/landscape.py  # ten minutes on one core; writes records/landscape/
+    python benchmarks/landscape.py  # ten minutes on one core; writes records/landscape/ and docs/pictures/
 """
 
 import os
@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-RECORDS = Path(__file__).parent / "records" / "landscape"
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "records" / "landscape"
 END, START, EVERY = 1000, 900, 10
 KEPT = ["every_n_train_steps=10", "save_top_k=-1", "filename='{step}'", "auto_insert_metric_name=false"]
 
@@ -54,6 +55,8 @@ def main() -> None:
         )
         way = f"{{live: trunk/{END}.ckpt, merged: merged.ckpt, annealed: branch/{END}.ckpt}}"
         run(folder, "landscape", *look, "+landscape=line", f"landscape.checkpoints={way}")
+    for kind in ("plane", "line"):
+        (RECORDS / f"{kind}.png").replace(ROOT / "docs" / "pictures" / f"landscape_{kind}.png")
 
 
 if __name__ == "__main__":

@@ -24,15 +24,12 @@ every seed gets to its end, with fewer or as many recoveries as the control.
     python benchmarks/recovery.py report             # writes records/recovery/REPORT.md from the records
 """
 
-import json
+import itertools
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +40,9 @@ from lightning.pytorch import Callback
 from merge_callback import MergeCallback, SpikeDetector, SpikeRecovery
 from merge_callback.spikes import noise
 from merge_callback.train import prepare
+
+sys.path.insert(0, str(Path(__file__).parent))
+from keeping import ROOT, put_into, read_runs, write_runs
 
 RECORDS = Path(__file__).parent / "records" / "recovery"
 NUM_STEPS = 400
@@ -133,33 +133,16 @@ def record(kind: str) -> None:
         asked = [(kind, seed, rate, num) for rate in RATES for seed in SEEDS for num in ARMS.values()]
     with ProcessPoolExecutor(2) as pool:
         runs = list(pool.map(train, *zip(*asked, strict=True)))
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True).strip()
-    packages = {name: version(name) for name in ("torch", "lightning", "merge-callback")}
-    about = {**packages, "processor": platform.processor() or platform.machine(), "commit": commit}
-    lines = [json.dumps({"about": about}), *map(json.dumps, runs)]
-    RECORDS.mkdir(parents=True, exist_ok=True)
-    (RECORDS / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
+    write_runs(RECORDS / f"{kind}.jsonl", runs)
 
 
-def read(kind: str) -> list[dict[str, Any]]:
-    """The runs on record."""
-    _, *lines = (RECORDS / f"{kind}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def report() -> None:
-    """Tables from the records."""
-    healthy = read("healthy")
+def planted_table() -> str:
+    """Healthy runs, and rises planted in their losses."""
     lines = [
-        "# Recovery from spikes",
-        "",
-        "Written by `benchmarks/recovery.py report`; question and pass rules stand there.",
-        "",
-        f"Rises are of {DEVIATIONS} deviations, planted at {len(places())} places in each healthy run.",
-        "",
         "| healthy runs | false alarms | rises | not found in 10 steps | found after: median, most | begin off: most |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+    healthy = read_runs(RECORDS / "healthy.jsonl")
     for seeds in (range(20), range(20, 40)):
         runs = [run for run in healthy if run["seed"] in seeds]
         alarms = sum(len(run["recoveries"]) for run in runs)
@@ -171,25 +154,52 @@ def report() -> None:
             f"| seeds {seeds.start} to {seeds.stop - 1} | {alarms} | {len(found)} | {len(found) - len(in_time)}"
             f" | {statistics.median(delays):.0f}, {max(delays)} | {max(map(abs, begins))} |"
         )
-    lines += [
-        "",
-        f"Diverging runs, SGD with momentum, {NUM_STEPS} steps, up to {MAX_RECOVERIES} recoveries. *Best* is the lowest"
-        " validation loss; *last quarter* the median of it over the last 100 steps.",
-        "",
-        "| rate | seed | arm | recoveries | reached step | first spike at | best | last quarter |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    return "\n".join(lines)
+
+
+def diverging_table() -> str:
+    """What became of each run at each rate, one a seed, for each arm."""
+    runs = read_runs(RECORDS / "diverging.jsonl")
+    lines = [
+        "| rate | arm | reached the end | recoveries | lowest validation loss | median of the last 100 steps |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    names = {num: name for name, num in ARMS.items()}
-    for run in read("diverging"):
-        finite = [(step, loss) for step, loss in run["val_loss"] if math.isfinite(loss)]
-        first = str(run["recoveries"][0]) if run["recoveries"] else "-"
-        last = [loss for step, loss in finite if step > 0.75 * NUM_STEPS]
-        end = f"{statistics.median(last):.4g}" if len(run["train_loss"]) == NUM_STEPS else "lost"
-        lines.append(
-            f"| {run['rate']} | {run['seed']} | {names[run['num_merged']]} | {len(run['recoveries'])}"
-            f" | {len(run['train_loss'])} | {first} | {min(loss for _, loss in finite):.4f} | {end} |"
-        )
-    (RECORDS / "REPORT.md").write_text("\n".join(lines) + "\n")
+    for rate, (arm, num) in itertools.product(RATES, ARMS.items()):
+        of_arm = [run for run in runs if run["rate"] == rate and run["num_merged"] == num]
+        cells: list[list[str]] = [[], [], []]
+        for run in of_arm:
+            finite = [(step, loss) for step, loss in run["val_loss"] if math.isfinite(loss)]
+            is_lost = len(run["train_loss"]) < NUM_STEPS
+            last = [loss for step, loss in finite if step > 0.75 * NUM_STEPS]
+            cells[0].append(str(len(run["recoveries"])))
+            cells[1].append(f"{min(loss for _, loss in finite):.2f}")
+            cells[2].append("lost" if is_lost else f"{statistics.median(last):.4g}")
+        num_ended = len(of_arm) - cells[2].count("lost")
+        lines.append(f"| {rate} | {arm} | {num_ended} of {len(of_arm)} | {' | '.join(map(' '.join, cells))} |")
+    return "\n".join(lines)
+
+
+def table() -> str:
+    """Both."""
+    return f"{planted_table()}\n\n{diverging_table()}"
+
+
+def page() -> str:
+    """The report."""
+    return f"""# Recovery from spikes
+
+Written by `benchmarks/recovery.py report`; questions and pass rules stand there. Rises are of {DEVIATIONS} deviations,
+planted at {len(places())} places in each healthy run of {NUM_STEPS} steps with AdamW. Diverging runs have {NUM_STEPS}
+steps with SGD and may recover {MAX_RECOVERIES} times; numbers are of one seed each.
+
+{table()}
+"""
+
+
+def report() -> None:
+    """Writes the report, and the tables in the docs."""
+    (RECORDS / "REPORT.md").write_text(page())
+    put_into(ROOT / "docs" / "recovery.md", "recovery", table())
 
 
 if __name__ == "__main__":

@@ -16,15 +16,12 @@ for each task and rate, whatever comes.
     python benchmarks/starts.py report  # writes records/starts/REPORT.md and the picture from the records
 """
 
-import json
-import platform
-import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -39,6 +36,9 @@ from merge_callback import MergeCallback
 from merge_callback.figures import LIVE, MERGED
 from merge_callback.rates import RateOverlay
 from merge_callback.train import Run, prepare
+
+sys.path.insert(0, str(Path(__file__).parent))
+from keeping import ROOT, put_into, read_runs, write_runs
 
 RECORDS = Path(__file__).parent / "records" / "starts"
 SEEDS = range(3)
@@ -131,11 +131,7 @@ def record() -> None:
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(2) as pool:
         list(pool.map(partial(trunk, Path(name)), SEEDS))
         runs = list(pool.map(partial(start, Path(name)), *zip(*asked, strict=True)))
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True).strip()
-    packages = {name: version(name) for name in ("torch", "lightning", "merge-callback")}
-    about = {**packages, "processor": platform.processor() or platform.machine(), "commit": commit}
-    RECORDS.mkdir(parents=True, exist_ok=True)
-    (RECORDS / "runs.jsonl").write_text("\n".join(map(json.dumps, [{"about": about}, *runs])) + "\n")
+    write_runs(RECORDS / "runs.jsonl", runs)
 
 
 def first_fifth(run: dict[str, Any]) -> list[float]:
@@ -144,38 +140,53 @@ def first_fifth(run: dict[str, Any]) -> list[float]:
     return norms[: len(norms) // 5]
 
 
-def report() -> None:
-    """The table and the picture from the records."""
-    _, *lines = (RECORDS / "runs.jsonl").read_text().splitlines()
-    runs = {(r["task"], r["rate"], r["seed"], r["start"]): r for r in map(json.loads, lines)}
-    text = [
-        "# Starting from a merge",
-        "",
-        "Written by `benchmarks/starts.py report`; question and pass rules stand there. Differences are merged minus",
-        "live, one a seed; losses in nats a byte.",
-        "",
+def found() -> dict[Any, dict[str, Any]]:
+    """The runs on record, by task, rate, seed and start."""
+    return {(r["task"], r["rate"], r["seed"], r["start"]): r for r in read_runs(RECORDS / "runs.jsonl")}
+
+
+def table() -> str:
+    """Differences of each task and rate, and whether the claims hold."""
+    runs = found()
+    lines = [
         "| task | rate | loss at the start | at the end | mean norm, first fifth | largest | calmer | parity |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    statistics: list[Callable[[dict[str, Any]], float]] = [
+        lambda run: run["val_loss"][0][1],
+        lambda run: run["val_loss"][-1][1],
+        lambda run: mean(first_fifth(run)),
+        lambda run: max(first_fifth(run)),
     ]
     for task, (_, _, rates) in TASKS.items():
         for rate in rates:
             pairs = [[runs[task, rate, seed, origin] for origin in STARTS] for seed in SEEDS]
-            begin, end, norm, most = (
-                [value(merged) - value(live) for live, merged in pairs]
-                for value in (
-                    lambda run: run["val_loss"][0][1],
-                    lambda run: run["val_loss"][-1][1],
-                    lambda run: mean(first_fifth(run)),
-                    lambda run: max(first_fifth(run)),
-                )
-            )
+            differences = [[value(merged) - value(live) for live, merged in pairs] for value in statistics]
+            _, end, norm, _ = differences
             verdicts = (all(each < 0 for each in norm), mean(end) <= TOLERANCE)
-            cells = [" ".join(f"{each:+.4f}" for each in each_seed) for each_seed in (begin, end, norm, most)]
-            text.append(
-                f"| {task} | {rate:g} | " + " | ".join([*cells, *("yes" if v else "no" for v in verdicts)]) + " |"
-            )
-    (RECORDS / "REPORT.md").write_text("\n".join(text) + "\n")
-    picture(runs).savefig(RECORDS / "curves.png")
+            cells = [" ".join(f"{each:+.4f}" for each in of_seeds) for of_seeds in differences]
+            lines.append(f"| {' | '.join([task, f'{rate:g}', *cells, *('yes' if v else 'no' for v in verdicts)])} |")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The report."""
+    return f"""# Starting from a merge
+
+Written by `benchmarks/starts.py report`; question and pass rules stand there. Differences are merged minus live, one a
+seed; losses in nats a byte.
+
+{table()}
+
+![Validation losses and gradient norms from both starts](../../../docs/pictures/starts.png)
+"""
+
+
+def report() -> None:
+    """Writes the report, the picture, and the table in the docs."""
+    (RECORDS / "REPORT.md").write_text(page())
+    put_into(ROOT / "docs" / "offline.md", "starts", table())
+    picture(found()).savefig(ROOT / "docs" / "pictures" / "starts.png")
 
 
 def picture(runs: dict[Any, Any]) -> Figure:
