@@ -176,7 +176,12 @@ def diverging_table() -> str:
             cells[2].append("lost" if is_lost else f"{statistics.median(last):.4g}")
         num_ended = len(of_arm) - cells[2].count("lost")
         lines.append(f"| {rate} | {arm} | {num_ended} of {len(of_arm)} | {' | '.join(map(' '.join, cells))} |")
-    return "\n".join(lines)
+    lost = {
+        arm: [len(run["train_loss"]) < NUM_STEPS for run in runs if run["num_merged"] == num]
+        for arm, num in ARMS.items()
+    }
+    said = "; ".join(f"{arm}: {sum(of_arm)} of {len(of_arm)}" for arm, of_arm in lost.items())
+    return "\n".join([*lines, "", f"Runs that were lost: {said}."])
 
 
 def table() -> str:

@@ -49,6 +49,23 @@ def test_the_overhead_report_and_the_plan_of_a_large_run_are_those_of_the_record
     assert EVIDENCE.split(begin)[1].split(end)[0].strip() == report["evidence_table"](report["read_records"]())
 
 
+@pytest.mark.parametrize(("name", "page"), [("starts", "offline"), ("recovery", "recovery"), ("experts", "experts")])
+def test_reports_and_the_tables_in_the_docs_are_those_of_the_records(monkeypatch, name, page):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+    assert benchmark["RECORDS"].joinpath("REPORT.md").read_text() == benchmark["page"]()
+    begin, end = runpy.run_path(str(ROOT / "benchmarks" / "keeping.py"))["marks"](name)
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    assert text.split(begin)[1].split(end)[0].strip() == benchmark["table"]()
+
+
+def test_the_pictures_of_the_landscape_come_from_records_that_are_there():
+    for kind in ("plane", "line"):
+        record = json.loads((ROOT / "benchmarks" / "records" / "landscape" / f"{kind}.json").read_text())
+        assert record["metric"] == "val_loss"
+        assert (ROOT / "docs" / "pictures" / f"landscape_{kind}.png").exists()
+
+
 def test_every_relative_link_leads_somewhere():
     pages = [str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")]
     for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *pages):

@@ -400,19 +400,19 @@ def test_strategies_whose_merges_would_be_wrong_are_refused_with_what_to_use(nam
 
 
 class AccidentOn(Callback):
-    """At one step, NaN in the batch of one rank alone, or on all ranks a weight fifty times as large."""
+    """At one step, NaN in the gradients of one rank alone, or on all ranks a weight fifty times as large."""
 
     def __init__(self, step: int, rank: int | None) -> None:
         self.step, self.rank = step, rank
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step != self.step:
-            return
-        if self.rank is None:
+        if trainer.global_step == self.step and self.rank is None:
             with torch.no_grad():
                 local(pl_module.out.weight).mul_(50)
-        elif trainer.global_rank == self.rank:
-            batch[0][0, 0] = float("nan")
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            local(pl_module.out.weight.grad).fill_(float("nan"))
 
 
 def recovered(folder: Path, form: str, options: dict, rank: int | None) -> dict:
