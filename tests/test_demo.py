@@ -71,22 +71,24 @@ def weights(output):
 @pytest.mark.slow
 def test_the_merge_beats_the_live_model_on_real_text_and_predicts_an_anneal_it_has_not_seen(tmp_path):
     folder = tmp_path / "run"
-    arguments = ["trainer.max_steps=1000", "trainer.val_check_interval=50", "data.num_validation_blocks=256"]
-    output = demo(folder, *arguments, "demo.anneal_at=[500,700,850,1000]")
+    # Half the demo's batches and half its steps: a quarter of its time.
+    arguments = ["trainer.max_steps=800", "trainer.val_check_interval=40", "model.warmup_steps=80"]
+    arguments += ["data.batch_size=8", "data.num_validation_blocks=128", "demo.anneal_at=[400,560,680,800]"]
+    output = demo(folder, *arguments)
     validations = read_validations(folder / "csv" / "metrics.csv", "val_loss")
-    assert [validation.step for validation in validations] == list(range(50, 1001, 50))
-    # There are snapshots enough by then: the warmup ends at step 100.
-    full = [validation for validation in validations if validation.step >= 150]
+    assert [validation.step for validation in validations] == list(range(40, 801, 40))
+    # There are snapshots enough by then: the warmup ends at step 80.
+    full = [validation for validation in validations if validation.step >= 120]
     better = [validation for validation in full if validation.merged < validation.live]
     assert len(better) >= 0.9 * len(full)
-    assert full[-1].gain > 0.05
-    assert full[-1].live < 1.8
+    assert full[-1].gain > 0.03
+    assert full[-1].live < 2.1
     assert f"{full[-1].merged:.4f}" in output
     # Three branches calibrated it, the fourth came afterwards.
-    assert [validation.step for validation in validations if validation.predicted] == [900, 950, 1000]
+    assert [validation.step for validation in validations if validation.predicted] == [720, 760, 800]
     records = read_records(folder / "anneals.jsonl")
     steps = [(record.start_step, record.step) for record in records]
-    assert steps == [(450, 500), (630, 700), (765, 850), (900, 1000)]
+    assert steps == [(360, 400), (504, 560), (612, 680), (720, 800)]
     annealed, predicted = records[-1].annealed["val_loss"], full[-1].predicted
     assert abs(predicted.value - annealed) < 0.25 * (full[-1].live - annealed)
     assert f"{annealed:.4f}" in output
