@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_callback import AnnealBranch, Ema, MergeCallback, MergedCheckpoint, SpikeDetector, SpikeRecovery
+from merge_callback import AnnealBranch, Ema, MergeCallback, MergedCheckpoint, Routers, SpikeDetector, SpikeRecovery
 from merge_callback.arguments import refuse_strategy
 from merge_callback.export import read_provenance, save_sharded, weights_checkpoint
 from merge_callback.records import read_records
@@ -481,3 +481,52 @@ def test_what_is_excluded_stays_live_on_every_rank(tmp_path, two_ranks, form):
                 assert torch.equal(found["state"][name], live)
             else:
                 torch.testing.assert_close(found["state"][name].double(), found["by_hand"][name], rtol=0, atol=1e-6)
+
+
+def routed(folder: Path, form: str) -> list[dict[str, float]]:
+    # Any layer that scores something can be looked at as a router.
+    callback = MergeCallback(2, 3, routers=Routers("out", num_active=2, num_batches=9))
+    run = fit_sharded(folder / f"{form}-routed", form, callback)
+    return [{k: float(v) for k, v in epoch.items() if k.startswith("merge/router")} for epoch in run.epoch_metrics]
+
+
+@pytest.mark.parametrize("form", ["fsdp", "tp", "ddp"])
+def test_routers_on_two_ranks_agree_as_those_of_one_process_do(tmp_path, two_ranks, form):
+    alone = routed(tmp_path, "")
+    assert 0 < alone[-1]["merge/router_agreement"] < 1
+    for found in two_ranks.run(routed, tmp_path, form):
+        for ours, theirs in zip(found, alone, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+class WithBatchNorm(Sharded):
+    """With statistics that differ by rank, as the data do."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.batch_norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.scale * self.norm(self.down(self.batch_norm(torch.relu(self.up(x))))))
+
+
+def recalibrated(folder: Path, form: str, with_it: bool) -> dict:
+    callback = MergeCallback(2, 3, recalibrate_batches=3)
+    module = make(WithBatchNorm, form="" if form == "ddp" else form)
+    callbacks = [callback] if with_it else []
+    run = fit_sharded(folder / f"{form}-{with_it}", form, *callbacks, module=module)
+    merged = {name: full(t) for name, t in callback.merged_state_dict().items()} if with_it else {}
+    buffers = {name: tensor.clone() for name, tensor in run.module.named_buffers()}
+    return {"weights": weights(run.module), "buffers": buffers, "rng": run.rng, "merged": merged}
+
+
+@pytest.mark.parametrize("form", ["fsdp", "ddp"])
+def test_recalibration_on_two_ranks_changes_nothing_but_the_statistics_of_the_merge(tmp_path, two_ranks, form):
+    ours, theirs = (two_ranks.run(recalibrated, tmp_path, form, with_it) for with_it in (True, False))
+    alone = recalibrated(tmp_path, "", True)
+    for one, other in zip(ours, theirs, strict=True):
+        for what in ("weights", "buffers", "rng"):
+            assert same(one[what], other[what])
+        for name in ("batch_norm.running_mean", "batch_norm.running_var"):
+            assert not torch.equal(one["merged"][name], one["buffers"][name])
+            torch.testing.assert_close(one["merged"][name], alone["merged"][name], rtol=1e-4, atol=1e-5)
