@@ -22,7 +22,7 @@ class SpikeRecovery(Callback):
     """Watches the training loss; when it runs away, puts a merge of snapshots from before that into the model.
 
     Merging a few checkpoints from before a collapse lets a run go on that would diverge again from the last of them
-    (arXiv 2505.12082, section 4.4; three of them there). When a loss or a gradient is NaN or infinite, or when the
+    (arXiv 2505.12082; three of them there). When a loss or a gradient is NaN or infinite, or when the
     detector finds a spike:
 
     1. The run is saved as it is, if a folder is given.
