@@ -121,8 +121,8 @@ def table() -> str:
         [
             *lines,
             "",
-            f"Merging the routers too changes the gain by {changes} nats. By the rules set before, {said} (the means",
-            f"differ by {away:.4f}, seeds deviate by {noise:.4f}).",
+            f"Merging the routers too changes the gain by {changes} nats. By the rules set before it was run,",
+            f"{said} (the means differ by {away:.4f}, seeds deviate by {noise:.4f}).",
         ]
     )
 

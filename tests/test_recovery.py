@@ -8,9 +8,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from merge_callback import Ema, MergeCallback, SpikeDetector, SpikeRecovery
+from merge_callback import AnnealBranch, Ema, MergeCallback, SpikeDetector, SpikeRecovery
 from tests import reference
-from tests.toys import ResumableBatches, Toy, Tracker, assert_same_training, fit, lightning, make, same
+from tests.toys import ResumableBatches, Toy, Tracker, assert_same_training, batches, fit, lightning, make, same
 
 # It says what it does, and a test that expects an action expects that.
 pytestmark = pytest.mark.filterwarnings("default:SpikeRecovery:UserWarning")
@@ -198,6 +198,103 @@ def test_the_next_recoveries_reach_further_back_and_the_last_one_too_many_ends_t
     said = [str(warning.message) for warning in recwarn if "Back to the merge" in str(warning.message)]
     assert "Back to the merge of steps [30, 35, 40]" in said[0]
     assert "Back to the merge of steps [15, 20, 25]" in said[1]
+
+
+class Poison(Callback):
+    """NaN in the batches of some steps."""
+
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step in self.steps:
+            batch[0][0, 0] = math.nan
+
+
+def test_lowered_rates_do_not_end_the_window(tmp_path, recwarn):
+    merge = MergeCallback(2, 8)
+    recovery = SpikeRecovery(merge, rate_factor=0.5, rate_steps=20)
+    fit(slow(), tmp_path, merge, recovery, Poison(21, 27), max_steps=50)
+    assert recovery.recoveries == [22, 28]
+    said = [str(warning.message) for warning in recwarn if "Back to the merge" in str(warning.message)]
+    assert "Back to the merge of steps [16, 18, 20]" in said[0]
+    # Soon after the first, so the latest three are left out: 20, and two since then.
+    assert "Back to the merge of steps [14, 16, 18]" in said[1]
+    assert merge.snapshot_steps == list(range(36, 51, 2))
+
+
+def test_the_merge_has_no_buffers_of_the_spike(tmp_path):
+    merge = MergeCallback(4, 4, recalibrate_batches=5)
+    plain = MergeCallback(4, 4, name="plain")
+    recovery = SpikeRecovery(merge, num_snapshots=2)
+
+    class Forgetting(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *arguments):
+            if recovery.recoveries == [trainer.global_step]:
+                plain.forget_since(trainer.global_step)
+                plain.put_into(pl_module, dict.fromkeys([8], 1.0), recovery._buffers[8])
+
+    run = fit(slow(), tmp_path, merge, plain, recovery, Forgetting(), Poison(11), max_steps=13)
+    assert recovery.recoveries == [12]
+    for callback in (merge, plain):
+        assert all(tensor.isfinite().all() for tensor in callback.merged_state_dict().values())
+    for name in ("merged", "merged_plain"):
+        assert all(math.isfinite(value) for _, value in run.logged(f"{name}/val_loss"))
+
+
+def test_another_fit_of_the_same_module_recovers_with_its_buffers_too(tmp_path):
+    merge = MergeCallback(4, 4)
+    recovery = SpikeRecovery(merge, num_snapshots=2)
+    first = fit(slow(), tmp_path / "first", merge, recovery, Poison(13), max_steps=12)
+    first.trainer.fit_loop.epoch_loop.max_steps = 16
+    first.trainer.fit(first.module, ResumableBatches(), batches(24))
+    assert recovery.recoveries == [14]
+    assert first.module.norm.running_mean.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_that_leaves_out_a_batch_is_passed_over_and_one_without_any_loss_is_refused(tmp_path):
+    class Leaving(Toy):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx % 3 == self.left_out or self.left_out < 0 else loss
+
+    def leaving(left_out):
+        module = make(Leaving)
+        module.left_out = left_out
+        return module
+
+    bare = fit(leaving(1), tmp_path / "bare")
+    merge = MergeCallback(5, 6)
+    watched = fit(leaving(1), tmp_path / "watched", merge, SpikeRecovery(merge))
+    assert_same_training(bare, watched)
+    merge = MergeCallback(5, 6)
+    with pytest.raises(ValueError, match="it returned none in the first 20 steps"):
+        fit(leaving(-1), tmp_path / "none", merge, SpikeRecovery(merge))
+
+
+def test_under_a_decay_the_rates_are_left_to_it(tmp_path, recwarn):
+    trunk = MergeCallback(2, 8)
+    run = fit(slow(), tmp_path / "trunk", trunk, max_steps=40, train=ResumableBatches())
+    path = str(tmp_path / "at-40.ckpt")
+    run.trainer.save_checkpoint(path)
+    merge = MergeCallback(2, 8)
+    recovery = SpikeRecovery(merge, rate_factor=0.5, rate_steps=20)
+    branch = AnnealBranch(span_steps=20, record=tmp_path / "anneals.jsonl")
+    fit(
+        slow(),
+        tmp_path / "branch",
+        merge,
+        recovery,
+        branch,
+        Poison(45),
+        max_steps=-1,
+        train=ResumableBatches(),
+        ckpt_path=path,
+    )
+    assert recovery.recoveries == [46]
+    (said,) = [str(warning.message) for warning in recwarn if "Back to the merge" in str(warning.message)]
+    assert "rates are" not in said
 
 
 def test_a_spike_before_the_first_snapshot_ends_the_run_with_what_is_missing(tmp_path):

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def check_calibration(calibration: Any) -> None:
 def patterns(argument: str, value: Any) -> tuple[str, ...]:
     """A pattern of names, or several, as a tuple; raises if it is something else."""
     given = (value,) if isinstance(value, str) else value
-    if not isinstance(given, list | tuple) or not all(isinstance(each, str) and each for each in given):
+    if not isinstance(given, Sequence) or not all(isinstance(each, str) and each for each in given):
         raise TypeError(f"{argument} must be a pattern of names or a list of them, got {value!r}")
     return tuple(given)
 

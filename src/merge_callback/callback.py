@@ -323,8 +323,12 @@ class MergeCallback(Callback):
     # What whoever acts on training asks of it.
 
     def forget_since(self, step: int) -> None:
-        """Drops the snapshots of a step and of later ones, and begins averages over every step anew."""
+        """Drops the snapshots of a step and of later ones, and begins averages over every step anew.
+
+        Batches that were kept for batch norm statistics are dropped too, since those of the spike may be among them.
+        """
         self._capture.forget_since(step)
+        self._batches = RecentBatches(self.recalibrate_batches or 0)
 
     def put_into(
         self, pl_module: torch.nn.Module, coefficients: Mapping[int, float], buffers: Mapping[str, Tensor]
@@ -342,6 +346,8 @@ class MergeCallback(Callback):
         values = self._capture.layout.views(row) | dict(buffers)
         self._capture.finish()
         overwrite_(tensors_by_name(pl_module, values), values, before=partial(reshard, pl_module))
+        # Those of the newest snapshot may have gone with it.
+        self._capture.buffers |= {name: buffer.clone() for name, buffer in buffers.items()}
 
     # What Lightning calls.
 

@@ -21,12 +21,17 @@ class RateOverlay:
     Args:
         optimizers: Whose rates.
         multiplier: Called at every step of each of them.
+        is_decay: Whether the rates count as moved, so that what watches for constant ones sees it. A short lowering of
+            them is none.
 
     Raises:
         ValueError: If an optimizer has no rate to multiply, or its rates are multiplied already.
     """
 
-    def __init__(self, optimizers: Iterable[Optimizer], multiplier: Callable[[], float]) -> None:
+    def __init__(
+        self, optimizers: Iterable[Optimizer], multiplier: Callable[[], float], *, is_decay: bool = True
+    ) -> None:
+        self.is_decay = is_decay
         self.optimizers = list(optimizers)
         self.multiplier = multiplier
         self.num_steps = 0
@@ -88,7 +93,7 @@ def optimizer_step(trainer: Trainer) -> int:
 
 
 def learning_rates(optimizers: Iterable[Optimizer]) -> list[float]:
-    """The rates of all parameter groups, as a step now would use them.
+    """The rates of all parameter groups, as a step now would use them, but for a short lowering.
 
     NaN for a schedule-free optimizer, which keeps its real rate to itself.
     """
@@ -102,4 +107,9 @@ def learning_rates(optimizers: Iterable[Optimizer]) -> list[float]:
 
 def _multiplier(optimizer: Optimizer) -> float:
     overlay = _overlays.get(optimizer)
-    return overlay.multiplier() if overlay is not None else 1.0
+    return overlay.multiplier() if overlay is not None and overlay.is_decay else 1.0
+
+
+def is_overlaid(optimizers: Iterable[Optimizer]) -> bool:
+    """Whether something multiplies the rates of one of them already."""
+    return any(optimizer in _overlays for optimizer in optimizers)

@@ -1,5 +1,6 @@
 """`SpikeRecovery`: after a loss spike, back to a merge from before it; an actor where all else observes."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,14 @@ from torch import Tensor
 
 from merge_callback.arguments import check_count
 from merge_callback.callback import MergeCallback
-from merge_callback.rates import RateOverlay, optimizer_step
+from merge_callback.rates import RateOverlay, is_overlaid, optimizer_step
 from merge_callback.rules import sma
 from merge_callback.shards import local
 from merge_callback.spikes import SpikeDetector
 from merge_callback.weights import nonfinite_names, snapshot_buffers
+
+# After so many steps without one, a training step is taken to be one that returns no loss at all.
+_MOST_WITHOUT_LOSS = 20
 
 
 class SpikeRecovery(Callback):
@@ -30,7 +34,7 @@ class SpikeRecovery(Callback):
     3. The uniform merge of the latest ``num_snapshots`` of the others is written into the model. Another recovery soon
        afterwards reaches further back: it leaves out as many of the latest as were merged before.
     4. Optimizers begin without the momenta of the spike, unless they are to keep them.
-    5. For ``rate_steps`` steps the learning rates are lowered.
+    5. For ``rate_steps`` steps the learning rates are lowered, unless an `AnnealBranch` lowers them already.
 
     Steps and data are not turned back: the batches of the spike are skipped, and not trained on again. All ranks act
     alike, on the mean of their losses. Until it acts, training is bit-identical to training without it; every step
@@ -95,6 +99,7 @@ class SpikeRecovery(Callback):
         self._rates_until = 0
         self._overlay: RateOverlay | None = None
         self._losses: list[Tensor] = []
+        self._num_without_loss = 0.0
         self._has_bad_gradient = False
         # Floating-point buffers at the steps of the snapshots; of those the window itself has only the newest.
         self._buffers: dict[int, dict[str, Tensor]] = {}
@@ -128,7 +133,10 @@ class SpikeRecovery(Callback):
         self._step = optimizer_step(trainer)
         self.detector.clear()
         self.recoveries, self._num_in_a_row, self._rates_until = [], 0, 0
-        self._losses, self._buffers = [], {}
+        self._losses, self._num_without_loss = [], 0
+        # Another fit of the same module goes on with its window.
+        kept = self.merge_callback.snapshot_steps
+        self._buffers = {step: buffers for step, buffers in self._buffers.items() if step in kept}
         if (state := self._loaded_state) is not None:
             self.detector.load_state_dict(state["detector"])
             self.recoveries, self._num_in_a_row = list(state["recoveries"]), state["num_in_a_row"]
@@ -172,7 +180,15 @@ class SpikeRecovery(Callback):
         if step >= self._rates_until:
             self._restore_rates()
         if not self._losses:
-            raise ValueError("SpikeRecovery needs the loss that training_step returns, and it returns none")
+            # A step may leave out a batch now and then.
+            self._num_without_loss += 1
+            if self._num_without_loss == _MOST_WITHOUT_LOSS:
+                raise ValueError(
+                    f"SpikeRecovery needs the loss that training_step returns, and it returned none in the first"
+                    f" {_MOST_WITHOUT_LOSS} steps"
+                )
+            return
+        self._num_without_loss = -math.inf
         loss = float(trainer.strategy.reduce(torch.stack(self._losses).float().mean(), reduce_op="mean"))
         self._losses.clear()
         self._remember_buffers(pl_module)
@@ -218,7 +234,7 @@ class SpikeRecovery(Callback):
         self._restore_rates()
         self._lower_rates(trainer)
         state = "begin anew" if self.optimizer_state == "reset" else "stay as they are"
-        rates = f"; rates are {self.rate_factor} of theirs for {self.rate_steps} steps" if self.rate_steps else ""
+        rates = f"; rates are {self.rate_factor} of theirs for {self.rate_steps} steps" if self._overlay else ""
         rank_zero_warn(f"{what}. Back to the merge of steps {merged}; optimizer states {state}{rates}")
         pl_module.log("recovery/num_recoveries", float(len(self.recoveries)), on_step=True, on_epoch=False)
 
@@ -229,9 +245,10 @@ class SpikeRecovery(Callback):
             self._buffers[self._step] = {n: local(b).clone() for n, b in snapshot_buffers(pl_module).items()}
 
     def _lower_rates(self, trainer: Trainer) -> None:
-        if self._step < self._rates_until:
+        # Under a decay they are on their way down anyhow.
+        if self._step < self._rates_until and not is_overlaid(trainer.optimizers):
             factor = self.rate_factor
-            self._overlay = RateOverlay(trainer.optimizers, lambda: factor)
+            self._overlay = RateOverlay(trainer.optimizers, lambda: factor, is_decay=False)
 
     def _restore_rates(self) -> None:
         if self._overlay is not None:
