@@ -110,7 +110,7 @@ def test_values_are_those_of_the_validation_of_the_weighted_sums(states, tmp_pat
         pairs = list(zip(point["coefficients"], NAMES, strict=True))
         state = dict(found["third"])
         for key, value in state.items():
-            if value.is_floating_point() and "running" not in key:
+            if value.is_floating_point():
                 state[key] = sum(c * found[name][key].double() for c, name in pairs).float()
         model = make(Toy)
         model.load_state_dict(state)
@@ -123,6 +123,37 @@ def test_values_are_those_of_the_validation_of_the_weighted_sums(states, tmp_pat
     axes = draw(record).axes[0]
     marks = {text.get_text() for text in axes.texts}
     assert marks == ({*NAMES} if kind == "line" else {*NAMES, "their mean"})
+
+
+def test_the_checkpoints_themselves_have_the_values_that_they_have_alone(states, tmp_path):
+    _, found = states
+    named = {}
+    for place, name in enumerate(NAMES):
+        # Statistics that differ from one to the other, as in training.
+        statistics = {
+            "norm.running_mean": torch.full((6,), 0.1 * place),
+            "norm.running_var": torch.full((6,), 1.0 + place),
+        }
+        named[name] = found[name] | statistics
+        torch.save({"state_dict": named[name]}, tmp_path / f"{name}.ckpt")
+    main.__wrapped__(config((tmp_path, named), tmp_path, "line", margin=2.0))
+    record = json.loads((tmp_path / "line.json").read_text())
+    trainer = Trainer(**SILENT, limit_val_batches=8)
+    for place, name in enumerate(NAMES):
+        (point,) = [p for p in record["points"] if p["coefficients"] == [float(place == i) for i in range(3)]]
+        model = make(Toy)
+        model.load_state_dict(named[name])
+        (expected,) = trainer.validate(model, batches(shuffle=False), verbose=False)
+        assert point["metrics"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_points_without_a_number_are_null_and_never_the_best(states, tmp_path, capsys):
+    main.__wrapped__(config(states, tmp_path, "line", margin=1e14))
+    record = json.loads((tmp_path / "line.json").read_text())
+    values = [point["metrics"]["val_loss"] for point in record["points"]]
+    assert values[0] is None
+    best = min(value for value in values if value is not None)
+    assert f"Best val_loss: {best:.4f}" in capsys.readouterr().out
 
 
 def test_the_best_is_the_largest_where_more_is_better(states, tmp_path, capsys):

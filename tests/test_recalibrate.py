@@ -6,9 +6,14 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from merge_callback import Ema, MergeCallback
-from merge_callback.recalibrate import RecentBatches
-from tests.toys import ResumableBatches, Toy, assert_same_training, batches, fit, make, same
+from merge_callback.recalibrate import RecentInputs
+from tests.toys import ResumableBatches, Toy, Tracker, assert_same_training, batches, fit, make, same
 
+# Lightning's; what these toys do is on purpose.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode at the start of training"),
+    pytest.mark.filterwarnings("ignore:.*`dataloader_iter`"),
+]
 STATISTICS = ("norm.running_mean", "norm.running_var")
 
 
@@ -42,38 +47,87 @@ def test_statistics_are_those_that_torch_calculates_from_the_same_batches(tmp_pa
     assert run.logged("merged/val_loss")[-1][1] == pytest.approx(values["val_loss"], abs=1e-6)
 
 
-class Counting(Toy):
-    """A training step that draws, counts, logs in two ways and changes a buffer."""
+class Busy(Toy):
+    """A forward pass that draws, counts, changes its input, and has layers that are frozen or seldom reached."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("num_seen", torch.zeros(()))
-        self.steps = []
+        self.shapes = []
+        self.frozen_norm = nn.BatchNorm1d(6).requires_grad_(False).eval()
+        self.frozen_norm.running_mean.fill_(0.5)
+        self.rare = nn.BatchNorm1d(6)
+        self.num_steps = 0
+
+    def forward(self, x):
+        self.num_seen += 1
+        self.shapes.append(tuple(x.shape))
+        x = self.frozen_norm(x.mul_(1.5) + 0.01 * torch.rand(()))
+        return super().forward(self.rare(x) if self.is_rare else x)
+
+    @property
+    def is_rare(self):
+        return self.num_steps == 4
 
     def training_step(self, batch, batch_idx):
-        self.num_seen += 1
-        self.steps.append(batch_idx)
-        self.log_dict({"noise": torch.rand(())})
+        self.num_steps += 1
         return super().training_step(batch, batch_idx)
 
 
 @pytest.mark.usefixtures("both_lightnings")
 @pytest.mark.parametrize("arguments", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}])
-def test_training_is_bit_identical_whatever_the_training_step_does(tmp_path, arguments):
-    without = fit(make(Counting), tmp_path / "without", **arguments)
+def test_training_is_bit_identical_whatever_the_forward_pass_does(tmp_path, arguments):
+    without = fit(make(Busy), tmp_path / "without", **arguments)
     callback = MergeCallback(2, 4, recalibrate_batches=3)
-    watched = fit(make(Counting), tmp_path / "with", callback, **arguments)
+    watched = fit(make(Busy), tmp_path / "with", callback, **arguments)
     assert watched.logged("merged/val_loss")
     assert_same_training(without, watched)
-    assert without.module.steps == watched.module.steps
+    assert without.module.shapes == watched.module.shapes
     assert torch.equal(without.module.num_seen, watched.module.num_seen)
     before = {name: tensor.clone() for name, tensor in watched.module.state_dict().items()}
     modes = [module.training for module in watched.module.modules()]
-    callback.merged_state_dict()
+    first, second = callback.merged_state_dict(), callback.merged_state_dict()
+    # Asking changes nothing, not even what is answered; but dropout and noise are drawn anew.
+    watched.module.dropout.p = 0.0
     assert same(dict(watched.module.state_dict()), before)
     assert [module.training for module in watched.module.modules()] == modes
     assert watched.module.norm.momentum == 0.1
-    assert not {"log", "log_dict"} & vars(watched.module).keys()
+    torch.testing.assert_close(first["norm.running_var"], second["norm.running_var"], rtol=0.5, atol=0.1)
+
+
+def test_frozen_layers_and_those_that_no_input_reaches_keep_their_statistics(tmp_path):
+    callback, tracker = MergeCallback(2, 4, recalibrate_batches=3), Tracker()
+    run = fit(make(Busy), tmp_path, callback, tracker)
+    merged, newest = callback.merged_state_dict(), tracker.buffers[24]
+    assert not run.module.frozen_norm.training
+    assert torch.equal(merged["frozen_norm.running_mean"], torch.full((6,), 0.5))
+    for name in ("rare.running_mean", "rare.running_var"):
+        assert torch.equal(merged[name], newest[name])
+        assert not torch.equal(merged[name], torch.full((6,), float(name.endswith("var"))))
+    assert not torch.equal(merged["norm.running_mean"], newest["norm.running_mean"])
+    assert merged["norm.num_batches_tracked"] == 24
+
+
+def test_a_checkpoint_that_a_signal_handler_saves_meanwhile_is_the_live_one(tmp_path):
+    class Signalled(Toy):
+        def forward(self, x):
+            trainer = self._trainer
+            if (
+                trainer is not None
+                and trainer.validating
+                and self.norm.training
+                and not (tmp_path / "saved.ckpt").exists()
+            ):
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+            return super().forward(x)
+
+    tracker = Tracker()
+    fit(make(Signalled), tmp_path, tracker, MergeCallback(1, 4, recalibrate_batches=2))
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    step = saved["global_step"]
+    expected = tracker.parameters[step] | tracker.buffers[step]
+    for name in ("inner.weight", "out.weight", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+        assert torch.equal(saved["state_dict"][name], expected[name]), name
 
 
 def test_a_resumed_run_recalibrates_from_the_batches_of_the_one_that_was_interrupted(tmp_path):
@@ -90,23 +144,42 @@ def test_a_resumed_run_recalibrates_from_the_batches_of_the_one_that_was_interru
     assert same(second.merged_state_dict(), whole.merged_state_dict())
 
 
-def test_batches_that_a_safe_load_would_refuse_stay_out_of_checkpoints():
-    class Batch(dict):
-        """A class of the user's."""
+class Own:
+    """An input of a class of the user's."""
 
-    recent = RecentBatches(2)
-    recent.append({"x": [torch.ones(2), ("text", 3, None)]})
-    state = recent.state_dict()
-    assert state == [{"x": [state[0]["x"][0], ("text", 3, None)]}]
-    recent.append(Batch(x=torch.ones(2)))
-    assert recent.state_dict() is None
+    def __init__(self, x):
+        self.x = x
 
 
-def test_batches_are_copies():
-    recent, batch = RecentBatches(2), torch.ones(2)
-    recent.append(batch)
-    batch.zero_()
+def test_inputs_that_a_safe_load_would_refuse_stay_out_of_checkpoints_and_a_warning_says_so(tmp_path):
+    recent = RecentInputs(2)
+    recent.append(nn.Identity(), [{"x": [torch.ones(2), ("text", 3, None)]}, torch.zeros(2)])
+    (plain,) = recent.state_dict()["inputs"]
+    assert same(plain, {"x": [torch.ones(2), ("text", 3, None)]})
+    recent.append(nn.Identity(), [Own(torch.ones(2)), torch.zeros(2)])
+    assert recent.state_dict()["inputs"] == []
+
+    class Objects(Toy):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return Own(batch[0]), batch[1]
+
+        def forward(self, x):
+            return super().forward(x.x)
+
+    with pytest.warns(UserWarning, match="do not go into checkpoints; after a resume"):
+        run = fit(make(Objects), tmp_path, MergeCallback(2, 4, recalibrate_batches=3))
+    path = tmp_path / "saved.ckpt"
+    run.trainer.save_checkpoint(path)
+    assert torch.load(path, weights_only=True)["global_step"] == 24
+
+
+def test_inputs_are_copies_of_the_first_item_of_a_batch():
+    recent, x = RecentInputs(2), torch.ones(2)
+    recent.append(nn.Identity(), (x, torch.zeros(3)))
+    x.zero_()
     assert torch.equal(next(iter(recent)), torch.ones(2))
+    recent.append(nn.Identity(), {"x": torch.ones(3)})
+    assert same(list(recent)[1], {"x": torch.ones(3)})
 
 
 class Plain(Toy):
@@ -120,9 +193,13 @@ class Plain(Toy):
 def test_models_for_which_it_makes_no_sense_are_refused(tmp_path):
     with pytest.raises(ValueError, match="recalibrate_batches is for batch norm layers, of which Plain has none"):
         fit(make(Plain), tmp_path, MergeCallback(recalibrate_batches=3))
-    manual = make(Toy)
-    manual.automatic_optimization = False
-    with pytest.raises(ValueError, match="not possible with manual optimization"):
-        fit(manual, tmp_path, MergeCallback(recalibrate_batches=3))
+
+    class Iterating(Toy):
+        def training_step(self, dataloader_iter):
+            batch, _, _ = next(dataloader_iter)
+            return super().training_step(batch, 0)
+
+    with pytest.raises(ValueError, match="needs a training step that takes batches, not dataloader_iter"):
+        fit(make(Iterating), tmp_path, MergeCallback(recalibrate_batches=3))
     with pytest.raises(ValueError, match="recalibrate_batches must be >= 1, got 0"):
         MergeCallback(recalibrate_batches=0)

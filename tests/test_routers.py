@@ -119,6 +119,23 @@ def test_routers_that_stay_live_agree_unless_their_inputs_differ(tmp_path):
     )
 
 
+def test_a_router_behind_another_one_is_left_out_with_a_warning_where_it_sees_other_tokens(tmp_path):
+    class Hierarchical(Mixture):
+        def forward(self, x):
+            self.router(x)
+            chosen = self.out(x).argmax(-1) == 0
+            self.second["router"](x[chosen])
+            return super(Mixture, self).forward(x + chosen[:, None])
+
+    routers = Routers("*router", num_active=2, per_layer=True)
+    with pytest.warns(UserWarning, match=r"second\.router saw other tokens in the merge than in the live model"):
+        run = fit(make(Hierarchical, learning_rate=0.2), tmp_path, MergeCallback(2, 4, routers=routers))
+    whole = [step for step, _ in run.logged("merge/router_agreement")]
+    behind = [step for step, _ in run.logged("merge/router_agreement/second.router")]
+    assert [step for step, _ in run.logged("merge/router_agreement/router")] == whole
+    assert len(behind) < len(whole) == 6
+
+
 def test_only_the_first_batches_are_looked_at(tmp_path):
     calls = []
 

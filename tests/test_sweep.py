@@ -1,6 +1,7 @@
 """A grid of merges of stored checkpoints: which ones there are, what they are worth, and that none is run twice."""
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from torch import nn
+from torch.nn import functional as F
+from torchmetrics import MinMetric
 
 import merge_callback
 from merge_callback import MergeCallback
 from merge_callback.rules import sma, wma
-from merge_callback.sweep import LIVE, Cell, Grid, heat_maps, main, sweep_table
+from merge_callback.sweep import LIVE, Cell, CellFile, Grid, heat_maps, main, sweep_table
 from tests.toys import Toy, batches, fit, make
 
 GRID = Path(merge_callback.__file__).parent / "conf" / "sweep" / "grid.yaml"
@@ -109,6 +112,88 @@ def test_merges_that_are_in_the_file_are_not_validated_again(run, tmp_path, caps
     after = sweep(run, tmp_path, num_snapshots=[3])
     assert "3 merges, of which 2 are there already" in capsys.readouterr().out
     assert [row["val_loss"] for row in after] == ["99.0"] * 3 + [before[3]["val_loss"]]
+
+
+class BestSoFar(Toy):
+    """Remembers the best validation, and logs it under a name of its choice."""
+
+    def __init__(self, name="val_best"):
+        super().__init__()
+        self.best, self.name = MinMetric(), name
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.best.update(F.cross_entropy(self(batch[0]), batch[1]))
+
+    def on_validation_epoch_end(self):
+        self.log(self.name, self.best.compute())
+
+
+def test_a_merge_is_worth_the_same_whatever_was_validated_before(run, tmp_path):
+    def best_so_far(output, **changes):
+        asked = config(run, output, **changes)
+        asked.model.toy_class.path = "tests.test_sweep.BestSoFar"
+        main.__wrapped__(asked)
+        with (output / "cells.csv").open() as file:
+            return {row["steps"] + row["rule"]: row["val_best"] for row in csv.DictReader(file)}
+
+    whole = best_so_far(tmp_path / "whole")
+    alone = best_so_far(tmp_path / "alone", rules=["wma"], num_snapshots=[3])
+    assert alone == {key: whole[key] for key in alone}
+    assert len(set(whole.values())) > 2
+
+
+def test_a_metric_that_is_called_as_a_column_is_and_one_that_is_mistyped_are_refused_at_once(run, tmp_path, capsys):
+    asked = config(run, tmp_path)
+    asked.model.toy_class.path = "tests.test_sweep.BestSoFar"
+    asked.model.name = "steps"
+    with pytest.raises(SystemExit, match=r"the validation logs 'steps', which is a column of .*cells.csv; rename"):
+        main.__wrapped__(asked)
+    with pytest.raises(SystemExit, match="logs no 'val_los'"):
+        main.__wrapped__(config(run, tmp_path, metric="val_los"))
+    assert not (tmp_path / "cells.csv").exists()
+
+
+def test_values_that_lack_the_metric_are_validated_again(run, tmp_path, capsys):
+    sweep(run, tmp_path, num_snapshots=[3], rules=["sma"])
+    lines = (tmp_path / "cells.csv").read_text().replace("val_accuracy", "other")
+    (tmp_path / "cells.csv").write_text(lines)
+    capsys.readouterr()
+    rows = sweep(run, tmp_path, num_snapshots=[3], rules=["sma"], metric="val_accuracy")
+    assert "2 merges, of which 0 are there already" in capsys.readouterr().out
+    assert [bool(row["val_accuracy"]) for row in rows] == [False, False, True, True]
+
+
+def test_two_sweeps_may_share_a_file(tmp_path):
+    cells = Grid({"sma": sma}, num_snapshots=[2, 3, 4]).cells([1, 2, 3, 4])
+    one, other = (CellFile(tmp_path / "cells.csv", lambda cell: "same") for _ in range(2))
+    one.add(cells[0], {"loss": 1.0})
+    other.add(cells[1], {"loss": 2.0})
+    one.add(cells[2], {"loss": 3.0})
+    fresh = CellFile(tmp_path / "cells.csv", lambda cell: "same")
+    assert [fresh[cell] for cell in cells] == [{"loss": 1.0}, {"loss": 2.0}, {"loss": 3.0}, {}]
+
+
+def test_nan_is_never_the_best():
+    cells = Grid({"sma": sma}, num_snapshots=[2, 3]).cells([10, 20, 30])
+    values = dict(zip(cells, [0.5, math.nan, 0.25], strict=True))
+    rows = [line.split() for line in sweep_table(values, "loss", "min").splitlines() if "│" in line]
+    assert [row[1] for row in rows] == ["sma", "live", "sma"]
+    assert "nan" in rows[-1]
+
+
+def test_tensors_that_differ_and_cannot_be_averaged_are_taken_from_the_newest_where_asked(run, tmp_path):
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for path in run[1].glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=False)
+        checkpoint["state_dict"]["position_ids"] += checkpoint["global_step"]
+        torch.save(checkpoint, copies / path.name)
+    with pytest.raises(SystemExit, match=r"position_ids is torch.int64.*newest=\[position_ids\] takes the newest one"):
+        sweep((run[0], copies), tmp_path)
+    newest = ["*running*", "*num_batches_tracked", "position_ids"]
+    rows = sweep((run[0], copies), tmp_path, newest=newest)
+    assert len([row for row in rows if row["rule"] != "live"]) == 4
 
 
 def test_a_changed_checkpoint_or_config_is_validated_again(run, tmp_path):

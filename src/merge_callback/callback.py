@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from merge_callback.arguments import (
@@ -37,13 +38,14 @@ from merge_callback.evaluate import (
     logged_step,
     num_limited_batches,
     observe_validations,
+    saving_live_weights,
     stop_observing_validations,
     validation_follows,
 )
 from merge_callback.export import provenance, save, save_sharded, weights_checkpoint
 from merge_callback.prediction import Prediction, curvature_gain, gain
 from merge_callback.rates import learning_rates, optimizer_step
-from merge_callback.recalibrate import RecentBatches, batch_norms, recalibrate_
+from merge_callback.recalibrate import RecentInputs, batch_norms, recalibrate_
 from merge_callback.records import TrunkValues
 from merge_callback.routers import Choices, Routers
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
@@ -106,8 +108,9 @@ class MergeCallback(Callback):
         include: Patterns (``"*lora*"``) of the names of parameters that are merged; ``"*"`` fits all. The others stay
             live, as frozen ones do.
         exclude: Patterns (``"*.router.*"``) of those that are not; a tied parameter is known by its first name.
-        recalibrate_batches: From so many of the latest training batches, statistics of batch norm layers are calculated
-            for the merge, instead of taken from the newest snapshot: copies of the batches are kept, and go into
+        recalibrate_batches: From the inputs of so many of the latest training batches, statistics of batch norm layers
+            are calculated for the merge, instead of taken from the newest snapshot. The module is called with the first
+            item of a batch that is a list or tuple, else with the batch. Copies of the inputs are kept, and go into
             checkpoints. None for models without such layers.
         routers: Where a mixture of experts has its routers; logs ``merge/router_agreement``. See `Routers`.
         save_state: What checkpoints hold: ``"full"`` is all that a resumed run needs to go on exactly (the ring);
@@ -184,7 +187,7 @@ class MergeCallback(Callback):
         self._step = 0
         self._rates: list[float] = []
         self._num_validations = 0
-        self._batches = RecentBatches(recalibrate_batches or 0)
+        self._inputs = RecentInputs(recalibrate_batches or 0)
         self._step_context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._budget = Budget(max_overhead or 1.0)
         self._began = time.perf_counter()
@@ -325,10 +328,10 @@ class MergeCallback(Callback):
     def forget_since(self, step: int) -> None:
         """Drops the snapshots of a step and of later ones, and begins averages over every step anew.
 
-        Batches that were kept for batch norm statistics are dropped too, since those of the spike may be among them.
+        Inputs that were kept for batch norm statistics are dropped too, since those of the spike may be among them.
         """
         self._capture.forget_since(step)
-        self._batches = RecentBatches(self.recalibrate_batches or 0)
+        self._inputs.clear()
 
     def put_into(
         self, pl_module: torch.nn.Module, coefficients: Mapping[int, float], buffers: Mapping[str, Tensor]
@@ -360,7 +363,7 @@ class MergeCallback(Callback):
         return {
             "capture": capture,
             "step": self._step,
-            "batches": self._batches.state_dict() if self.save_state == "full" else None,
+            "inputs": self._inputs.state_dict() if self.save_state == "full" else None,
             "rates": self._rates,
             "num_validations": self._num_validations,
             "worked": sorted(self._worked),
@@ -395,7 +398,7 @@ class MergeCallback(Callback):
         self._module, self._step = pl_module, step
         if self._loaded_state is not None or not continues:
             self._check_module(pl_module)
-            self._batches = RecentBatches(self.recalibrate_batches or 0)
+            self._inputs.clear()
             self._capture = self._new_capture()
             self._capture.prepare(pl_module)
             self._num_validations, self._worked, self._history, self._predictions = 0, set(), [], {}
@@ -407,7 +410,8 @@ class MergeCallback(Callback):
             reader = shard_reader(self._loaded_state.get("shards"), trainer.ckpt_path)
             if changes := self._capture.load_state_dict(self._loaded_state["capture"], pl_module, reader):
                 self._say(f"resumed, but {'; '.join(changes)}", topic="resumed", warn=True)
-            self._batches.load_state_dict(self._loaded_state["batches"], pl_module.device)
+            if self._loaded_state["inputs"] is not None:
+                self._inputs.load_state_dict(self._loaded_state["inputs"], pl_module.device)
             self._num_validations = self._loaded_state["num_validations"]
             self._worked = set(self._loaded_state["worked"])
             self._budget = replace(Budget(**self._loaded_state["budget"]), share=self._budget.share)
@@ -435,7 +439,7 @@ class MergeCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._rates = learning_rates(trainer.optimizers)
         if self.recalibrate_batches is not None:
-            self._batches.append(batch)
+            self._remember_inputs(pl_module, batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._capture.finish()
@@ -501,7 +505,7 @@ class MergeCallback(Callback):
         for name, coefficients, row in self._rows(captured):
             if name == self._primary:
                 diagnostics = self._diagnostics(coefficients, row)
-            with self._swapped_in(trainer.lightning_module, row, self._buffers(name)):
+            with saving_live_weights(trainer), self._swapped_in(trainer.lightning_module, row, self._buffers(name)):
                 merged[name] = evaluate(trainer, self.limit_batches)
                 if name == self._primary:
                     choices = self._choices(trainer)
@@ -548,10 +552,19 @@ class MergeCallback(Callback):
             return
         if not batch_norms(module):
             raise ValueError(f"recalibrate_batches is for batch norm layers, of which {type(module).__name__} has none")
-        if not module.automatic_optimization:
-            raise ValueError(
-                "recalibrate_batches runs the training step without training, which is not possible with manual"
-                " optimization"
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise ValueError("recalibrate_batches needs a training step that takes batches, not dataloader_iter")
+
+    def _remember_inputs(self, module: LightningModule, batch: Any) -> None:
+        """For `recalibrate_`, before a training step."""
+        self._inputs.append(module, batch)
+        if self.save_state == "full" and not self._inputs.is_plain:
+            self._say(
+                "inputs other than tensors, numbers and strings in lists and dicts do not go into checkpoints; after a"
+                f" resume batch norm statistics are those of {self.recalibrate_batches} batches only once so many have"
+                " been trained on",
+                topic="inputs",
+                warn=True,
             )
 
     def _new_capture(self) -> SnapshotCapture:
@@ -771,7 +784,7 @@ class MergeCallback(Callback):
         merged |= {name: buffer.to(local(live[name]).device, copy=True) for name, buffer in buffers.items()}
         with swapped_weights(live, merged, before=partial(reshard, module)):
             if self.recalibrate_batches is not None:
-                recalibrate_(module, self._batches, self._step_context)
+                recalibrate_(module, self._inputs, self._step_context)
             yield
 
     def _is_higher_better(self, metric: str, merged: LoggedValue) -> bool:

@@ -228,6 +228,23 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         return _epoch_values(loop._results, connector.callback_metrics)
 
 
+@contextmanager
+def saving_live_weights(trainer: Trainer) -> Iterator[None]:
+    """Inside the context, whoever saves a checkpoint saves the live weights, whatever is swapped.
+
+    A signal handler, such as that of a cluster that is about to stop the job, may save at any moment. `evaluate` takes
+    care of that by itself.
+    """
+    save = trainer.save_checkpoint
+
+    def save_live_checkpoint(*arguments: Any, **options: Any) -> None:
+        with live_weights():
+            save(*arguments, **options)
+
+    with _replaced(trainer, save_checkpoint=save_live_checkpoint):
+        yield
+
+
 def validation_follows(trainer: Trainer) -> bool:
     """Whether a validation follows the training batch that has just ended; for ``on_train_batch_end``.
 

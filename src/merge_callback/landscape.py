@@ -165,11 +165,10 @@ def main(config: DictConfig) -> None:
         sides = distances(opened)
         places = kinds[asked.kind](sides, asked.num_points, asked.margin)
         run = prepare_validation(config, asked.limit_batches)
-        found = [
-            validated(run, opened, place.coefficients, config.get("seed") or 0)
-            for place in tqdm(places, desc="Validating points")
-        ]
-        metric = chosen_metric(list(found[0]), asked.metric, "landscape.metric")
+        found: list[dict[str, float]] = []
+        for place in tqdm(places, desc="Validating points"):
+            found.append(validated(run, opened, place.coefficients, asked.newest, config.get("seed") or 0))
+            metric = chosen_metric(list(found[-1]), asked.metric, "landscape.metric")
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"merge_callback.landscape: {error}")
     folder = Path(asked.output)
@@ -180,13 +179,18 @@ def main(config: DictConfig) -> None:
         "checkpoints": {name: str(path) for name, path in asked.checkpoints.items()},
         "distances": sides,
         "limit_batches": asked.limit_batches,
-        "points": [asdict(place) | {"metrics": metrics} for place, metrics in zip(places, found, strict=True)],
+        "points": [asdict(place) | {"metrics": _finite(of)} for place, of in zip(places, found, strict=True)],
     }
     with complete_or_absent(folder / f"{asked.kind}.json") as unfinished:
-        unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    draw(record).savefig(folder / f"{asked.kind}.png")
+        unfinished.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     choose = min if asked.mode == "min" else max
-    best = choose(record["points"], key=lambda point: point["metrics"][metric])
+    finite = [point for point in record["points"] if point["metrics"][metric] is not None]
+    if not finite:
+        sys.exit(
+            f"merge_callback.landscape: {metric} is NaN or infinite at every point; see {folder / asked.kind}.json"
+        )
+    draw(record).savefig(folder / f"{asked.kind}.png")
+    best = choose(finite, key=lambda point: point["metrics"][metric])
     parts = zip(asked.checkpoints, best["coefficients"], strict=True)
     made_of = ", ".join(f"{value:.2f} {name}" for name, value in parts)
     sys.stdout.write(f"Best {metric}: {number(best['metrics'][metric])} at {made_of}\n")
@@ -202,7 +206,8 @@ def draw(record: Mapping[str, Any]) -> "Figure":
     from merge_callback.figures import plot_line, plot_plane
 
     metric, names, sides = record["metric"], list(record["checkpoints"]), record["distances"]
-    values = {(point["x"], point["y"]): point["metrics"][metric] for point in record["points"]}
+    known = {(point["x"], point["y"]): point["metrics"][metric] for point in record["points"]}
+    values = {place: math.nan if value is None else value for place, value in known.items()}
     if record["kind"] == "line":
         at = itertools.accumulate((sides[i][i + 1] for i in range(len(names) - 1)), initial=0.0)
         return plot_line({x: value for (x, _), value in values.items()}, dict(zip(names, at, strict=True)), metric)
@@ -210,6 +215,10 @@ def draw(record: Mapping[str, Any]) -> "Figure":
     marks = dict(zip(names, points, strict=True))
     marks["their mean"] = (sum(x for x, _ in points) / 3, sum(y for _, y in points) / 3)
     return plot_plane(values, marks, metric)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 if __name__ == "__main__":

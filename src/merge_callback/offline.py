@@ -1,12 +1,14 @@
 """Validations of merges that no run holds: stored checkpoints, combined and put into the config's model."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, open_dict
 
-from merge_callback.merge import merged_tensors
+from merge_callback.merge import TAKEN_FROM_NEWEST, merged_tensors
+from merge_callback.preserve import preserved_attributes
 from merge_callback.stored import StoredCheckpoint
 from merge_callback.train import Run, prepare
 
@@ -26,13 +28,20 @@ def prepare_validation(config: DictConfig, limit_batches: int | float | None = N
     return prepare(config, loggers=(), **options)
 
 
-def validated(run: Run, opened: Sequence[StoredCheckpoint], values: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Metrics of a weighted sum of checkpoints.
+def validated(
+    run: Run,
+    opened: Sequence[StoredCheckpoint],
+    values: Sequence[float],
+    newest: Sequence[str] = TAKEN_FROM_NEWEST,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Metrics of a weighted sum of checkpoints, as if nothing had been validated before.
 
     Args:
         run: Its trainer validates its model, which holds the sum afterwards, on its data.
-        opened: Checkpoints that are alike, oldest first; batch norm statistics are those of the last.
+        opened: Checkpoints that are alike, oldest first.
         values: A coefficient for each, summing to one.
+        newest: Patterns of tensors that are those of the last checkpoint.
         seed: The validation begins with it.
 
     Returns:
@@ -41,13 +50,19 @@ def validated(run: Run, opened: Sequence[StoredCheckpoint], values: Sequence[flo
     Raises:
         ValueError: If the checkpoints do not fit the model; the message names the tensors.
     """
-    merged = dict(merged_tensors(opened, values))
+    merged = dict(merged_tensors(opened, values, newest))
+    for name, tensor in merged.items():
+        # Beyond the checkpoints a weighted sum of variances may be none.
+        if fnmatch(name, "*running_var"):
+            tensor.clamp_(min=0)
     try:
         run.model.load_state_dict(merged, strict=True)
     except RuntimeError as error:
         raise ValueError(f"the checkpoints are of another model than the config's: {error}") from error
     seed_everything(seed, verbose=False)
-    found = run.trainer.validate(run.model, run.data, verbose=False)
+    # Whatever a module remembers of a validation, such as the best value so far.
+    with preserved_attributes(run.model):
+        found = run.trainer.validate(run.model, run.data, verbose=False)
     return {name: value for of_loader in found for name, value in of_loader.items()}
 
 

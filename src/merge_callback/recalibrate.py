@@ -1,121 +1,143 @@
-"""Statistics of batch norm layers for weights that no training step has seen: from the latest training batches."""
+"""Statistics of batch norm layers for weights that no training step has seen: from the latest training inputs."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeGuard
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from merge_callback.preserve import preserved_attributes, preserved_rng
+from merge_callback.swap import swapped_weights
+from merge_callback.weights import clean_name
 
 
-class RecentBatches:
-    """Copies of the latest training batches, on the device where they were used.
+class RecentInputs:
+    """Copies of the latest inputs of a model in training, on the device where they were used.
 
     Args:
         num_batches: How many.
     """
 
     def __init__(self, num_batches: int) -> None:
-        self._batches: deque[Any] = deque(maxlen=num_batches)
+        self._inputs: deque[Any] = deque(maxlen=num_batches)
+        # Clean names of the submodules that were in training mode for the latest of them.
+        self.in_training: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._inputs)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
+        return iter(self._inputs)
 
-    def append(self, batch: Any) -> None:
-        """Takes a copy: loaders may use the memory of their batches again."""
-        self._batches.append(apply_to_collection(batch, Tensor, torch.clone))
+    @property
+    def is_plain(self) -> bool:
+        """Whether a safe load of a checkpoint would take them: tensors, numbers and strings in lists and dicts."""
+        return all(map(_is_plain, self._inputs))
 
-    def state_dict(self) -> list[Any] | None:
-        """The batches; None where they are of classes that a safe load of a checkpoint would refuse."""
-        return list(self._batches) if all(map(_is_plain, self._batches)) else None
+    def append(self, module: nn.Module, batch: Any) -> None:
+        """Takes a copy of a batch's inputs, since loaders use their memory again, and note of the module's modes.
 
-    def load_state_dict(self, state: list[Any] | None, device: torch.device) -> None:
+        Args:
+            module: The model, which is about to be trained on the batch.
+            batch: The first item of what is a list or tuple is the input, else all of it.
+        """
+        self.in_training = {clean_name(name) for name, each in module.named_modules() if each.training}
+        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        self._inputs.append(apply_to_collection(inputs, Tensor, torch.clone))
+
+    def clear(self) -> None:
+        """Forgets them."""
+        self._inputs.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The modes, and the inputs where they are plain."""
+        inputs = list(self._inputs) if self.is_plain else []
+        return {"inputs": inputs, "in_training": sorted(self.in_training)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Takes over what `state_dict` gave."""
-        self._batches.clear()
-        self._batches.extend(move_data_to_device(batch, device) for batch in state or ())
+        self.clear()
+        self._inputs.extend(move_data_to_device(inputs, device) for inputs in state["inputs"])
+        self.in_training = set(state["in_training"])
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
     """The batch norm layers that keep running statistics."""
-    return [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+    return [each for each in module.modules() if _keeps_statistics(each)]
 
 
 @torch.no_grad()
-def recalibrate_(module: Any, batches: RecentBatches, step_context: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Replaces running means and variances by those of the module's present weights, averaged over batches.
+def recalibrate_(
+    module: nn.Module, inputs: RecentInputs, step_context: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """Replaces running means and variances by those of the module's present weights, averaged over inputs.
 
-    Runs the training step without gradients, as the layers saw their inputs in training. Nothing else changes: random
-    states, other buffers, attributes and metric objects of the module are afterwards as before, and nothing is logged.
+    As `torch.optim.swa_utils.update_bn` does, by forward passes as in training. Layers that are kept in evaluation mode
+    there, and layers that none of the inputs reach, keep what they have. Nothing else changes: random states, other
+    buffers, modes, attributes and metric objects of the module are afterwards as before.
 
     Args:
-        module: A LightningModule whose training step takes the batches.
-        batches: None at all leave the statistics as they are.
-        step_context: Made anew around each step, for its precision.
-
-    Raises:
-        TypeError: If the module has no training step.
+        module: Called with each of the inputs.
+        inputs: None at all leave the statistics as they are.
+        step_context: Made anew around each pass, for its precision.
     """
-    if not hasattr(module, "training_step"):
-        raise TypeError(f"batch norm statistics need a module with a training step, got {type(module).__name__}")
-    if not len(batches):
+    named = [(clean_name(name), each) for name, each in module.named_modules()]
+    modes = [(each, each.training) for _, each in named]
+    norms = [each for name, each in named if name in inputs.in_training and _keeps_statistics(each)]
+    if not len(inputs) or not norms:
         return
-    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    norms = batch_norms(module)
-    modes = [(each, each.training) for each in module.modules()]
+    device = next(module.parameters()).device
     momenta = [norm.momentum for norm in norms]
-    statistics = {id(buffer) for norm in norms for buffer in (norm.running_mean, norm.running_var)}
-    others = [(buffer, buffer.clone()) for buffer in module.buffers() if id(buffer) not in statistics]
-    with preserved_rng(), preserved_attributes(module), _logging_nothing(module):
+    buffers = dict(module.named_buffers())
+    found = []
+    # A checkpoint that a signal handler saves meanwhile has all live buffers.
+    with preserved_rng(), preserved_attributes(module), swapped_weights(buffers, _copies(buffers)):
         try:
-            module.train()
+            for name, each in named:
+                each.training = name in inputs.in_training
             for norm in norms:
                 norm.reset_running_stats()
                 # The average of all batches instead of one that forgets.
                 norm.momentum = None
-            for index, batch in enumerate(batches):
-                batch = move_data_to_device(batch, module.device)  # noqa: PLW2901
+            for batch in inputs:
+                own = apply_to_collection(move_data_to_device(batch, device), Tensor, torch.clone)
                 with step_context():
-                    module.training_step(*((batch, index) if takes_index else (batch,)))
+                    module(own)
+            found = [_statistics(norm) for norm in norms]
         finally:
             for each, mode in modes:
                 each.training = mode
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-            for buffer, content in others:
-                buffer.copy_(content)
+    for norm, statistics in zip(norms, found, strict=True):
+        for buffer, values in statistics:
+            norm.get_buffer(buffer).copy_(values)
 
 
-@contextmanager
-def _logging_nothing(module: nn.Module) -> Iterator[None]:
-    def log(*arguments: Any, **options: Any) -> None:
-        pass
-
-    names = ("log", "log_dict")
-    own = {name: vars(module)[name] for name in names if name in vars(module)}
-    for name in names:
-        setattr(module, name, log)
-    try:
-        yield
-    finally:
-        for name in names:
-            delattr(module, name)
-            if name in own:
-                setattr(module, name, own[name])
+def _keeps_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    return isinstance(module, _BatchNorm) and bool(module.track_running_stats)
 
 
-def _is_plain(batch: Any) -> bool:
-    if type(batch) in (list, tuple):
-        return all(map(_is_plain, batch))
-    if type(batch) is dict:
-        return all(isinstance(key, str | int) for key in batch) and all(map(_is_plain, batch.values()))
-    return batch is None or type(batch) in (Tensor, int, float, bool, str)
+def _statistics(norm: _BatchNorm) -> list[tuple[str, Tensor]]:
+    """What a layer has found; nothing if it saw no input."""
+    assert norm.num_batches_tracked is not None
+    if norm.num_batches_tracked == 0:
+        return []
+    return [(name, norm.get_buffer(name).clone()) for name in ("running_mean", "running_var")]
+
+
+def _copies(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in buffers.items()}
+
+
+def _is_plain(inputs: Any) -> bool:
+    if type(inputs) in (list, tuple):
+        return all(map(_is_plain, inputs))
+    if type(inputs) is dict:
+        return all(isinstance(key, str | int) for key in inputs) and all(map(_is_plain, inputs.values()))
+    return inputs is None or type(inputs) in (Tensor, int, float, bool, str)

@@ -1,5 +1,6 @@
 """How a mixture of experts routes tokens under other weights than its live ones: agreement and load."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from merge_callback.arguments import check_count, patterns
 from merge_callback.metrics import RouterAgreement
+from merge_callback.shards import united
 from merge_callback.weights import clean_name
 
 # Name in the logs -> what `RouterAgreement` calls it, of the merge first and of the live model second.
@@ -107,11 +109,22 @@ class Routers:
     def compare(self, merged: Mapping[str, Choices], live: Mapping[str, Choices]) -> dict[str, float]:
         """What is logged; ranks call it together.
 
-        Raises:
-            ValueError: If the models were given other tokens.
+        A router that was given other tokens by the merge, such as one behind another router, is left out, and a warning
+        says so.
         """
         by_layer = {}
-        for name, choices in merged.items():
+        shapes = {name: [[call.shape for call in of[name].calls] for of in (merged, live)] for name in merged}
+        differing = united({name: None for name, (ours, theirs) in shapes.items() if ours != theirs})
+        if differing:
+            warnings.warn(
+                f"{', '.join(differing)} saw other tokens in the merge than in the live model, and is left out of"
+                " merge/router_agreement and the like",
+                stacklevel=2,
+            )
+        compared = {name: choices for name, choices in merged.items() if name not in differing}
+        if not compared:
+            return {}
+        for name, choices in compared.items():
             agreement = RouterAgreement(choices.num_experts, self.num_active).to(choices.calls[0].device)
             for ours, theirs in zip(choices.calls, live[name].calls, strict=True):
                 agreement.update(ours, theirs)

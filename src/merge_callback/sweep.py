@@ -10,6 +10,7 @@ merge is added to a CSV file; what stands there is not run again. A table and he
 import csv
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 # What is asked for, and the steps that this comes to; the last one tells whether values are still those of the files.
 CELL_COLUMNS = ("end", "rule", "num_snapshots", "every", "span_steps", "steps", "fingerprint")
 # Entries of the config that values depend on. Others of the trainer's, such as folders, may differ from run to run.
-_DECISIVE = ("model", "data", "datamodule", "seed", "trainer.limit_val_batches", "trainer.precision")
+_DECISIVE = ("model", "data", "datamodule", "seed", "sweep.newest")
+_DECISIVE_OF_TRAINER = ("limit_val_batches", "fast_dev_run", "overfit_batches", "precision", "plugins")
 # The newest checkpoint alone.
 LIVE = "live"
 
@@ -156,22 +158,25 @@ class CellFile:
         self.path = path
         self.fingerprint = fingerprint
         self._rows: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                self._rows = list(csv.DictReader(file))
-            if self._rows and (missing := [name for name in CELL_COLUMNS if name not in self._rows[0]]):
-                raise ValueError(f"{path} is no file of a sweep: it has no column {missing[0]}")
+        self._read()
 
     def __getitem__(self, cell: Cell) -> dict[str, float]:
         """Metrics of a merge; none if it is not there."""
         columns = self._columns(cell)
-        for row in self._rows:
+        for row in reversed(self._rows):
             if all(row[name] == value for name, value in columns.items()):
                 return {name: float(value) for name, value in row.items() if name not in CELL_COLUMNS and value}
         return {}
 
     def add(self, cell: Cell, metrics: Mapping[str, float]) -> None:
-        """Writes one more line."""
+        """Writes one more line, beside those that another process may have written meanwhile.
+
+        Raises:
+            ValueError: If a metric is called as a column is.
+        """
+        if taken := [name for name in metrics if name in CELL_COLUMNS]:
+            raise ValueError(f"the validation logs {taken[0]!r}, which is a column of {self.path}; rename the metric")
+        self._read()
         self._rows.append(self._columns(cell) | {name: repr(value) for name, value in metrics.items()})
         names = dict.fromkeys([*CELL_COLUMNS, *(name for row in self._rows for name in row)])
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,6 +184,14 @@ class CellFile:
             writer = csv.DictWriter(file, list(names), restval="")
             writer.writeheader()
             writer.writerows(self._rows)
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open(newline="") as file:
+            self._rows = list(csv.DictReader(file))
+        if self._rows and (missing := [name for name in CELL_COLUMNS if name not in self._rows[0]]):
+            raise ValueError(f"{self.path} is no file of a sweep: it has no column {missing[0]}")
 
     def _columns(self, cell: Cell) -> dict[str, str]:
         return cell.columns | {"fingerprint": self.fingerprint(cell)}
@@ -189,7 +202,7 @@ def sweep_table(values: Mapping[Cell, float], metric: str, mode: Literal["min", 
     live = {cell.end: value for cell, value in values.items() if cell.rule == LIVE}
     sign = 1 if mode == "min" else -1
     rows = []
-    for cell, value in sorted(values.items(), key=lambda item: sign * item[1]):
+    for cell, value in sorted(values.items(), key=lambda item: sign * item[1] if math.isfinite(item[1]) else math.inf):
         span = NOTHING if cell.span_steps is None else str(cell.span_steps)
         gain = NOTHING if cell.rule == LIVE else number(sign * (live[cell.end] - value), "+")
         used = f"{len(cell.steps)} from {cell.steps[0]}"
@@ -239,17 +252,21 @@ def main(config: DictConfig) -> None:
         cells = grid.cells(list(checkpoints))
         folder = Path(asked.output)
         file = CellFile(folder / "cells.csv", _fingerprints(config, grid, checkpoints))
-        missing = [cell for cell in cells if not file[cell]]
+        # A metric may have been added to the model since.
+        missing = [cell for cell in cells if not file[cell] or (asked.metric or _first(file, cells)) not in file[cell]]
         sys.stdout.write(f"{len(cells)} merges, of which {len(cells) - len(missing)} are there already\n")
         if missing:
             run, seed = prepare_validation(config), config.get("seed") or 0
             for cell in tqdm(missing, desc="Validating merges"):
                 chosen = [checkpoints[step] for step in cell.steps]
-                file.add(cell, validated(run, chosen, grid.coefficients(cell), seed))
-        values = _values(cells, file, asked.metric)
+                found = validated(run, chosen, grid.coefficients(cell), asked.newest, seed)
+                # Before hours are spent on it.
+                chosen_metric(list(found), asked.metric, "sweep.metric")
+                file.add(cell, found)
+        metric = str(asked.metric or _first(file, cells))
+        by_cell = {cell: file[cell][metric] for cell in cells}
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"merge_callback.sweep: {error}")
-    metric, by_cell = values
     sys.stdout.write(sweep_table(by_cell, metric, asked.mode))
     sys.stdout.write(f"Values: {file.path}\n")
     for end in sorted({cell.end for cell in by_cell}):
@@ -272,7 +289,8 @@ def _rules(asked: Any) -> dict[str, Rule]:
 
 
 def _fingerprints(config: DictConfig, grid: Grid, checkpoints: Mapping[int, StoredCheckpoint]) -> Callable[[Cell], str]:
-    found = [OmegaConf.select(config, name) for name in _DECISIVE]
+    names = (*_DECISIVE, *(f"trainer.{name}" for name in _DECISIVE_OF_TRAINER))
+    found = [OmegaConf.select(config, name) for name in names]
     decisive = [OmegaConf.to_container(each, resolve=True) if OmegaConf.is_config(each) else each for each in found]
     stats = {step: checkpoint.path.stat() for step, checkpoint in checkpoints.items()}
 
@@ -284,11 +302,9 @@ def _fingerprints(config: DictConfig, grid: Grid, checkpoints: Mapping[int, Stor
     return fingerprint
 
 
-def _values(cells: Sequence[Cell], file: CellFile, metric: str | None) -> tuple[str, dict[Cell, float]]:
-    """The metric's name, the first one unless one was asked for, and its value for each merge."""
-    found = {cell: file[cell] for cell in cells}
-    name = chosen_metric(list(next(iter(found.values()))), metric, "sweep.metric")
-    return name, {cell: metrics[name] for cell, metrics in found.items()}
+def _first(file: CellFile, cells: Sequence[Cell]) -> str | None:
+    """The first metric of the newest line of these; None if there is none yet."""
+    return next((name for cell in reversed(cells) for name in file[cell]), None)
 
 
 if __name__ == "__main__":
