@@ -97,7 +97,8 @@ def test_training_is_bit_identical_whatever_the_forward_pass_does(tmp_path, argu
 
 def test_frozen_layers_and_those_that_no_input_reaches_keep_their_statistics(tmp_path):
     callback, tracker = MergeCallback(2, 4, recalibrate_batches=3), Tracker()
-    run = fit(make(Busy), tmp_path, callback, tracker)
+    train = ResumableBatches()
+    run = fit(make(Busy), tmp_path, callback, tracker, train=train)
     merged, newest = callback.merged_state_dict(), tracker.buffers[24]
     assert not run.module.frozen_norm.training
     assert torch.equal(merged["frozen_norm.running_mean"], torch.full((6,), 0.5))
@@ -106,6 +107,14 @@ def test_frozen_layers_and_those_that_no_input_reaches_keep_their_statistics(tmp
         assert not torch.equal(merged[name], torch.full((6,), float(name.endswith("var"))))
     assert not torch.equal(merged["norm.running_mean"], newest["norm.running_mean"])
     assert merged["norm.num_batches_tracked"] == 24
+    # What comes after a frozen layer has seen its outputs as they are; but for the noise that it draws.
+    by_hand = make(Busy)
+    by_hand.load_state_dict(merged)
+    by_hand.norm.reset_running_stats()
+    by_hand.norm.momentum = None
+    for x, _ in train.batches[21:24]:
+        by_hand(x.clone())
+    torch.testing.assert_close(merged["norm.running_mean"], by_hand.norm.running_mean, rtol=0, atol=0.02)
 
 
 def test_a_checkpoint_that_a_signal_handler_saves_meanwhile_is_the_live_one(tmp_path):
