@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from merge_callback import MergeCallback, Routers
+from merge_callback.demo.model import ByteGPT
 from tests.toys import Toy, assert_same_training, batches, fit, make, same
 
 NAMES = ("agreement", "jaccard", "entropy", "entropy_live", "violation", "violation_live")
@@ -196,3 +198,36 @@ def test_arguments_are_checked():
         Routers(3, num_active=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"routers must be a Routers or None, got '\*'"):
         MergeCallback(routers="*")  # type: ignore[arg-type]
+
+
+class Bytes(torch.utils.data.Dataset):
+    """Blocks of bytes."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.randint(97, 123, (9,), generator=torch.Generator().manual_seed(index))
+
+
+def test_the_routers_of_the_demos_mixture_are_found_and_those_left_out_of_the_merge_are_live(tmp_path):
+    options = {"context": 8, "dropout": 0.0, "learning_rate": 0.01, "warmup_steps": 2, "weight_decay": 0.0}
+    torch.manual_seed(0)
+    model = ByteGPT(num_layers=2, width=16, num_heads=2, num_experts=4, **options)
+    routers = Routers("*.router", num_active=2)
+    callbacks = [
+        MergeCallback(2, 4, routers=routers),
+        MergeCallback(2, 4, routers=routers, exclude="*.router.*", name="kept"),
+    ]
+    loader = DataLoader(Bytes(), 8)
+    run = fit(model, tmp_path, *callbacks, train=loader, validation=loader)
+    metrics = run.epoch_metrics[-1]
+    assert 0 < metrics["merge/router_agreement"] < 1
+    # Where the routers are the same, only their inputs differ.
+    assert metrics["merge_kept/router_agreement"] > metrics["merge/router_agreement"]
+    assert 0 < metrics["merge/router_entropy"] <= 1
+    live, kept = run.module.state_dict(), callbacks[1].merged_state_dict()
+    names = [name for name in live if ".router." in name]
+    assert len(names) == 2
+    assert all(torch.equal(live[name], kept[name]) for name in names)
+    assert not any(torch.equal(live[name], callbacks[0].merged_state_dict()[name]) for name in names)
