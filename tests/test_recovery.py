@@ -242,6 +242,16 @@ def test_the_merge_has_no_buffers_of_the_spike(tmp_path):
         assert all(math.isfinite(value) for _, value in run.logged(f"{name}/val_loss"))
 
 
+def test_validations_of_a_spike_teach_nothing(tmp_path):
+    class Late(SpikeDetector):
+        def update(self, step, loss):
+            return 34 if step == 42 else None
+
+    merge = MergeCallback(5, 6)
+    fit(slow(), tmp_path, merge, SpikeRecovery(merge, detector=Late()), max_steps=42)
+    assert [known["step"] for known in merge.state_dict()["history"]] == [8, 12, 16, 20, 24, 28, 32]
+
+
 def test_another_fit_of_the_same_module_recovers_with_its_buffers_too(tmp_path):
     merge = MergeCallback(4, 4)
     recovery = SpikeRecovery(merge, num_snapshots=2)

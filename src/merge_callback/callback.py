@@ -328,10 +328,12 @@ class MergeCallback(Callback):
     def forget_since(self, step: int) -> None:
         """Drops the snapshots of a step and of later ones, and begins averages over every step anew.
 
-        Inputs that were kept for batch norm statistics are dropped too, since those of the spike may be among them.
+        What validations since then have found is dropped too, and all inputs that were kept for batch norm statistics,
+        since those of the spike may be among them.
         """
         self._capture.forget_since(step)
         self._inputs.clear()
+        self._history = [known for known in self._history if known.step < step]
 
     def put_into(
         self, pl_module: torch.nn.Module, coefficients: Mapping[int, float], buffers: Mapping[str, Tensor]
