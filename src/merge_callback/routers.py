@@ -1,6 +1,5 @@
 """How a mixture of experts routes tokens under other weights than its live ones: agreement and load."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -113,13 +113,11 @@ class Routers:
         says so.
         """
         by_layer = {}
-        shapes = {name: [[call.shape for call in of[name].calls] for of in (merged, live)] for name in merged}
-        differing = united({name: None for name, (ours, theirs) in shapes.items() if ours != theirs})
+        differing = united({name: None for name in {**merged, **live} if _shapes(merged, name) != _shapes(live, name)})
         if differing:
-            warnings.warn(
+            rank_zero_warn(
                 f"{', '.join(differing)} saw other tokens in the merge than in the live model, and is left out of"
-                " merge/router_agreement and the like",
-                stacklevel=2,
+                " merge/router_agreement and the like"
             )
         compared = {name: choices for name, choices in merged.items() if name not in differing}
         if not compared:
@@ -176,3 +174,8 @@ class Routers:
                 module.validation_step = step
             else:
                 del module.validation_step
+
+
+def _shapes(choices: Mapping[str, Choices], name: str) -> list[tuple[int, ...]]:
+    """Of the calls of a router; none if it was not called."""
+    return [tuple(call.shape) for call in choices[name].calls] if name in choices else []
