@@ -676,8 +676,8 @@ FAULTS = [
     (
         "the merge keeps the buffers of a spike",
         "callback.py",
-        "        self._capture.buffers |= {name: buffer.clone() for name, buffer in buffers.items()}\n",
-        "",
+        "            self._capture.buffers = {name: buffer.clone() for name, buffer in buffers.items()}\n",
+        "            pass\n",
         "test_recovery.py::test_the_merge_has_no_buffers_of_the_spike",
     ),
     (

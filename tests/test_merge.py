@@ -13,7 +13,7 @@ from torch.distributed import checkpoint as dcp
 
 from merge_callback import MergeCallback, Window
 from merge_callback.export import read_provenance
-from merge_callback.merge import merge_checkpoints
+from merge_callback.merge import find_checkpoints, merge_checkpoints
 from merge_callback.stored import open_checkpoint
 from tests import reference
 from tests.toys import Toy, fit, make, same
@@ -244,10 +244,124 @@ def test_the_command_merges_a_pattern_of_files_and_says_what_counts(run, tmp_pat
     assert done.stderr.splitlines()[-1].startswith("merge-callback-merge: unknown merge rule 'smaa'")
 
 
+def two(folder, first, second):
+    """Two checkpoints of different steps."""
+    torch.save(first, folder / "m_1.ckpt")
+    torch.save(second, folder / "m_2.ckpt")
+    return [folder / "m_1.ckpt", folder / "m_2.ckpt"]
+
+
+def test_one_pattern_and_one_path_are_taken_as_such(tmp_path):
+    paths = two(tmp_path, {"w": torch.zeros(2), "x": torch.zeros(2)}, {"w": torch.ones(2), "x": torch.ones(2)})
+    merge_checkpoints(paths, tmp_path / "m.ckpt", newest="x")
+    merged = load(tmp_path / "m.ckpt")
+    assert merged["w"].tolist() == [0.5, 0.5]
+    assert merged["x"].tolist() == [1, 1]
+    merge_checkpoints(str(paths[1]), tmp_path / "one.ckpt")
+    assert load(tmp_path / "one.ckpt")["w"].tolist() == [1, 1]
+
+
+def test_a_path_that_is_there_is_no_pattern(tmp_path):
+    for name in ("run[1].ckpt", "run1.ckpt"):
+        (tmp_path / name).touch()
+    assert find_checkpoints([str(tmp_path / "run[1].ckpt")]) == [str(tmp_path / "run[1].ckpt")]
+    assert find_checkpoints(str(tmp_path / "run?.ckpt")) == [str(tmp_path / "run1.ckpt")]
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_tied_tensor_of_which_one_name_is_taken_from_the_newest_is_two(tmp_path, suffix):
+    def tied(value):
+        w = torch.full((3,), value)
+        return {"emb": w, "head": w}
+
+    merge_checkpoints(two(tmp_path, tied(0.0), tied(1.0)), tmp_path / f"m{suffix}", newest=["head"])
+    merged = load(tmp_path / f"m{suffix}")
+    assert (merged["emb"].tolist(), merged["head"].tolist()) == ([0.5] * 3, [1.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": ["20", "100"]}, "steps must be an int, got '20'"),
+        ({"steps": [1, -1]}, "steps must be >= 0, got -1"),
+        (
+            {"coefficients": [1, float("nan")]},
+            r"coefficients must be finite numbers whose sum is not zero, got \[1, nan\]",
+        ),
+        ({"coefficients": [1, -1]}, r"coefficients must be finite numbers whose sum is not zero, got \[1, -1\]"),
+        ({"newest": 3}, "newest must be a pattern of names or a list of them, got 3"),
+    ],
+)
+def test_arguments_are_refused_by_name(tmp_path, arguments, message):
+    paths = two(tmp_path, GOOD, GOOD)
+    with pytest.raises((ValueError, TypeError), match=message):
+        merge_checkpoints(paths, tmp_path / "m.ckpt", **arguments)
+
+
+def test_the_same_file_twice_and_a_folder_as_output_are_refused(tmp_path):
+    one, other = two(tmp_path, GOOD, GOOD)
+    with pytest.raises(ValueError, match="checkpoints must be different ones, got"):
+        merge_checkpoints([one, tmp_path / "." / "m_1.ckpt", other], tmp_path / "m.ckpt", steps=[1, 2, 3])
+    (tmp_path / "folder.ckpt").mkdir()
+    with pytest.raises(ValueError, match=r"output must be a file, but .* is a folder"):
+        merge_checkpoints([one, other], tmp_path / "folder.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "suffix", "message"),
+    [
+        (torch.view_as_complex(torch.randn(4, 2)).conj(), ".ckpt", "lazily conjugated or negated view"),
+        (torch.view_as_complex(torch.randn(4, 2)).conj().imag, ".ckpt", "lazily conjugated or negated view"),
+        (
+            torch.zeros(4, dtype=torch.float8_e4m3fn),
+            ".ckpt",
+            r"is torch.float8_e4m3fn, which is not summed; newest=\[w\]",
+        ),
+        (
+            torch.zeros(4, dtype=torch.complex64),
+            ".safetensors",
+            "is torch.complex64, which is not written to .safetensors",
+        ),
+    ],
+)
+def test_tensors_that_cannot_be_merged_are_refused_by_name(tmp_path, tensor, suffix, message):
+    paths = two(tmp_path, {"w": tensor}, {"w": tensor})
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoints(paths, tmp_path / f"m{suffix}")
+    assert not (tmp_path / f"m{suffix}").exists()
+
+
+def test_a_header_that_contradicts_itself_is_refused_with_its_path(tmp_path):
+    header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}
+    header["b"] = {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}
+    content = json.dumps(header).encode()
+    (tmp_path / "m_1.safetensors").write_bytes(len(content).to_bytes(8, "little") + content + bytes(8))
+    (tmp_path / "m_2.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+    (tmp_path / "m_3.safetensors").write_bytes((2).to_bytes(8, "little") + b"{x")
+    for number, message in (
+        (1, "a takes 4 bytes, which do not fit its shape"),
+        (2, "read in parts"),
+        (3, "read in parts"),
+    ):
+        with pytest.raises(ValueError, match=rf"m_{number}.safetensors.*{message}"):
+            open_checkpoint(tmp_path / f"m_{number}.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_of_model_and_optimizer_and_names_that_are_none_are_refused(tmp_path):
+    both = {"model": {"w": torch.ones(2)}, "optim": {"exp_avg": torch.ones(2)}}
+    dcp.save(both, checkpoint_id=tmp_path / "both_1", no_dist=True)
+    with pytest.raises(ValueError, match=r"holds several dictionaries \(model, optim\); save that of the model alone"):
+        open_checkpoint(tmp_path / "both_1")
+    torch.save({0: torch.ones(2)}, tmp_path / "numbers_1.pt")
+    with pytest.raises(ValueError, match="names of tensors must be strings, got 0"):
+        open_checkpoint(tmp_path / "numbers_1.pt")
+
+
 MEASURED = """
 import sys, torch
 from pathlib import Path
-from merge_callback.merge import merge_checkpoints
+from merge_callback.merge import find_checkpoints, merge_checkpoints
 
 def peak():
     # Not `getrusage`, whose peak begins with that of the parent.

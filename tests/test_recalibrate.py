@@ -1,8 +1,12 @@
 """Batch norm statistics of the merge from the latest training batches, with nothing left behind."""
 
+import math
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from merge_callback import Ema, MergeCallback
@@ -197,6 +201,49 @@ class Plain(Toy):
     def __init__(self):
         super().__init__()
         self.norm = nn.Identity()
+
+
+def test_a_forward_pass_that_takes_something_else_is_named_before_the_first_step(tmp_path):
+    class TwoArguments(Toy):
+        def forward(self, x, mask):
+            return super().forward(x * mask)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0], 1.0), batch[1])
+
+    module = make(TwoArguments)
+    message = "calls TwoArguments with the first item of a training batch that is a list or tuple.*'mask'"
+    with pytest.raises(ValueError, match=message):
+        fit(module, tmp_path, MergeCallback(2, 4, recalibrate_batches=3), num_sanity_val_steps=0)
+    assert module._trainer.global_step == 0
+
+
+def test_a_forward_pass_may_log(tmp_path):
+    class Logging(Toy):
+        def forward(self, x):
+            if self._trainer is not None and self._trainer.training:
+                self.log("input", x.mean())
+            return super().forward(x)
+
+    without = fit(make(Logging), tmp_path / "without")
+    watched = fit(make(Logging), tmp_path / "with", MergeCallback(2, 4, recalibrate_batches=3))
+    assert watched.logged("merged/val_loss")
+    assert_same_training(without, watched)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_inputs_that_are_not_finite_are_left_out(tmp_path):
+    class Skipping(Toy):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch[0].isfinite().all() else None
+
+    class Spoil(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 21:
+                batch[0][0, 0] = float("nan")
+
+    run = fit(make(Skipping), tmp_path, Spoil(), MergeCallback(2, 4, recalibrate_batches=5))
+    assert all(math.isfinite(value) for _, value in run.logged("merged/val_loss"))
 
 
 def test_models_for_which_it_makes_no_sense_are_refused(tmp_path):

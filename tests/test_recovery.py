@@ -1,6 +1,7 @@
 """After a spike the run goes on from a merge of snapshots from before it; a healthy run is left alone, to the bit."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -231,8 +232,7 @@ def test_the_merge_has_no_buffers_of_the_spike(tmp_path):
     class Forgetting(Callback):
         def on_train_batch_end(self, trainer, pl_module, *arguments):
             if recovery.recoveries == [trainer.global_step]:
-                plain.forget_since(trainer.global_step)
-                plain.put_into(pl_module, dict.fromkeys([8], 1.0), recovery._buffers[8])
+                plain.forget_since(trainer.global_step, recovery._buffers[8])
 
     run = fit(slow(), tmp_path, merge, plain, recovery, Forgetting(), Poison(11), max_steps=13)
     assert recovery.recoveries == [12]
@@ -250,6 +250,47 @@ def test_validations_of_a_spike_teach_nothing(tmp_path):
     merge = MergeCallback(5, 6)
     fit(slow(), tmp_path, merge, SpikeRecovery(merge, detector=Late()), max_steps=42)
     assert [known["step"] for known in merge.state_dict()["history"]] == [8, 12, 16, 20, 24, 28, 32]
+
+
+def test_buffers_are_known_where_a_step_without_a_loss_took_the_snapshot(tmp_path):
+    class Leaving(Toy):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if self._trainer.global_step % 5 == 4 else loss
+
+    module = make(Leaving, learning_rate=1e-4)
+    merge, recovery = recovering()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`training_step` returned `None`")
+        fit(module, tmp_path, merge, recovery, Accident(33, "batch"), max_steps=45)
+    assert recovery.recoveries == [34]
+    assert module.norm.running_mean.isfinite().all()
+
+
+def test_a_recovery_that_is_added_on_resume_knows_the_buffers_of_the_newest_snapshot(tmp_path):
+    first = fit(slow(), tmp_path / "first", MergeCallback(5, 6), max_steps=30, train=ResumableBatches())
+    path = str(tmp_path / "at-30.ckpt")
+    first.trainer.save_checkpoint(path)
+    merge, recovery = recovering()
+    again = slow()
+    options = {"max_steps": 40, "train": ResumableBatches(), "ckpt_path": path}
+    fit(again, tmp_path / "second", merge, recovery, Poison(32), **options)
+    assert recovery.recoveries == [33]
+    assert again.norm.running_mean.isfinite().all()
+
+
+def test_after_a_recovery_further_back_the_merge_has_the_buffers_of_its_newest_snapshot(tmp_path):
+    merge, tracker = MergeCallback(5, 8), Tracker()
+    recovery = SpikeRecovery(merge)
+    fit(slow(), tmp_path, merge, recovery, tracker, Poison(32, 36), max_steps=38)
+    assert recovery.recoveries == [33, 37]
+    assert merge.snapshot_steps[-1] == 35
+    assert torch.equal(merge.merged_state_dict()["norm.running_mean"], tracker.buffers[35]["norm.running_mean"])
+
+
+def test_averages_alone_are_nothing_to_go_back_to():
+    with pytest.raises(ValueError, match="must keep snapshots, but all its merges are averages over every step"):
+        SpikeRecovery(MergeCallback(merges=Ema(half_life_steps=10)))
 
 
 def test_another_fit_of_the_same_module_recovers_with_its_buffers_too(tmp_path):

@@ -45,7 +45,7 @@ from merge_callback.evaluate import (
 from merge_callback.export import provenance, save, save_sharded, weights_checkpoint
 from merge_callback.prediction import Prediction, curvature_gain, gain
 from merge_callback.rates import learning_rates, optimizer_step
-from merge_callback.recalibrate import RecentInputs, batch_norms, recalibrate_
+from merge_callback.recalibrate import RecentInputs, batch_norms, batch_statistics, recalibrate_
 from merge_callback.records import TrunkValues
 from merge_callback.routers import Choices, Routers
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
@@ -53,7 +53,7 @@ from merge_callback.shadow import Average, is_average
 from merge_callback.shards import local, put_shards, rank, reshard, shard_reader
 from merge_callback.storage import SnapshotDirectory
 from merge_callback.swap import overwrite_, swapped_weights
-from merge_callback.weights import check_patterns, tensors_by_name
+from merge_callback.weights import check_patterns, has_lazy_parameters, tensors_by_name
 
 
 @dataclass(frozen=True)
@@ -325,13 +325,24 @@ class MergeCallback(Callback):
 
     # What whoever acts on training asks of it.
 
-    def forget_since(self, step: int) -> None:
+    @property
+    def newest_buffers(self) -> dict[str, Tensor]:
+        """Floating-point buffers at the newest snapshot, by name."""
+        return self._capture.buffers
+
+    def forget_since(self, step: int, buffers: Mapping[str, Tensor] | None = None) -> None:
         """Drops the snapshots of a step and of later ones, and begins averages over every step anew.
 
         What validations since then have found is dropped too, and all inputs that were kept for batch norm statistics,
         since those of the spike may be among them.
+
+        Args:
+            step: The first that is forgotten.
+            buffers: Floating-point buffers at the newest snapshot that is left; None keeps those of the newest now.
         """
         self._capture.forget_since(step)
+        if buffers:
+            self._capture.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         self._inputs.clear()
         self._history = [known for known in self._history if known.step < step]
 
@@ -351,8 +362,6 @@ class MergeCallback(Callback):
         values = self._capture.layout.views(row) | dict(buffers)
         self._capture.finish()
         overwrite_(tensors_by_name(pl_module, values), values, before=partial(reshard, pl_module))
-        # Those of the newest snapshot may have gone with it.
-        self._capture.buffers |= {name: buffer.clone() for name, buffer in buffers.items()}
 
     # What Lightning calls.
 
@@ -560,6 +569,10 @@ class MergeCallback(Callback):
     def _remember_inputs(self, module: LightningModule, batch: Any) -> None:
         """For `recalibrate_`, before a training step."""
         self._inputs.append(module, batch)
+        if "tried" not in self._said and not has_lazy_parameters(module):
+            # Before hours of training, rather than at the first merged validation.
+            self._said.add("tried")
+            batch_statistics(module, self._inputs, self._step_context)
         if self.save_state == "full" and not self._inputs.is_plain:
             self._say(
                 "inputs other than tensors, numbers and strings in lists and dicts do not go into checkpoints; after a"

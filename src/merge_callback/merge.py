@@ -8,6 +8,7 @@ callback to the bit. Memory does not grow with the number of checkpoints.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from merge_callback.arguments import check_count, patterns
 from merge_callback.combine import combine_
 from merge_callback.export import check_suffix, provenance, save, started_anew
-from merge_callback.files import complete_or_absent, write_safetensors
+from merge_callback.files import SAFETENSORS_DTYPES, complete_or_absent, write_safetensors
 from merge_callback.rules import Rule, merge_coefficients, resolve_rule, rule_label
 from merge_callback.stored import StoredCheckpoint, open_checkpoint
 
@@ -42,7 +44,7 @@ def merge_checkpoints(
     *,
     coefficients: Sequence[float] | None = None,
     steps: Sequence[int] | None = None,
-    newest: Sequence[str] = TAKEN_FROM_NEWEST,
+    newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Merges checkpoints into one file, which appears when it is complete.
@@ -55,7 +57,7 @@ def merge_checkpoints(
         rule: Name of a rule, or a rule: of the checkpoints' steps.
         coefficients: Instead of a rule, one for each path, in the order given; divided by their sum.
         steps: Of the checkpoints, in the order given; None reads them from the files or their names.
-        newest: Patterns of names that are taken from the newest checkpoint instead of merged.
+        newest: A pattern, or several, of names that are taken from the newest checkpoint instead of merged.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -67,15 +69,23 @@ def merge_checkpoints(
     """
     output = Path(output)
     check_suffix(output)
+    if output.is_dir():
+        raise ValueError(f"output must be a file, but {output} is a folder")
     resolve_rule(rule)
-    if not paths:
+    newest = patterns("newest", newest)
+    asked = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if not asked:
         raise ValueError("there are no checkpoints to merge")
-    opened = [open_checkpoint(Path(path)) for path in paths]
+    resolved = [path.resolve() for path in asked]
+    if twice := [path for path, where in zip(asked, resolved, strict=True) if resolved.count(where) > 1]:
+        raise ValueError(f"checkpoints must be different ones, got {' and '.join(map(str, twice))}")
+    opened = [open_checkpoint(path) for path in asked]
     known = steps_of(opened, steps) if coefficients is None or steps is not None else _numbered(opened)
     values = _values(known, rule, coefficients)
     order = sorted(range(len(opened)), key=known.__getitem__)
     opened, values = [opened[place] for place in order], [values[place] for place in order]
     check_alike(opened)
+    _check_dtypes(opened[-1], newest, output)
     label = "coefficients" if coefficients is not None else rule_label(rule)
     origin = provenance(label, dict(zip(sorted(known), values, strict=True)))
     origin["checkpoints"] = [checkpoint.path.name for checkpoint in opened]
@@ -87,7 +97,7 @@ def merge_checkpoints(
         with complete_or_absent(output) as unfinished:
             write_safetensors(unfinished, like, (tensor for _, tensor in merged), metadata)
     else:
-        save(output, _lightning_checkpoint(opened, dict(merged), max(known)), origin)
+        save(output, _lightning_checkpoint(opened, dict(merged), newest, max(known)), origin)
     return origin
 
 
@@ -114,8 +124,12 @@ def main(config: DictConfig) -> None:
 
 def find_checkpoints(asked: str | Sequence[str]) -> list[str]:
     """Paths that fit a pattern, or any of several patterns or paths."""
-    patterns = [asked] if isinstance(asked, str) else list(asked)
-    return [path for pattern in patterns for path in (sorted(glob(pattern)) or [pattern])]  # noqa: PTH207
+    found = []
+    for pattern in [asked] if isinstance(asked, str) else asked:
+        # A name may hold what means something in a pattern.
+        is_literal = Path(pattern).exists()
+        found += [pattern] if is_literal else sorted(glob(pattern)) or [pattern]  # noqa: PTH207
+    return found
 
 
 def steps_of(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None = None) -> list[int]:
@@ -131,6 +145,7 @@ def steps_of(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None = N
         step = given[place] if given is not None else checkpoint.step
         if step is None:
             raise ValueError(f"neither {checkpoint.path} nor its name tells a step; give steps=[...]")
+        check_count("steps", step, minimum=0)
         steps.append(step)
     if (twice := next((step for step in steps if steps.count(step) > 1), None)) is not None:
         same = [str(checkpoint.path) for checkpoint, step in zip(opened, steps, strict=True) if step == twice]
@@ -152,6 +167,8 @@ def _values(steps: Sequence[int], rule: str | Rule, coefficients: Sequence[float
     if len(coefficients) != len(steps):
         raise ValueError(f"coefficients must be as many as checkpoints, {len(steps)}, got {len(coefficients)}")
     given = list(coefficients)
+    if not all(isinstance(each, int | float) and math.isfinite(each) for each in given) or sum(given) == 0:
+        raise ValueError(f"coefficients must be finite numbers whose sum is not zero, got {given}")
     return merge_coefficients(lambda _: given, steps)
 
 
@@ -231,12 +248,28 @@ def _same(opened: Sequence[StoredCheckpoint], name: str) -> Tensor:
     return last
 
 
-def _lightning_checkpoint(opened: Sequence[StoredCheckpoint], state: dict[str, Tensor], step: int) -> dict[str, Any]:
+def _check_dtypes(checkpoint: StoredCheckpoint, newest: Sequence[str], output: Path) -> None:
+    for name, tensor in checkpoint.tensors.items():
+        if output.suffix == ".safetensors" and tensor.dtype not in SAFETENSORS_DTYPES:
+            raise ValueError(
+                f"{name} in {checkpoint.path} is {tensor.dtype}, which is not written to .safetensors here"
+            )
+        is_narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
+        if is_narrow and not any(fnmatch(name, pattern) for pattern in newest):
+            raise ValueError(
+                f"{name} in {checkpoint.path} is {tensor.dtype}, which is not summed; newest=[{name}] takes it as it is"
+            )
+
+
+def _lightning_checkpoint(
+    opened: Sequence[StoredCheckpoint], state: dict[str, Tensor], newest: Sequence[str], step: int
+) -> dict[str, Any]:
     """A checkpoint of weights alone, with what a module is made again from."""
     last = opened[-1]
     by_place: dict[Any, str] = {}
     for name, stored in last.tensors.items():
-        first = by_place.setdefault((stored.pieces, stored.shape), name) if stored.numel else name
+        is_taken = any(fnmatch(name, pattern) for pattern in newest)
+        first = by_place.setdefault((stored.pieces, stored.shape, is_taken), name) if stored.numel else name
         if all(each.tensors[name].pieces == each.tensors[first].pieces for each in opened):
             state[name] = state[first]
     kept = {key: last.beside[key] for key in _KEPT if key in last.beside}

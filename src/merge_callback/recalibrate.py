@@ -79,24 +79,38 @@ def recalibrate_(
 
     As `torch.optim.swa_utils.update_bn` does, by forward passes as in training. Layers that are kept in evaluation mode
     there, and layers that none of the inputs reach, keep what they have. Nothing else changes: random states, other
-    buffers, modes, attributes and metric objects of the module are afterwards as before.
+    buffers, modes, attributes and metric objects of the module are afterwards as before, and nothing is logged.
 
     Args:
-        module: Called with each of the inputs.
+        module: Called with each of the inputs; those that are not finite are left out.
         inputs: None at all leave the statistics as they are.
         step_context: Made anew around each pass, for its precision.
+
+    Raises:
+        ValueError: If a forward pass fails.
     """
+    for norm, statistics in batch_statistics(module, inputs, step_context):
+        for name, values in statistics.items():
+            norm.get_buffer(name).copy_(values)
+
+
+@torch.no_grad()
+def batch_statistics(
+    module: nn.Module, inputs: RecentInputs, step_context: Callable[[], AbstractContextManager[Any]]
+) -> list[tuple[_BatchNorm, dict[str, Tensor]]]:
+    """What `recalibrate_` writes: for each layer that the inputs reach, its running mean and variance."""
     named = [(clean_name(name), each) for name, each in module.named_modules()]
     modes = [(each, each.training) for _, each in named]
     norms = [each for name, each in named if name in inputs.in_training and _keeps_statistics(each)]
     if not len(inputs) or not norms:
-        return
+        return []
     device = next(module.parameters()).device
     momenta = [norm.momentum for norm in norms]
     buffers = dict(module.named_buffers())
-    found = []
     # A checkpoint that a signal handler saves meanwhile has all live buffers.
     with preserved_rng(), preserved_attributes(module), swapped_weights(buffers, _copies(buffers)):
+        # Attributes of the instance, which do not outlast this block.
+        module.log = module.log_dict = _log_nothing  # type: ignore[assignment]
         try:
             for name, each in named:
                 each.training = name in inputs.in_training
@@ -106,29 +120,48 @@ def recalibrate_(
                 norm.momentum = None
             for batch in inputs:
                 own = apply_to_collection(move_data_to_device(batch, device), Tensor, torch.clone)
+                if not _is_finite(own):
+                    continue
                 with step_context():
-                    module(own)
-            found = [_statistics(norm) for norm in norms]
+                    _call(module, own)
+            return [(norm, _statistics(norm)) for norm in norms]
         finally:
             for each, mode in modes:
                 each.training = mode
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-    for norm, statistics in zip(norms, found, strict=True):
-        for buffer, values in statistics:
-            norm.get_buffer(buffer).copy_(values)
+
+
+def _call(module: nn.Module, inputs: Any) -> None:
+    try:
+        module(inputs)
+    except Exception as error:
+        raise ValueError(
+            f"recalibrate_batches calls {type(module).__name__} with the first item of a training batch that is a list"
+            f" or tuple, else with the batch, which failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _log_nothing(*arguments: Any, **options: Any) -> None:
+    pass
+
+
+def _is_finite(inputs: Any) -> bool:
+    found: list[Tensor] = []
+    apply_to_collection(inputs, Tensor, found.append)
+    return all(bool(tensor.isfinite().all()) for tensor in found if tensor.is_floating_point())
 
 
 def _keeps_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
     return isinstance(module, _BatchNorm) and bool(module.track_running_stats)
 
 
-def _statistics(norm: _BatchNorm) -> list[tuple[str, Tensor]]:
+def _statistics(norm: _BatchNorm) -> dict[str, Tensor]:
     """What a layer has found; nothing if it saw no input."""
     assert norm.num_batches_tracked is not None
     if norm.num_batches_tracked == 0:
-        return []
-    return [(name, norm.get_buffer(name).clone()) for name in ("running_mean", "running_var")]
+        return {}
+    return {name: norm.get_buffer(name).clone() for name in ("running_mean", "running_var")}
 
 
 def _copies(buffers: dict[str, Tensor]) -> dict[str, Tensor]:

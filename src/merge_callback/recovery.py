@@ -14,6 +14,7 @@ from merge_callback.arguments import check_count
 from merge_callback.callback import MergeCallback
 from merge_callback.rates import RateOverlay, is_overlaid, optimizer_step
 from merge_callback.rules import sma
+from merge_callback.shadow import is_average
 from merge_callback.shards import local
 from merge_callback.spikes import SpikeDetector
 from merge_callback.weights import nonfinite_names, snapshot_buffers
@@ -74,6 +75,8 @@ class SpikeRecovery(Callback):
     ) -> None:
         if not isinstance(merge_callback, MergeCallback):
             raise TypeError(f"merge_callback must be a MergeCallback, got {merge_callback!r}")
+        if all(map(is_average, merge_callback.merges.values())):
+            raise ValueError("merge_callback must keep snapshots, but all its merges are averages over every step")
         if not merge_callback.selection.is_everything:
             raise ValueError("merge_callback must merge all parameters, or those it leaves out would stay in the spike")
         check_count("num_snapshots", num_snapshots)
@@ -147,6 +150,10 @@ class SpikeRecovery(Callback):
                 for step, of_step in state["buffers"].items()
             }
             self._loaded_state = None
+        # It may have come later than the callback.
+        if kept and kept[-1] not in self._buffers:
+            newest = self.merge_callback.newest_buffers
+            self._buffers[kept[-1]] = {name: buffer.clone() for name, buffer in newest.items()}
         self._lower_rates(trainer)
         rank_zero_info(
             f"SpikeRecovery: {self.detector}; up to {self.max_recoveries} times back to a merge of {self.num_snapshots}"
@@ -179,6 +186,7 @@ class SpikeRecovery(Callback):
         self._step = step
         if step >= self._rates_until:
             self._restore_rates()
+        self._remember_buffers(pl_module)
         if not self._losses:
             # A step may leave out a batch now and then.
             self._num_without_loss += 1
@@ -191,7 +199,6 @@ class SpikeRecovery(Callback):
         self._num_without_loss = -math.inf
         loss = float(trainer.strategy.reduce(torch.stack(self._losses).float().mean(), reduce_op="mean"))
         self._losses.clear()
-        self._remember_buffers(pl_module)
         began = step if self._has_bad_gradient else self.detector.update(step, loss)
         self._has_bad_gradient = False
         if began is not None:
@@ -216,14 +223,16 @@ class SpikeRecovery(Callback):
             trainer.save_checkpoint(Path(self.folder) / f"before-recovery-{self._step}.ckpt", weights_only=False)
         if len(self.recoveries) >= self.max_recoveries:
             raise RuntimeError(f"{what}; the run was recovered {len(self.recoveries)} times already, which is the most")
-        self.merge_callback.forget_since(began)
+        left = [step for step in self.merge_callback.snapshot_steps if step < began]
+        self._buffers = {step: buffers for step, buffers in self._buffers.items() if step < began}
+        self.merge_callback.forget_since(began, self._buffers_near(left[-1]) if left else None)
         steps = self.merge_callback.snapshot_steps
         reach = self._num_in_a_row * self.num_snapshots
         merged = (steps[: len(steps) - reach] or steps[:1])[-self.num_snapshots :]
         if not merged:
             raise RuntimeError(f"{what}, and there is no snapshot from before to go back to")
         coefficients = dict(zip(merged, sma(merged), strict=True))
-        self.merge_callback.put_into(pl_module, coefficients, self._buffers.get(merged[-1], {}))
+        self.merge_callback.put_into(pl_module, coefficients, self._buffers_near(merged[-1]))
         if self.optimizer_state == "reset":
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
@@ -237,6 +246,11 @@ class SpikeRecovery(Callback):
         rates = f"; rates are {self.rate_factor} of theirs for {self.rate_steps} steps" if self._overlay else ""
         rank_zero_warn(f"{what}. Back to the merge of steps {merged}; optimizer states {state}{rates}")
         pl_module.log("recovery/num_recoveries", float(len(self.recoveries)), on_step=True, on_epoch=False)
+
+    def _buffers_near(self, step: int) -> dict[str, Tensor]:
+        """Those of a snapshot, or of the one nearest to it of which they are known."""
+        nearest = min(self._buffers, key=lambda known: abs(known - step), default=None)
+        return self._buffers[nearest] if nearest is not None else {}
 
     def _remember_buffers(self, pl_module: LightningModule) -> None:
         steps = self.merge_callback.snapshot_steps

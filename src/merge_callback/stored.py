@@ -97,6 +97,19 @@ class StoredCheckpoint:
     beside: Mapping[str, Any] = field(default_factory=dict)
 
 
+# What files that are cut short, changed or of other kinds lead to.
+_BROKEN = (
+    OSError,
+    LookupError,
+    EOFError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
 def open_checkpoint(path: Path) -> StoredCheckpoint:
     """Finds the tensors of a checkpoint, without reading them.
 
@@ -118,8 +131,12 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
             opened = StoredCheckpoint(path, _safetensors(path))
         else:
             opened = _open_torch(path)
-    except (OSError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (*_BROKEN, ValueError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
         raise ValueError(f"{path} is no checkpoint that can be read in parts: {error}") from error
+    if others := [name for name in opened.tensors if not isinstance(name, str)]:
+        raise ValueError(f"{path}: names of tensors must be strings, got {others[0]!r}")
     step = opened.step if opened.step is not None else step_in_name(path)
     return StoredCheckpoint(path, opened.tensors, step, opened.beside)
 
@@ -147,6 +164,7 @@ def _open_torch(path: Path) -> StoredCheckpoint:
     contents = _zip_contents(path)
     tensors = {}
     for name, tensor in state.items():
+        _refuse_lazy(path, name, tensor)
         storage = tensor.untyped_storage()
         position: int = getattr(storage, "_checkpoint_offset", None) or 0
         # torch calculates the position; a file that was packed again has it elsewhere.
@@ -186,9 +204,18 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
             continue
         if entry["dtype"] not in dtypes:
             raise ValueError(f"{path}: {name} is of a dtype that is not known here: {entry['dtype']}")
-        shape = tuple(entry["shape"])
-        tensors[name] = _in_one_piece(path, begin + entry["data_offsets"][0], shape, dtypes[entry["dtype"]])
+        shape, dtype = tuple(entry["shape"]), dtypes[entry["dtype"]]
+        start, end = entry["data_offsets"]
+        if end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: {name} takes {end - start} bytes, which do not fit its shape {list(shape)}")
+        tensors[name] = _in_one_piece(path, begin + start, shape, dtype)
     return tensors
+
+
+def _refuse_lazy(path: Path, name: str, tensor: Tensor) -> None:
+    """Values that torch calculates only when they are asked for are not those in the file."""
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"{path}: {name} is a lazily conjugated or negated view; save it resolved")
 
 
 def _in_one_piece(
@@ -237,6 +264,9 @@ def _open_distributed(path: Path) -> StoredCheckpoint:
     }
     # Names as they were before nested dicts were flattened.
     parts = {key: (metadata.planner_data or {}).get(key, (key,)) for key in stored}
+    groups = sorted({str(names[0]) for names in parts.values() if len(names) > 1})
+    if len(groups) > 1 and "state_dict" not in groups:
+        raise ValueError(f"{path} holds several dictionaries ({', '.join(groups)}); save that of the model alone")
     nested = {key: ".".join(map(str, names[1:])) for key, names in parts.items() if names[0] == "state_dict"}
     names = nested or {key: ".".join(map(str, names)) for key, names in parts.items()}
     tensors = {}
@@ -247,6 +277,7 @@ def _open_distributed(path: Path) -> StoredCheckpoint:
             if getattr(where, "transform_descriptors", None):
                 raise ValueError(f"{path}: {name} was transformed when it was written")
             begin, tensor = _saved_alone(path / where.relative_path, where.offset, where.length)
+            _refuse_lazy(path, name, tensor)
             pieces.append(
                 Piece(path / where.relative_path, begin, tuple(chunk.offsets), tuple(chunk.sizes), tensor.stride())
             )
