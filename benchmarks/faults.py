@@ -68,7 +68,7 @@ FAULTS = [
         "tied weights are counted twice",
         "weights.py",
         "    named = ((clean_name(name), parameter) for name, parameter in module.named_parameters())\n",
-        "    found = module.named_parameters(remove_duplicate=False)\n    named = ((clean_name(n), p) for n, p in found)\n",
+        "    named = ((clean_name(n), p) for n, p in module.named_parameters(remove_duplicate=False))\n",
         "test_weights.py::test_trainable_floating_parameters_are_merged_once_each",
     ),
     (

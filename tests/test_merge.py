@@ -253,7 +253,7 @@ def two(folder, first, second):
 
 def test_one_pattern_and_one_path_are_taken_as_such(tmp_path):
     paths = two(tmp_path, {"w": torch.zeros(2), "x": torch.zeros(2)}, {"w": torch.ones(2), "x": torch.ones(2)})
-    merge_checkpoints(paths, tmp_path / "m.ckpt", newest="x")
+    merge_checkpoints(paths, tmp_path / "m.ckpt", newest="*x")
     merged = load(tmp_path / "m.ckpt")
     assert merged["w"].tolist() == [0.5, 0.5]
     assert merged["x"].tolist() == [1, 1]
