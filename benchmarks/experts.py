@@ -18,23 +18,19 @@ the means of their gains differ by less than the deviation between seeds.
 """
 
 import sys
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 
 from merge_callback import MergeCallback, Routers, Window
 from merge_callback.routers import LOGGED
-from merge_callback.train import prepare
 
 sys.path.insert(0, str(Path(__file__).parent))
-from keeping import ROOT, put_into, read_runs, write_runs
+from keeping import ROOT, demo_run, put_into, read_runs, write_runs
 
 RECORDS = Path(__file__).parent / "records" / "experts"
 SEEDS = range(3)
@@ -57,20 +53,14 @@ class Validations(Callback):
 
 def train(num_experts: int, seed: int) -> dict[str, Any]:
     """One run; what it was and what came of it."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    options = {"demo.seed": seed, "trainer.max_steps": NUM_STEPS, "trainer.val_check_interval": NUM_STEPS // 10}
-    options |= {"model.num_experts": num_experts, "callbacks/merge": "none", "callbacks.progress_bar": "null"}
-    with initialize_config_module("merge_callback.conf", version_base="1.3"):
-        config = compose("demo", [*(f"{name}={value}" for name, value in options.items()), "demo.anneal_at=[]"])
     merges = {"late": Window(span=0.1)}
     routers = ROUTERS if num_experts else None
     callbacks = [MergeCallback(merges=merges, routers=routers)]
     if num_experts:
         callbacks.append(MergeCallback(merges=merges, routers=routers, exclude="*.router.*", name="kept"))
     validations = Validations()
-    run = prepare(config, [*callbacks, validations], loggers=(), enable_progress_bar=False)
-    run.fit()
+    options = {"demo.seed": seed, "trainer.max_steps": NUM_STEPS, "trainer.val_check_interval": NUM_STEPS // 10}
+    demo_run([*callbacks, validations], **options, **{"model.num_experts": num_experts}).fit()
     return {"num_experts": num_experts, "seed": seed, "validations": validations.found}
 
 

@@ -584,10 +584,10 @@ FAULTS = [
     ),
     (
         "a pattern given alone is taken letter by letter, so that a star is everything",
-        "merge.py",
-        '    newest = patterns("newest", newest)\n',
-        "",
-        "test_merge.py::test_one_pattern_and_one_path_are_taken_as_such",
+        "weights.py",
+        "((patterns,) if isinstance(patterns, str) else patterns)",
+        "patterns",
+        "test_sweep.py::test_tensors_that_differ_and_cannot_be_averaged_are_taken_from_the_newest_where_asked",
     ),
     (
         "values that torch negates when they are asked for are read as they lie in the file",
@@ -620,7 +620,7 @@ FAULTS = [
     (
         "snapshots of the spike stay in the window",
         "recovery.py",
-        "        self.merge_callback.forget_since(began, self._buffers_near(left[-1]) if left else None)\n",
+        "        self.merge_callback.forget_since(began, self._buffers_near(steps[-1]) if steps else None)\n",
         "",
         "test_recovery.py::test_snapshots_that_were_taken_since_the_spike_began_are_dropped",
     ),
@@ -662,8 +662,8 @@ FAULTS = [
     (
         "what is excluded is merged all the same",
         "weights.py",
-        "        return is_included and not any(fnmatch(name, pattern) for pattern in self.exclude)\n",
-        "        return is_included\n",
+        "        return fits(name, self.include) and not fits(name, self.exclude)\n",
+        "        return fits(name, self.include)\n",
         "test_selection.py::test_what_is_excluded_is_live_and_the_rest_is_the_float64_twins_merge",
     ),
     (
@@ -676,7 +676,7 @@ FAULTS = [
     (
         "recalibration writes to the live buffers",
         "recalibrate.py",
-        "swapped_weights(buffers, _copies(buffers)):",
+        "swapped_weights(buffers, copies(buffers)):",
         "swapped_weights({}, {}):",
         "test_recalibrate.py::test_training_is_bit_identical_whatever_the_forward_pass_does",
     ),
@@ -704,7 +704,7 @@ FAULTS = [
     (
         "the merge keeps the buffers of a spike",
         "callback.py",
-        "            self._capture.buffers = {name: buffer.clone() for name, buffer in buffers.items()}\n",
+        "            self._capture.buffers = copies(buffers)\n",
         "            pass\n",
         "test_recovery.py::test_the_merge_has_no_buffers_of_the_spike",
     ),

@@ -1,14 +1,31 @@
-"""Records as lines of JSON, with what they were made with, and tables that stand in pages between two marks."""
+"""Runs of the demo's model, records as lines of JSON, and tables that stand in pages between two marks."""
 
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from hydra import compose, initialize_config_module
+from lightning.pytorch import Callback
+
+from merge_callback.train import Run, prepare
+
 ROOT = Path(__file__).parents[1]
+
+
+def demo_run(callbacks: Sequence[Callback], **options: Any) -> Run:
+    """A run of the demo's config on one thread, with these callbacks alone, and options in the place of its own."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    always = ["callbacks/merge=none", "demo.anneal_at=[]", "callbacks.progress_bar=null"]
+    with initialize_config_module("merge_callback.conf", version_base="1.3"):
+        config = compose("demo", [*always, *(f"{name}={value}" for name, value in options.items())])
+    return prepare(config, callbacks, loggers=(), enable_progress_bar=False)
 
 
 def about() -> dict[str, str]:

@@ -33,22 +33,18 @@ import math
 import statistics
 import sys
 import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 
 from merge_callback import MergeCallback, SpikeDetector, SpikeRecovery
 from merge_callback.spikes import noise
-from merge_callback.train import prepare
 
 sys.path.insert(0, str(Path(__file__).parent))
-from keeping import ROOT, about, put_into, read_runs, write_runs
+from keeping import ROOT, about, demo_run, put_into, read_runs, write_runs
 
 RECORDS = Path(__file__).parent / "records" / "recovery"
 NUM_STEPS = 400
@@ -81,21 +77,17 @@ class Losses(Callback):
 
 def train(kind: str, seed: int, rate: float | None, num_merged: int | None) -> dict[str, Any]:
     """One run; what it was and what came of it."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    overrides = [f"demo.seed={seed}", f"trainer.max_steps={NUM_STEPS}", f"model.warmup_steps={WARMUP[kind]}"]
+    options = {"demo.seed": seed, "trainer.max_steps": NUM_STEPS, "model.warmup_steps": WARMUP[kind]}
+    options |= {"trainer.val_check_interval": 20, "data.num_validation_blocks": 128}
     if kind == "diverging":
-        overrides += [f"model.learning_rate={rate}", "model.optimizer=sgd", "trainer.gradient_clip_val=null"]
-    every = ["trainer.val_check_interval=20", "data.num_validation_blocks=128", "callbacks.progress_bar=null"]
-    with initialize_config_module("merge_callback.conf", version_base="1.3"):
-        config = compose("demo", [*overrides, *every, "callbacks/merge=none", "demo.anneal_at=[]"])
+        options |= {"model.learning_rate": rate, "model.optimizer": "sgd", "trainer.gradient_clip_val": "null"}
     losses, callbacks, recovery = Losses(), [], None
     if num_merged is not None:
         # Only the snapshots are wanted, not their validations.
         merge = MergeCallback(every_n_train_steps=5, num_snapshots=20, start=20, evaluate_every_n_validations=10**6)
         recovery = SpikeRecovery(merge, num_snapshots=num_merged, max_recoveries=MAX_RECOVERIES)
         callbacks = [merge, recovery]
-    run = prepare(config, [*callbacks, losses], loggers=(), enable_progress_bar=False)
+    run = demo_run([*callbacks, losses], **options)
     error = None
     try:
         run.fit()
@@ -139,15 +131,10 @@ class Timed(SpikeRecovery):
 
 def cost() -> None:
     """Share of a step that it takes, on the demo's model in one thread."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    overrides = ["trainer.max_steps=300", "trainer.val_check_interval=300", "data.num_validation_blocks=16"]
-    overrides += ["callbacks.progress_bar=null", "callbacks/merge=none", "demo.anneal_at=[]"]
-    with initialize_config_module("merge_callback.conf", version_base="1.3"):
-        config = compose("demo", overrides)
+    options = {"trainer.max_steps": 300, "trainer.val_check_interval": 300, "data.num_validation_blocks": 16}
     merge = MergeCallback(every_n_train_steps=5, evaluate_every_n_validations=10**6)
     timed = Timed(merge)
-    prepare(config, [merge, timed], loggers=(), enable_progress_bar=False).fit()
+    demo_run([merge, timed], **options).fit()
     # Before half a window is there, the detector has little to do.
     shares = sorted(timed.shares[100:])
     found = {"median": statistics.median(shares), "most": shares[int(0.99 * len(shares))]}

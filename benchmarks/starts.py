@@ -18,7 +18,6 @@ for each task and rate, whatever comes.
 
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -28,17 +27,15 @@ from statistics import mean
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 from matplotlib.figure import Figure
 
 from merge_callback import MergeCallback
 from merge_callback.figures import LIVE, MERGED
 from merge_callback.rates import RateOverlay
-from merge_callback.train import Run, prepare
 
 sys.path.insert(0, str(Path(__file__).parent))
-from keeping import ROOT, put_into, read_runs, write_runs
+from keeping import ROOT, demo_run, put_into, read_runs, write_runs
 
 RECORDS = Path(__file__).parent / "records" / "starts"
 SEEDS = range(3)
@@ -86,21 +83,11 @@ class LinearDecay(Callback):
         self._overlay.remove()
 
 
-def made(callbacks: list[Callback], **options: Any) -> Run:
-    """A run of the demo's model with other options."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    always = ["callbacks/merge=none", "demo.anneal_at=[]", "callbacks.progress_bar=null"]
-    with initialize_config_module("merge_callback.conf", version_base="1.3"):
-        config = compose("demo", [*always, *(f"{name}={value}" for name, value in options.items())])
-    return prepare(config, callbacks, loggers=(), enable_progress_bar=False)
-
-
 def trunk(folder: Path, seed: int) -> None:
     """Trains the weights to start from, and writes both of them."""
     merge = MergeCallback(TRUNK_STEPS // 100, 10, evaluate_every_n_validations=10**6)
     options = {"demo.seed": seed, "trainer.max_steps": TRUNK_STEPS, "trainer.val_check_interval": TRUNK_STEPS}
-    run = made([merge], **options, **{"model.learning_rate": RATE})
+    run = demo_run([merge], **options, **{"model.learning_rate": RATE})
     run.fit()
     merge.save_merged(folder / f"merged-{seed}.ckpt")
     torch.save({"state_dict": run.model.state_dict()}, folder / f"live-{seed}.ckpt")
@@ -112,7 +99,7 @@ def start(folder: Path, seed: int, task: str, rate: float, origin: str) -> dict[
     curves = Curves()
     options = {"demo.corpus": corpus, "demo.seed": seed, "model.learning_rate": rate, "model.warmup_steps": 0}
     options |= {"trainer.max_steps": num_steps, "trainer.val_check_interval": num_steps // 10}
-    run = made([LinearDecay(), curves], **options)
+    run = demo_run([LinearDecay(), curves], **options)
     weights = torch.load(folder / f"{origin}-{seed}.ckpt", weights_only=True)["state_dict"]
     run.model.load_state_dict(weights)
     # Before the first step, too.

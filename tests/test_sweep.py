@@ -194,6 +194,9 @@ def test_tensors_that_differ_and_cannot_be_averaged_are_taken_from_the_newest_wh
     newest = ["*running*", "*num_batches_tracked", "position_ids"]
     rows = sweep((run[0], copies), tmp_path, newest=newest)
     assert len([row for row in rows if row["rule"] != "live"]) == 4
+    # One pattern is one, and not its letters, of which the star would take everything.
+    one = sweep((run[0], copies), tmp_path / "one", newest="*_*")
+    assert [float(row["val_loss"]) for row in one] == [float(row["val_loss"]) for row in rows[-5:]]
 
 
 def test_a_changed_checkpoint_or_config_is_validated_again(run, tmp_path):

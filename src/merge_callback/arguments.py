@@ -23,6 +23,12 @@ def check_count(argument: str, value: Any, minimum: int = 1) -> None:
         raise ValueError(f"{argument} must be >= {minimum}, got {value}")
 
 
+def check_optional_count(argument: str, value: Any) -> None:
+    """Raises unless the value is an int of at least one, or None."""
+    if value is not None:
+        check_count(argument, value)
+
+
 def check_limit(limit_batches: Any) -> None:
     """Raises unless it is a number of batches, a share of them, or None."""
     if limit_batches is None:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatch
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from merge_callback.arguments import (
     check_calibration,
     check_count,
     check_limit,
+    check_optional_count,
     check_share,
     floating_dtype,
     named_merges,
@@ -50,10 +50,10 @@ from merge_callback.records import TrunkValues
 from merge_callback.routers import Choices, Routers
 from merge_callback.rules import Rule, decay_from_coefficients, merge_coefficients, rule_label
 from merge_callback.shadow import Average, is_average
-from merge_callback.shards import local, put_shards, rank, reshard, shard_reader
+from merge_callback.shards import copies, local, put_shards, rank, reshard, shard_reader
 from merge_callback.storage import SnapshotDirectory
 from merge_callback.swap import overwrite_, swapped_weights
-from merge_callback.weights import check_patterns, has_lazy_parameters, tensors_by_name
+from merge_callback.weights import check_patterns, fits, has_lazy_parameters, tensors_by_name
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,15 @@ class MergeCallback(Callback):
         save_state: Literal["full", "none"] = "full",
         name: str = "merge",
     ) -> None:
-        if every_n_train_steps is not None:
-            check_count("every_n_train_steps", every_n_train_steps)
+        check_optional_count("every_n_train_steps", every_n_train_steps)
         check_count("num_snapshots", num_snapshots)
         check_count("evaluate_every_n_validations", evaluate_every_n_validations)
         check_limit(limit_batches)
         check_share("max_overhead", max_overhead)
         check_calibration(calibration)
-        check_count("start", 0 if start == "stable" else start, minimum=0)
-        check_count("recalibrate_batches", 1 if recalibrate_batches is None else recalibrate_batches)
+        check_optional_count("recalibrate_batches", recalibrate_batches)
+        if start != "stable":
+            check_count("start", start, minimum=0)
         if not isinstance(routers, Routers | None):
             raise TypeError(f"routers must be a Routers or None, got {routers!r}")
         if save_state not in ("full", "none"):
@@ -342,7 +342,7 @@ class MergeCallback(Callback):
         """
         self._capture.forget_since(step)
         if buffers:
-            self._capture.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+            self._capture.buffers = copies(buffers)
         self._inputs.clear()
         self._history = [known for known in self._history if known.step < step]
 
@@ -806,7 +806,7 @@ class MergeCallback(Callback):
         # A pattern for `acc` also means what Lightning makes of it: `acc_epoch`, `acc/dataloader_idx_0`.
         plain = metric.partition("/dataloader_idx_")[0].removesuffix("_epoch")
         names = (metric, plain)
-        by_pattern = any(fnmatch(name, pattern) for name in names for pattern in self.higher_is_better)
+        by_pattern = any(fits(name, self.higher_is_better) for name in names)
         return by_pattern or bool(merged.higher_is_better)
 
     def _say(self, text: str, topic: str, warn: bool = False) -> None:

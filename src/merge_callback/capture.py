@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from merge_callback.phase import CaptureSchedule, StablePhase, needs_thinning
 from merge_callback.rules import Rule, Window, required_span
 from merge_callback.shadow import Average, HostShadows, Shadow, shadow_bytes, shadow_like
-from merge_callback.shards import Sharding, ShardReader, added_up, local, local_tensors, rank, united
+from merge_callback.shards import Sharding, ShardReader, added_up, copies, local_tensors, rank, united
 from merge_callback.snapshots import (
     DeviceStorage,
     RowLayout,
@@ -238,7 +238,7 @@ class SnapshotCapture:
             self._fitting = found
         if self._shadows:
             self._update_shadows(step, parameters)
-            self.shadow_buffers = _copied(self._live.buffers())
+            self.shadow_buffers = copies(self._live.buffers())
         return is_due and self._take_snapshot(parameters, self._live.buffers(), step)
 
     def _follow(self, step: int, used: Sequence[float], following: Sequence[float]) -> bool:
@@ -343,7 +343,7 @@ class SnapshotCapture:
             self.ring.leave_open(step, problem)
             return False
         self.ring.append(step, parameters)
-        self.buffers = _copied(buffers)
+        self.buffers = copies(buffers)
         return True
 
     def _fit_to(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> None:
@@ -486,7 +486,3 @@ class SnapshotCapture:
         whole = self.sharding.distributed(self.layout.views(row))
         read({f"ring.{index}.{name}": tensor for name, tensor in whole.items()})
         return row
-
-
-def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: local(buffer).clone() for name, buffer in buffers.items()}

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from merge_callback.preserve import preserved_attributes, preserved_loaders, preserved_rng
-from merge_callback.shards import local
+from merge_callback.shards import copies
 from merge_callback.swap import live_weights, swapped_weights
 
 
@@ -209,7 +209,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         stack.enter_context(preserved_loaders(loaders.flattened))
         stack.enter_context(preserved_attributes(module))
         buffers = dict(module.named_buffers())
-        stack.enter_context(swapped_weights(buffers, {name: local(buffer).clone() for name, buffer in buffers.items()}))
+        stack.enter_context(swapped_weights(buffers, copies(buffers)))
         if isinstance(wrapper := trainer.model, DistributedDataParallel):
             # DDP takes over rank 0's buffers at the first evaluation after a training step; that is still to come.
             is_due = wrapper.require_forward_param_sync

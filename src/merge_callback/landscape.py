@@ -14,7 +14,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,10 @@ from merge_callback.arguments import check_count, check_installed
 from merge_callback.combine import CHUNK_NUMEL
 from merge_callback.files import complete_or_absent
 from merge_callback.merge import TAKEN_FROM_NEWEST, check_alike
-from merge_callback.offline import chosen_metric, prepare_validation, validated
+from merge_callback.offline import check_mode, chosen_metric, prepare_validation, validated
 from merge_callback.stored import StoredCheckpoint, open_checkpoint
 from merge_callback.tables import number
+from merge_callback.weights import fits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ def distances(opened: Sequence[StoredCheckpoint]) -> list[list[float]]:
     """Euclidean distances between the weights of checkpoints; batch norm statistics do not count."""
     square = [[0.0] * len(opened) for _ in opened]
     for name, tensor in opened[0].tensors.items():
-        if not tensor.dtype.is_floating_point or any(fnmatch(name, pattern) for pattern in TAKEN_FROM_NEWEST):
+        if not tensor.dtype.is_floating_point or fits(name, TAKEN_FROM_NEWEST):
             continue
         for start in range(0, tensor.numel, CHUNK_NUMEL):
             parts = [each.tensors[name][start : start + CHUNK_NUMEL].double() for each in opened]
@@ -153,8 +153,7 @@ def main(config: DictConfig) -> None:
         kinds = {"line": line, "plane": plane}
         if asked.kind not in kinds:
             raise ValueError(f"landscape.kind must be 'line' or 'plane', got {asked.kind!r}")
-        if asked.mode not in ("min", "max"):
-            raise ValueError(f"landscape.mode must be 'min' or 'max', got {asked.mode!r}")
+        check_mode("landscape.mode", asked.mode)
         check_count("landscape.num_points", asked.num_points, minimum=2)
         if not asked.margin >= 0:
             raise ValueError(f"landscape.margin must be >= 0, got {asked.margin}")

@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from merge_callback.export import check_suffix, provenance, save, started_anew
 from merge_callback.files import SAFETENSORS_DTYPES, complete_or_absent, write_safetensors
 from merge_callback.rules import Rule, merge_coefficients, resolve_rule, rule_label
 from merge_callback.stored import StoredCheckpoint, open_checkpoint
+from merge_callback.weights import fits
 
 # Statistics and counters of batch norm layers are those of the newest checkpoint, as in a run.
 TAKEN_FROM_NEWEST = ("*running_mean", "*running_var", "*num_batches_tracked")
@@ -193,7 +193,7 @@ def check_alike(opened: Sequence[StoredCheckpoint]) -> None:
 def merged_tensors(
     opened: Sequence[StoredCheckpoint],
     values: Sequence[float],
-    newest: Sequence[str] = TAKEN_FROM_NEWEST,
+    newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
     progress: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and merge of every tensor, one at a time.
@@ -201,7 +201,7 @@ def merged_tensors(
     Args:
         opened: Checkpoints that are alike, oldest first.
         values: A coefficient for each.
-        newest: Patterns of names that are taken from the newest checkpoint instead of merged.
+        newest: A pattern, or several, of names that are taken from the newest checkpoint instead of merged.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -212,7 +212,7 @@ def merged_tensors(
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:
         for name, stored in last.tensors.items():
             out = stored.like("cpu")
-            if any(fnmatch(name, pattern) for pattern in newest):
+            if fits(name, newest):
                 out.view(-1).copy_(stored[:])
             elif stored.dtype.is_floating_point:
                 combine_([out.view(-1)], [_Finite(checkpoint, name) for checkpoint in opened], [values])
@@ -255,7 +255,7 @@ def _check_dtypes(checkpoint: StoredCheckpoint, newest: Sequence[str], output: P
                 f"{name} in {checkpoint.path} is {tensor.dtype}, which is not written to .safetensors here"
             )
         is_narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
-        if is_narrow and not any(fnmatch(name, pattern) for pattern in newest):
+        if is_narrow and not fits(name, newest):
             raise ValueError(
                 f"{name} in {checkpoint.path} is {tensor.dtype}, which is not summed; newest=[{name}] takes it as it is"
             )
@@ -268,8 +268,7 @@ def _lightning_checkpoint(
     last = opened[-1]
     by_place: dict[Any, str] = {}
     for name, stored in last.tensors.items():
-        is_taken = any(fnmatch(name, pattern) for pattern in newest)
-        first = by_place.setdefault((stored.pieces, stored.shape, is_taken), name) if stored.numel else name
+        first = by_place.setdefault((stored.pieces, stored.shape, fits(name, newest)), name) if stored.numel else name
         if all(each.tensors[name].pieces == each.tensors[first].pieces for each in opened):
             state[name] = state[first]
     kept = {key: last.beside[key] for key in _KEPT if key in last.beside}

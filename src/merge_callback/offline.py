@@ -1,7 +1,6 @@
 """Validations of merges that no run holds: stored checkpoints, combined and put into the config's model."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 from lightning.pytorch import seed_everything
@@ -11,6 +10,7 @@ from merge_callback.merge import TAKEN_FROM_NEWEST, merged_tensors
 from merge_callback.preserve import preserved_attributes
 from merge_callback.stored import StoredCheckpoint
 from merge_callback.train import Run, prepare
+from merge_callback.weights import fits
 
 
 def prepare_validation(config: DictConfig, limit_batches: int | float | None = None) -> Run:
@@ -32,7 +32,7 @@ def validated(
     run: Run,
     opened: Sequence[StoredCheckpoint],
     values: Sequence[float],
-    newest: Sequence[str] = TAKEN_FROM_NEWEST,
+    newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
     seed: int = 0,
 ) -> dict[str, float]:
     """Metrics of a weighted sum of checkpoints, as if nothing had been validated before.
@@ -41,7 +41,7 @@ def validated(
         run: Its trainer validates its model, which holds the sum afterwards, on its data.
         opened: Checkpoints that are alike, oldest first.
         values: A coefficient for each, summing to one.
-        newest: Patterns of tensors that are those of the last checkpoint.
+        newest: A pattern, or several, of tensors that are those of the last checkpoint.
         seed: The validation begins with it.
 
     Returns:
@@ -53,7 +53,7 @@ def validated(
     merged = dict(merged_tensors(opened, values, newest))
     for name, tensor in merged.items():
         # Beyond the checkpoints a weighted sum of variances may be none.
-        if fnmatch(name, "*running_var"):
+        if fits(name, "*running_var"):
             tensor.clamp_(min=0)
     try:
         run.model.load_state_dict(merged, strict=True)
@@ -64,6 +64,12 @@ def validated(
     with preserved_attributes(run.model):
         found = run.trainer.validate(run.model, run.data, verbose=False)
     return {name: value for of_loader in found for name, value in of_loader.items()}
+
+
+def check_mode(argument: str, mode: Any) -> None:
+    """Raises `ValueError` unless it says which values are the better ones."""
+    if mode not in ("min", "max"):
+        raise ValueError(f"{argument} must be 'min' or 'max', got {mode!r}")
 
 
 def chosen_metric(known: Sequence[str], asked: str | None, argument: str) -> str:

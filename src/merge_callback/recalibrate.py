@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from merge_callback.preserve import preserved_attributes, preserved_rng
+from merge_callback.shards import copies
 from merge_callback.swap import swapped_weights
 from merge_callback.weights import clean_name
 
@@ -108,7 +109,7 @@ def batch_statistics(
     momenta = [norm.momentum for norm in norms]
     buffers = dict(module.named_buffers())
     # A checkpoint that a signal handler saves meanwhile has all live buffers.
-    with preserved_rng(), preserved_attributes(module), swapped_weights(buffers, _copies(buffers)):
+    with preserved_rng(), preserved_attributes(module), swapped_weights(buffers, copies(buffers)):
         # Attributes of the instance, which do not outlast this block.
         module.log = module.log_dict = _log_nothing  # type: ignore[assignment]
         try:
@@ -162,10 +163,6 @@ def _statistics(norm: _BatchNorm) -> dict[str, Tensor]:
     if norm.num_batches_tracked == 0:
         return {}
     return {name: norm.get_buffer(name).clone() for name in ("running_mean", "running_var")}
-
-
-def _copies(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: buffer.detach().clone() for name, buffer in buffers.items()}
 
 
 def _is_plain(inputs: Any) -> bool:

@@ -15,7 +15,7 @@ from merge_callback.callback import MergeCallback
 from merge_callback.rates import RateOverlay, is_overlaid, optimizer_step
 from merge_callback.rules import sma
 from merge_callback.shadow import is_average
-from merge_callback.shards import local
+from merge_callback.shards import copies, local
 from merge_callback.spikes import SpikeDetector
 from merge_callback.weights import nonfinite_names, snapshot_buffers
 
@@ -102,6 +102,7 @@ class SpikeRecovery(Callback):
         self._rates_until = 0
         self._overlay: RateOverlay | None = None
         self._losses: list[Tensor] = []
+        # Minus infinity from the first loss on.
         self._num_without_loss = 0.0
         self._has_bad_gradient = False
         # Floating-point buffers at the steps of the snapshots; of those the window itself has only the newest.
@@ -152,8 +153,7 @@ class SpikeRecovery(Callback):
             self._loaded_state = None
         # It may have come later than the callback.
         if kept and kept[-1] not in self._buffers:
-            newest = self.merge_callback.newest_buffers
-            self._buffers[kept[-1]] = {name: buffer.clone() for name, buffer in newest.items()}
+            self._buffers[kept[-1]] = copies(self.merge_callback.newest_buffers)
         self._lower_rates(trainer)
         rank_zero_info(
             f"SpikeRecovery: {self.detector}; up to {self.max_recoveries} times back to a merge of {self.num_snapshots}"
@@ -223,10 +223,9 @@ class SpikeRecovery(Callback):
             trainer.save_checkpoint(Path(self.folder) / f"before-recovery-{self._step}.ckpt", weights_only=False)
         if len(self.recoveries) >= self.max_recoveries:
             raise RuntimeError(f"{what}; the run was recovered {len(self.recoveries)} times already, which is the most")
-        left = [step for step in self.merge_callback.snapshot_steps if step < began]
+        steps = [step for step in self.merge_callback.snapshot_steps if step < began]
         self._buffers = {step: buffers for step, buffers in self._buffers.items() if step < began}
-        self.merge_callback.forget_since(began, self._buffers_near(left[-1]) if left else None)
-        steps = self.merge_callback.snapshot_steps
+        self.merge_callback.forget_since(began, self._buffers_near(steps[-1]) if steps else None)
         reach = self._num_in_a_row * self.num_snapshots
         merged = (steps[: len(steps) - reach] or steps[:1])[-self.num_snapshots :]
         if not merged:
@@ -256,7 +255,7 @@ class SpikeRecovery(Callback):
         steps = self.merge_callback.snapshot_steps
         self._buffers = {step: buffers for step, buffers in self._buffers.items() if step in steps}
         if steps and steps[-1] == self._step:
-            self._buffers[self._step] = {n: local(b).clone() for n, b in snapshot_buffers(pl_module).items()}
+            self._buffers[self._step] = copies(snapshot_buffers(pl_module))
 
     def _lower_rates(self, trainer: Trainer) -> None:
         # Under a decay they are on their way down anyhow.

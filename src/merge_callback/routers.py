@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from merge_callback.arguments import check_count, patterns
 from merge_callback.metrics import RouterAgreement
 from merge_callback.shards import united
-from merge_callback.weights import clean_name
+from merge_callback.weights import clean_name, fits
 
 # Name in the logs -> what `RouterAgreement` calls it, of the merge first and of the live model second.
 LOGGED = {
@@ -79,9 +78,9 @@ class Routers:
             return {}
         named = {clean_name(name): each for name, each in module.named_modules() if name}
         for pattern in self.modules:
-            if not any(fnmatch(name, pattern) for name in named):
+            if not any(fits(name, pattern) for name in named):
                 raise ValueError(f"Routers({pattern!r}) fits no module; there are {', '.join(named)}")
-        return {name: each for name, each in named.items() if any(fnmatch(name, p) for p in self.modules)}
+        return {name: each for name, each in named.items() if fits(name, self.modules)}
 
     def choices(self, module: nn.Module, run: Callable[[], Any]) -> dict[str, Choices]:
         """What the routers choose while something runs.

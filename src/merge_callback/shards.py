@@ -60,6 +60,11 @@ def added_up(tensor: Tensor) -> Tensor:
     return tensor.cpu()
 
 
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of what this process holds of each tensor."""
+    return {name: local(tensor).clone() for name, tensor in tensors.items()}
+
+
 def united(found: Mapping[Any, Any]) -> dict[Any, Any]:
     """The entries of all ranks, in an order that is the same everywhere."""
     if not torch.distributed.is_initialized():

@@ -23,10 +23,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from merge_callback.arguments import check_count, check_installed, named_merges, safe_name
+from merge_callback.arguments import check_count, check_installed, check_optional_count, named_merges, safe_name
 from merge_callback.files import complete_or_absent
 from merge_callback.merge import check_alike, find_checkpoints, steps_of
-from merge_callback.offline import chosen_metric, prepare_validation, validated
+from merge_callback.offline import check_mode, chosen_metric, prepare_validation, validated
 from merge_callback.rules import Rule, merge_coefficients
 from merge_callback.shadow import is_average
 from merge_callback.stored import StoredCheckpoint, open_checkpoint
@@ -109,8 +109,7 @@ class Grid:
             for value in values:
                 check_count(f"sweep.{name}", value)
         for span_steps in self.span_steps:
-            if span_steps is not None:
-                check_count("sweep.span_steps", span_steps)
+            check_optional_count("sweep.span_steps", span_steps)
 
     def cells(self, steps: Sequence[int]) -> list[Cell]:
         """The merges that can be made of checkpoints of those steps, after the newest checkpoint of each end.
@@ -244,27 +243,28 @@ def main(config: DictConfig) -> None:
             _rules(asked.rules),
             *(list(asked[name]) for name in ("num_snapshots", "every", "span_steps", "ends")),
         )
-        if asked.mode not in ("min", "max"):
-            raise ValueError(f"sweep.mode must be 'min' or 'max', got {asked.mode!r}")
+        check_mode("sweep.mode", asked.mode)
         opened = [open_checkpoint(Path(path)) for path in find_checkpoints(asked.checkpoints)]
         check_alike(opened)
         checkpoints = dict(zip(steps_of(opened, asked.steps), opened, strict=True))
         cells = grid.cells(list(checkpoints))
         folder = Path(asked.output)
         file = CellFile(folder / "cells.csv", _fingerprints(config, grid, checkpoints))
+        found = {cell: file[cell] for cell in cells}
+        wanted = asked.metric or next((name for metrics in found.values() for name in metrics), None)
         # A metric may have been added to the model since.
-        missing = [cell for cell in cells if not file[cell] or (asked.metric or _first(file, cells)) not in file[cell]]
+        missing = [cell for cell, metrics in found.items() if wanted not in metrics]
         sys.stdout.write(f"{len(cells)} merges, of which {len(cells) - len(missing)} are there already\n")
         if missing:
             run, seed = prepare_validation(config), config.get("seed") or 0
             for cell in tqdm(missing, desc="Validating merges"):
                 chosen = [checkpoints[step] for step in cell.steps]
-                found = validated(run, chosen, grid.coefficients(cell), asked.newest, seed)
+                found[cell] = validated(run, chosen, grid.coefficients(cell), asked.newest, seed)
                 # Before hours are spent on it.
-                chosen_metric(list(found), asked.metric, "sweep.metric")
-                file.add(cell, found)
-        metric = str(asked.metric or _first(file, cells))
-        by_cell = {cell: file[cell][metric] for cell in cells}
+                wanted = chosen_metric(list(found[cell]), wanted, "sweep.metric")
+                file.add(cell, found[cell])
+        metric = str(wanted)
+        by_cell = {cell: metrics[metric] for cell, metrics in found.items()}
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"merge_callback.sweep: {error}")
     sys.stdout.write(sweep_table(by_cell, metric, asked.mode))
@@ -300,11 +300,6 @@ def _fingerprints(config: DictConfig, grid: Grid, checkpoints: Mapping[int, Stor
         return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
     return fingerprint
-
-
-def _first(file: CellFile, cells: Sequence[Cell]) -> str | None:
-    """The first metric of the newest line of these; None if there is none yet."""
-    return next((name for cell in reversed(cells) for name in file[cell]), None)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,16 @@ def clean_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def fits(name: str, patterns: str | Iterable[str]) -> bool:
+    """Whether a name fits one pattern, or any of several.
+
+    Examples:
+        >>> fits("norm.running_var", "*running_var"), fits("norm.weight", ["*bias", "*running_var"])
+        (True, False)
+    """
+    return any(fnmatch(name, pattern) for pattern in ((patterns,) if isinstance(patterns, str) else patterns))
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which parameters are merged, by patterns of their clean names; the others stay live.
@@ -47,8 +57,7 @@ class Selection:
     exclude: tuple[str, ...] = ()
 
     def __call__(self, name: str) -> bool:
-        is_included = any(fnmatch(name, pattern) for pattern in self.include)
-        return is_included and not any(fnmatch(name, pattern) for pattern in self.exclude)
+        return fits(name, self.include) and not fits(name, self.exclude)
 
     @property
     def is_everything(self) -> bool:
@@ -88,7 +97,7 @@ def check_patterns(module: nn.Module, selection: Selection) -> None:
     names = [clean_name(name) for name, _ in module.named_parameters()]
     for argument, patterns in (("include", selection.include), ("exclude", selection.exclude)):
         for pattern in patterns:
-            if not any(fnmatch(name, pattern) for name in names):
+            if not any(fits(name, pattern) for name in names):
                 raise ValueError(f"{argument}={pattern!r} fits no parameter; there are {', '.join(names)}")
 
 
