@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,7 @@ from merge_callback import AnnealBranch, Ema, MergeCallback, MergedCheckpoint, R
 from merge_callback.arguments import refuse_strategy
 from merge_callback.export import read_provenance, save_sharded, weights_checkpoint
 from merge_callback.records import read_records
-from merge_callback.shards import local
+from merge_callback.shards import Sharding, local
 from tests import reference
 from tests.ranks import Ranks
 from tests.sharded_toys import WIDTH, FullTracker, Sharded, fit_sharded, full, merge_by_hand, strategy, weights
@@ -260,6 +261,29 @@ class Unharmed(Sharded):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         return torch.nan_to_num(loss) * 0 if loss.isnan() else loss
+
+
+def stored_in_place(folder: Path) -> dict[str, Any]:
+    live = distribute_tensor(torch.zeros(5, 3), init_device_mesh("cpu", (2,)), [Shard(0)])
+    read = distribute_tensor(torch.zeros(5, 3), live.device_mesh, live.placements)
+    part = torch.rand_like(live.to_local())
+    with CommDebugMode() as mode:
+        stored = Sharding({"weight": live}).in_place("weight", part)
+    dcp.save({"weight": stored}, checkpoint_id=folder / "stored")
+    dcp.load({"weight": read}, checkpoint_id=folder / "stored")
+    assert isinstance(stored, DTensor)
+    return {
+        "num_messages": mode.get_total_counts(),
+        "is_same_memory": local(stored).data_ptr() == part.data_ptr(),
+        # torch keeps what it finds out about operations by mesh: one without groups must not stand in for the other.
+        "is_same_mesh": stored.device_mesh == live.device_mesh,
+        "is_read": torch.equal(local(read), part),
+    }
+
+
+def test_shards_are_written_from_the_memory_where_they_are(tmp_path, two_ranks):
+    for found in two_ranks.run(stored_in_place, tmp_path):
+        assert found == {"num_messages": 0, "is_same_memory": True, "is_same_mesh": False, "is_read": True}
 
 
 def poisoned(folder: Path, arguments: dict[str, Any], max_steps: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Snapshots in host memory and in files: the same merges, and files that are missing, corrupt or cannot be written."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -76,6 +77,36 @@ def test_a_spoilt_file_is_named_and_left_out(tmp_path, how):
     with pytest.warns(UserWarning, match=rf"left out of the merges: .*{path.name} {HOWS[how]}"):
         callback.merged_state_dict()
     assert callback.coefficients() == {20: 0.5, 24: 0.5}
+
+
+class Clipping(Toy):
+    events: ClassVar[list[str]] = []
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        configured["optimizer"].register_step_post_hook(lambda *_: self.events.append("stepped"))
+        return configured
+
+    def on_train_batch_end(self, *arguments):
+        self.events.append("clipped")
+
+
+@pytest.mark.parametrize("where", ["cpu", "files"])
+def test_whatever_writes_to_the_weights_waits_for_copies_under_way(tmp_path, monkeypatch, where):
+    def told(method, event):
+        def method_and_event(*arguments):
+            Clipping.events.append(event)
+            return method(*arguments)
+
+        return method_and_event
+
+    for name in ("write", "finish"):
+        monkeypatch.setattr(HostStorage, name, told(getattr(HostStorage, name), name))
+    Clipping.events.clear()
+    callback = MergeCallback(2, 3, storage=tmp_path / "snapshots" if where == "files" else where)
+    fit(make(Clipping), tmp_path / "run", callback, max_steps=4)
+    step, next_step = ["finish", "stepped", "finish", "clipped"], ["finish", "stepped", "write", "finish", "clipped"]
+    assert Clipping.events[:9] == step + next_step
 
 
 def test_a_strict_directory_refuses_a_spoilt_file(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -391,7 +392,7 @@ class MergeCallback(Callback):
         state = self.state_dict()
         checkpoint["callbacks"][self.state_key] = state
         if self.save_state == "full":
-            state["shards"] = put_shards(self._capture.shards(), checkpoint)
+            state["shards"] = put_shards(self._capture.shards(), self._capture.sharding, checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Some strategies load before the model is on its device: kept until the fit begins.
@@ -465,6 +466,9 @@ class MergeCallback(Callback):
         self._step = step
         began = time.perf_counter()
         self._capture.after_step(pl_module, step, self._rates, learning_rates(trainer.optimizers))
+        if is_overridden("on_train_batch_end", pl_module):
+            # The module's own hook comes next, and may write to the weights, as clipping them does.
+            self._capture.finish()
         self._budget.spend(time.perf_counter() - began)
         self._explain_phase(trainer)
 
@@ -714,6 +718,8 @@ class MergeCallback(Callback):
 
     def _close(self, trainer: Trainer) -> None:
         stop_observing_validations(trainer, self)
+        # The model is about to leave its device, and a copy of it may still be under way.
+        self._capture.finish()
         self._dashboards.close()
         if self._closing is not None:
             spent, elapsed = self._budget.spent, self._elapsed()

@@ -1,7 +1,7 @@
 """When and what is captured: joins the learning rate's phase, the schedule, the model's tensors, ring and shadows."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -395,17 +395,15 @@ class SnapshotCapture:
             "shadow_buffers": self.shadow_buffers if with_snapshots else {},
         }
 
-    def shards(self) -> dict[str, Tensor]:
-        """What `state_dict` leaves out of a sharded model's: the tensors themselves, by reference and distributed."""
-        found: dict[str, Tensor] = {}
+    def shards(self) -> Iterator[tuple[str, str, Tensor]]:
+        """What `state_dict` leaves out of a sharded model's, for `put_shards`: the tensors themselves, by reference."""
         if self.ring is not None and self.layout is not None:
             for index, row in enumerate(self.ring.state_dict()["rows"]):
-                whole = self.sharding.distributed(self.layout.views(row))
-                found |= {f"ring.{index}.{name}": tensor for name, tensor in whole.items()}
+                for name, tensor in self.layout.views(row).items():
+                    yield f"ring.{index}.{name}", name, tensor
         for average, shadow in self.shadows.items():
-            whole = self.sharding.distributed(shadow.tensors)
-            found |= {f"shadow.{average}.{name}": tensor for name, tensor in whole.items()}
-        return found
+            for name, tensor in shadow.tensors.items():
+                yield f"shadow.{average}.{name}", name, tensor
 
     def _whole_shapes(self) -> dict[str, list[int]]:
         assert self.layout is not None

@@ -11,7 +11,7 @@ FSDP2 and tensor parallelism that decide how:
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -75,20 +75,27 @@ def united(found: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: together[key] for key in sorted(together)}
 
 
-def put_shards(shards: Mapping[str, Tensor], checkpoint: dict[str, Any]) -> str | dict[str, Tensor]:
-    """Adds distributed tensors to a Lightning checkpoint that is about to be saved.
+def put_shards(
+    shards: Iterable[tuple[str, str, Tensor]], sharding: "Sharding", checkpoint: dict[str, Any]
+) -> str | dict[str, Tensor]:
+    """Adds what every rank holds of some tensors to a Lightning checkpoint that is about to be saved.
 
     A checkpoint of shards takes them as if they were one more optimizer's, which is written by every rank and never
     asked for when Lightning loads; a checkpoint of whole tensors takes them whole, on rank 0.
+
+    Args:
+        shards: Of each tensor the name that it gets, that of the live tensor it is shaped like, and this rank's part.
+        sharding: How live tensors are spread.
+        checkpoint: Lightning's.
 
     Returns:
         What `shard_reader` finds them by, to be kept in the checkpoint.
     """
     if any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values()):
-        checkpoint["optimizer_states"].append(dict(shards))
+        checkpoint["optimizer_states"].append({name: sharding.in_place(like, part) for name, like, part in shards})
         return f"optimizer_{len(checkpoint['optimizer_states']) - 1}"
     # Tensor by tensor: no rank has more than one whole tensor at a time beside what rank 0 keeps.
-    gathered = ((name, whole(tensor)) for name, tensor in shards.items())
+    gathered = ((name, whole(sharding.distributed({like: part})[like])) for name, like, part in shards)
     return {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
 
 
@@ -128,6 +135,12 @@ class _Spec:
     placements: tuple[Placement, ...]
     shape: torch.Size
     stride: tuple[int, ...]
+
+    def join(self, part: Tensor) -> DTensor:
+        """The distributed tensor of which this process holds that part."""
+        return DTensor.from_local(
+            part, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
 
 
 class Sharding:
@@ -170,12 +183,16 @@ class Sharding:
         }
 
     def distributed(self, locals_: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as parts of distributed ones where the model's are; nothing is copied or communicated."""
-        return {name: self._distributed(name, tensor) for name, tensor in locals_.items()}
+        """The tensors as parts of distributed ones where the model's are, on its device; nothing is communicated."""
+        specs = self._specs
+        return {name: specs[name].join(part) if name in specs else part for name, part in locals_.items()}
 
-    def _distributed(self, name: str, tensor: Tensor) -> Tensor:
+    def in_place(self, name: str, part: Tensor) -> Tensor:
+        """The same of one tensor, but left in the memory where it is: for writing, since it cannot communicate."""
         if (spec := self._specs.get(name)) is None:
-            return tensor
-        return DTensor.from_local(
-            tensor, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
-        )
+            return part
+        # torch would move it to the device of the mesh, and a GPU need not hold what host memory was chosen for. The
+        # names keep it from ever passing for the model's own mesh, which torch looks results up by.
+        names = tuple(f"of_snapshots_{axis}" for axis in range(spec.mesh.ndim))
+        mesh = DeviceMesh(part.device.type, spec.mesh.mesh, mesh_dim_names=names, _init_backend=False)
+        return replace(spec, mesh=mesh).join(part)

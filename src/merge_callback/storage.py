@@ -52,7 +52,8 @@ class HostStorage:
                 stream.wait_stream(torch.cuda.current_stream(gpu))
                 streams.enter_context(torch.cuda.stream(stream))
             for view, source in zip(self._views[slot], sources, strict=True):
-                view.copy_(source, non_blocking=True)
+                # Only of a GPU's copies is it known when they have arrived.
+                view.copy_(source, non_blocking=source.is_cuda)
         self._copied = [(gpu, stream.record_event()) for gpu, stream in self._streams.items()]
 
     def finish(self) -> None:
@@ -101,6 +102,8 @@ class SnapshotDirectory:
 class DirectoryStorage:
     """Rows in files of a directory: written by a thread of their own, whole or not at all, and checked when read.
 
+    On its way to the disk a row lies in host memory, where it gets as `HostStorage` has it.
+
     Args:
         layout: Where each tensor lies in a row.
         dtype: Dtype in which snapshots are kept; None keeps each tensor's own.
@@ -116,8 +119,7 @@ class DirectoryStorage:
         self.prefix = prefix
         folder.mkdir(parents=True, exist_ok=True)
         # One snapshot on its way to the disk; the next one waits until it has arrived.
-        self._staged = new_rings(layout, 1, dtype, HOST, pin_memory=False)
-        self._views = slot_views(layout, self._staged)[0]
+        self._staged = HostStorage(layout, 1, dtype)
         self._background = Background("snapshots")
         self._steps: dict[int, int] = {}
         # Why the latest write to a slot failed, and which state of a file has been checked already.
@@ -127,21 +129,21 @@ class DirectoryStorage:
     @property
     def size_bytes(self) -> int:
         """Bytes of memory: of the one row on its way to the disk."""
-        return size_bytes(self._staged)
+        return self._staged.size_bytes
 
     def path(self, slot: int) -> Path:
         """The file of a slot."""
         return self.folder / f"{self.prefix}{slot:03d}.safetensors"
 
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copies live tensors; the file is written when this has returned."""
+        """Copies live tensors as `HostStorage.write` does; the file is written when this has returned."""
         self._background.wait()
-        for view, name in zip(self._views, self.layout.places, strict=True):
-            view.copy_(tensors[name].detach())
+        self._staged.write(0, step, tensors)
         self._start_writing(slot, step)
 
     def finish(self) -> None:
-        """Nothing still reads the live tensors."""
+        """What the GPU does from now on waits for the copy under way."""
+        self._staged.finish()
 
     def row(self, slot: int) -> list[Row]:
         """The row of a slot, read from the file as far as it is asked for."""
@@ -176,8 +178,7 @@ class DirectoryStorage:
     def load(self, slot: int, step: int, row: Sequence[Row]) -> None:
         """Writes a saved row to the file of a slot."""
         self._background.wait()
-        for mine, saved in zip(self._staged, row, strict=True):
-            mine[0].copy_(saved[:])
+        self._staged.load(0, step, row)
         self._start_writing(slot, step)
 
     def _start_writing(self, slot: int, step: int) -> None:
@@ -187,7 +188,7 @@ class DirectoryStorage:
         self._background.begin(self._write_file, slot, step)
 
     def _write_file(self, slot: int, step: int) -> None:
-        rows = {f"row{group}": ring[0] for group, ring in enumerate(self._staged)}
+        rows = {f"row{group}": row for group, row in enumerate(self._staged.row(0))}
         told = {"step": step, "checksums": [_checksum(row) for row in rows.values()]}
         path = self.path(slot)
         try:
