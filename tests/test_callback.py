@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from merge_callback import MergeCallback, Window
 from merge_callback.evaluate import LoggedValue
+from merge_callback.logged import Names
 from merge_callback.rules import ema
 from tests import reference
 from tests.toys import BusyToy, Toy, Tracker, assert_same_training, batches, fit, lightning, make, same
@@ -181,10 +182,10 @@ def test_the_gain_is_positive_where_the_merge_is_better(tmp_path):
 
 @pytest.mark.parametrize("name", ["acc", "acc_epoch", "acc/dataloader_idx_1", "acc_epoch/dataloader_idx_0"])
 def test_a_pattern_also_means_the_names_that_lightning_makes_of_a_metric(name):
-    callback = MergeCallback(higher_is_better="acc")
+    names = Names("merge", "sma", higher_is_better=("acc",))
     value = LoggedValue(torch.zeros(()))
-    assert callback._is_higher_better(name, value)
-    assert not callback._is_higher_better("accuracy", value)
+    assert names.is_higher_better(name, value)
+    assert not names.is_higher_better("accuracy", value)
 
 
 def test_diagnostics_describe_the_primary_merge(tmp_path):

@@ -12,9 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from merge_callback import Ema, LiveAndMergedBar, MergeCallback
-from merge_callback.dashboards import Dashboards, LoggedName, MergeNow, scalar_layout
+from merge_callback.dashboards import Dashboards, MergeNow, scalar_layout
 from merge_callback.evaluate import LoggedValue
 from merge_callback.figures import pixels, plot_merge
+from merge_callback.logged import LoggedName
 from tests.toys import BusyToy, Toy, assert_same_training, fit, lightning, make
 
 SEVERAL = {"sma": "sma", "late (x)": "wma", "ema": Ema(half_life=0.1)}

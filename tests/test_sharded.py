@@ -110,13 +110,17 @@ def count_communication(folder: Path, form: str) -> list[int]:
                 super().on_train_batch_end(*arguments)
             counts.append(mode.get_total_counts())
 
-        def _rows(self, names):
-            rows = super()._rows(names)
-            for _ in names:
-                with CommDebugMode() as mode:
-                    made = next(rows)
-                counts.append(mode.get_total_counts())
-                yield made
+        def on_train_start(self, *arguments):
+            super().on_train_start(*arguments)
+            self._merges.rows = partial(counted, self._merges.rows)
+
+    def counted(rows, names, step):
+        made = rows(names, step)
+        for _ in names:
+            with CommDebugMode() as mode:
+                row = next(made)
+            counts.append(mode.get_total_counts())
+            yield row
 
     fit_sharded(folder, form, Counting(2, 3, merges=MERGES))
     return counts

@@ -79,7 +79,7 @@ def test_a_spoilt_file_is_named_and_left_out(tmp_path, how):
     assert callback.coefficients() == {20: 0.5, 24: 0.5}
 
 
-class Clipping(Toy):
+class Stepping(Toy):
     events: ClassVar[list[str]] = []
 
     def configure_optimizers(self):
@@ -87,26 +87,37 @@ class Clipping(Toy):
         configured["optimizer"].register_step_post_hook(lambda *_: self.events.append("stepped"))
         return configured
 
+
+class Clipping(Stepping):
     def on_train_batch_end(self, *arguments):
         self.events.append("clipped")
 
 
+AT_A_STEP = {
+    Stepping: (["finish", "stepped"], ["finish", "stepped", "write"]),
+    Clipping: (["finish", "stepped", "finish", "clipped"], ["finish", "stepped", "write", "finish", "clipped"]),
+}
+
+
+@pytest.mark.usefixtures("both_lightnings")
+@pytest.mark.parametrize("module", AT_A_STEP)
 @pytest.mark.parametrize("where", ["cpu", "files"])
-def test_whatever_writes_to_the_weights_waits_for_copies_under_way(tmp_path, monkeypatch, where):
+def test_whatever_writes_to_the_weights_waits_for_copies_under_way(tmp_path, monkeypatch, module, where):
     def told(method, event):
         def method_and_event(*arguments):
-            Clipping.events.append(event)
+            Stepping.events.append(event)
             return method(*arguments)
 
         return method_and_event
 
     for name in ("write", "finish"):
         monkeypatch.setattr(HostStorage, name, told(getattr(HostStorage, name), name))
-    Clipping.events.clear()
+    Stepping.events.clear()
     callback = MergeCallback(2, 3, storage=tmp_path / "snapshots" if where == "files" else where)
-    fit(make(Clipping), tmp_path / "run", callback, max_steps=4)
-    step, next_step = ["finish", "stepped", "finish", "clipped"], ["finish", "stepped", "write", "finish", "clipped"]
-    assert Clipping.events[:9] == step + next_step
+    fit(make(module), tmp_path / "run", callback, max_steps=3)
+    plain, captured = AT_A_STEP[module]
+    expected = plain + captured + plain
+    assert Stepping.events[: len(expected)] == expected
 
 
 def test_a_strict_directory_refuses_a_spoilt_file(tmp_path):

@@ -10,7 +10,7 @@ class Budget:
     The first time is free, since nobody knows yet what it costs; later ones wait until they fit.
 
     Args:
-        share: Largest share of the time, in (0, 1).
+        share: Largest share of the time, in (0, 1); None allows everything.
         elapsed: Seconds of the run before it was interrupted.
         spent: Seconds spent so far.
         latest: What it cost the last time.
@@ -25,7 +25,7 @@ class Budget:
         (False, True)
     """
 
-    share: float
+    share: float | None
     elapsed: float = 0.0
     spent: float = 0.0
     latest: float = 0.0
@@ -37,7 +37,9 @@ class Budget:
         Args:
             elapsed: Seconds since the run began or was resumed.
         """
-        return self.latest == 0 or self.spent + self.latest <= self.share * (self.elapsed + elapsed)
+        if self.share is None or self.latest == 0:
+            return True
+        return self.spent + self.latest <= self.share * (self.elapsed + elapsed)
 
     def spend(self, seconds: float, *, is_costly: bool = False) -> None:
         """Takes note of seconds that were spent; the costly ones are what is spaced out."""

@@ -16,36 +16,11 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from merge_callback.evaluate import LoggedValue
+from merge_callback.logged import BOUNDS, LoggedName
 from merge_callback.tables import NOTHING, number, text_table
 
-# Ends of a prediction's interval.
-BOUNDS = ("/low", "/high")
 # Everything that is logged of a merge itself.
 DIAGNOSTICS = ("num_snapshots", "span_steps", "spread", "seconds", "num_skipped")
-
-
-@dataclass(frozen=True)
-class LoggedName:
-    """The name of something that the callback logs.
-
-    Args:
-        kind: ``"merged"``, ``"merge_gain"``, ``"annealed"``, ``"annealed_error"``, or ``"merge"`` for a diagnostic.
-        label: Tells callbacks and further merges apart; begins with ``_``, or is empty.
-        metric: The live metric, or the diagnostic.
-        end: Of a prediction's interval, one of ``BOUNDS``.
-
-    Examples:
-        >>> str(LoggedName("merge_gain", "_late", "val_loss"))
-        'merge_gain_late/val_loss'
-    """
-
-    kind: str
-    label: str
-    metric: str
-    end: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind}{self.label}/{self.metric}{self.end}"
 
 
 @dataclass(frozen=True)
