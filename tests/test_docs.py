@@ -89,9 +89,10 @@ def test_every_choice_and_every_logged_name_is_documented():
     choices = (ROOT / "src" / "merge_callback" / "conf" / "callbacks" / "merge").glob("*.yaml")
     for choice in choices:
         assert f"`{choice.stem}`" in hydra_page
-    source = (ROOT / "src" / "merge_callback" / "callback.py").read_text()
-    kinds = set(re.findall(r'(?:_name\(|kind=)"(merged|merge_gain|annealed|annealed_error)"', source))
-    assert len(kinds) == 4
+    files = ("logged.py", "trunk.py", "validation.py")
+    source = "".join((ROOT / "src" / "merge_callback" / name).read_text() for name in files)
+    kinds = set(re.findall(r"""(?:names\(|kind=)["']([a-z_]+)["']""", source)) - {"merge"}
+    assert kinds == {"merged", "merge_gain", "annealed", "annealed_error"}
     for kind in kinds:
         assert f"`{kind}/m`" in logged_page
     for name in ("num_snapshots", "span_steps", "spread", "seconds", "num_skipped", "is_prior"):

@@ -158,6 +158,17 @@ assert sorted(file.name for file in folder.iterdir()) == sorted(["run", path.nam
 
 
 @pytest.mark.parametrize("name", ["merge.ckpt", "merge.safetensors"])
+def test_a_link_stays_one_and_what_it_points_to_is_replaced(run, tmp_path, name):
+    _, callback = run
+    (tmp_path / "there").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "there" / name)
+    callback.save_merged(tmp_path / name)
+    assert (tmp_path / name).is_symlink()
+    assert [file.name for file in (tmp_path / "there").iterdir()] == [name]
+    assert read_provenance(tmp_path / "there" / name)["steps"] == callback.snapshot_steps
+
+
+@pytest.mark.parametrize("name", ["merge.ckpt", "merge.safetensors"])
 def test_a_full_disk_leaves_no_half_file_and_the_older_one_stays(tmp_path, name):
     root = Path(__file__).parents[1]
     done = subprocess.run(

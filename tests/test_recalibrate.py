@@ -259,3 +259,16 @@ def test_models_for_which_it_makes_no_sense_are_refused(tmp_path):
         fit(make(Iterating), tmp_path, MergeCallback(recalibrate_batches=3))
     with pytest.raises(ValueError, match="recalibrate_batches must be >= 1, got 0"):
         MergeCallback(recalibrate_batches=0)
+
+
+def test_modes_are_those_of_the_latest_batch_also_after_a_resume():
+    module, recent, x = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), RecentInputs(2), torch.ones(2)
+    recent.append(module, x)
+    state = recent.state_dict()
+    module[1].eval()
+    recent.append(module, x)
+    assert recent.in_training == {"", "0"}
+    recent.load_state_dict(state, torch.device("cpu"))
+    assert recent.in_training == {"", "0", "1"}
+    recent.append(module, x)
+    assert recent.in_training == {"", "0"}

@@ -28,6 +28,7 @@ class RecentInputs:
         self._inputs: deque[Any] = deque(maxlen=num_batches)
         # Clean names of the submodules that were in training mode for the latest of them.
         self.in_training: set[str] = set()
+        self._modes: list[tuple[int, bool]] = []
 
     def __len__(self) -> int:
         return len(self._inputs)
@@ -47,7 +48,10 @@ class RecentInputs:
             module: The model, which is about to be trained on the batch.
             batch: The first item of what is a list or tuple is the input, else all of it.
         """
-        self.in_training = {clean_name(name) for name, each in module.named_modules() if each.training}
+        # A walk over names takes longer, and modes hardly ever change.
+        if (modes := [(id(each), each.training) for each in module.modules()]) != self._modes:
+            self._modes = modes
+            self.in_training = {clean_name(name) for name, each in module.named_modules() if each.training}
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
         self._inputs.append(apply_to_collection(inputs, Tensor, torch.clone))
 
@@ -64,7 +68,7 @@ class RecentInputs:
         """Takes over what `state_dict` gave."""
         self.clear()
         self._inputs.extend(move_data_to_device(inputs, device) for inputs in state["inputs"])
-        self.in_training = set(state["in_training"])
+        self.in_training, self._modes = set(state["in_training"]), []
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
