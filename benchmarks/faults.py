@@ -710,9 +710,9 @@ FAULTS = [
     ),
     (
         "whoever saves during recalibration saves the merge",
-        "validation.py",
-        "            with saving_live_weights(trainer), self",
-        "            with self",
+        "evaluate.py",
+        "        with _saving_live_weights(self.trainer):\n",
+        "        if True:\n",
         "test_recalibrate.py::test_a_checkpoint_that_a_signal_handler_saves_meanwhile_is_the_live_one",
     ),
     (

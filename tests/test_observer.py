@@ -150,9 +150,19 @@ def test_a_checkpoint_that_a_signal_handler_saves_in_the_merged_validation_is_th
         trainer.save_checkpoint(tmp_path / "interrupted.ckpt")
 
     class Saving(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 12:
+                trainer.save_checkpoint(tmp_path / "trained.ckpt")
+
         def on_validation_start(self, trainer, pl_module):
             if trainer.global_step == 12:
                 trainer.save_checkpoint(tmp_path / "before.ckpt")
+
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            checkpoint["noted"] = trainer.global_step
+
+    def validation_state(checkpoint):
+        return {key: value for key, value in checkpoint["loops"]["fit_loop"].items() if "val_loop" in key}
 
     callback = MergeCallback(2, 3)
     without = fit(make(Interrupted), tmp_path / "without")
@@ -163,7 +173,8 @@ def test_a_checkpoint_that_a_signal_handler_saves_in_the_merged_validation_is_th
     expected, saved = (torch.load(tmp_path / name, weights_only=True) for name in ("before.ckpt", "interrupted.ckpt"))
     assert same(dict(saved["state_dict"]), dict(expected["state_dict"]))
     assert saved["callbacks"].keys() == expected["callbacks"].keys()
-    assert saved["global_step"] == 12
+    assert saved["global_step"] == saved["noted"] == 12
+    assert validation_state(saved) == validation_state(torch.load(tmp_path / "trained.ckpt", weights_only=True)) != {}
     assert [step for step, _ in watched.logged("merged/val_loss")] == [3, 7, 11, 15, 19, 23]
 
 

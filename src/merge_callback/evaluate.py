@@ -41,7 +41,10 @@ class ValidationObserver(Protocol):
     """What `observe_validations` calls around every validation of a fit, the sanity check excepted."""
 
     def before_validation(self, trainer: Trainer) -> None:
-        """Called before the live validation; the place for `evaluate`."""
+        """Called before the live validation; the place for `evaluate`.
+
+        Other weights may be swapped in: who saves a checkpoint meanwhile, as a signal handler may, saves the live ones.
+        """
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> Mapping[str, LoggedValue]:
         """Called with the live values once their epoch has ended; returns what to log beside them.
@@ -121,8 +124,9 @@ class _ObservedRun:
         loop.setup_data()
         if loop.skip:
             return run()
-        for observer in self.observers:
-            observer.before_validation(self.trainer)
+        with _saving_live_weights(self.trainer):
+            for observer in self.observers:
+                observer.before_validation(self.trainer)
         with _called_after_epoch_end(self.trainer.lightning_module, self._publish):
             return run()
 
@@ -201,7 +205,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
 
     def save_live_checkpoint(*arguments: Any, **options: Any) -> None:
         # A signal handler, such as that of a cluster that is about to stop the job, may save at any moment.
-        with live_weights(), _replaced(trainer.fit_loop.epoch_loop, val_loop=live_loop), _replaced(trainer, **live):
+        with _replaced(trainer.fit_loop.epoch_loop, val_loop=live_loop), _replaced(trainer, **live):
             trainer.save_checkpoint(*arguments, **options)
 
     with ExitStack() as stack:
@@ -229,12 +233,8 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
 
 
 @contextmanager
-def saving_live_weights(trainer: Trainer) -> Iterator[None]:
-    """Inside the context, whoever saves a checkpoint saves the live weights, whatever is swapped.
-
-    A signal handler, such as that of a cluster that is about to stop the job, may save at any moment. `evaluate` takes
-    care of that by itself.
-    """
+def _saving_live_weights(trainer: Trainer) -> Iterator[None]:
+    """Inside the context, whoever saves a checkpoint saves the live weights, whatever is swapped."""
     save = trainer.save_checkpoint
 
     def save_live_checkpoint(*arguments: Any, **options: Any) -> None:

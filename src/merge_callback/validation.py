@@ -21,7 +21,6 @@ from merge_callback.evaluate import (
     logged_step,
     num_limited_batches,
     observe_validations,
-    saving_live_weights,
     stop_observing_validations,
 )
 from merge_callback.logged import LoggedName, Names, merged_and_gains
@@ -138,7 +137,7 @@ class MergedValidation:
         for name, coefficients, row in merges.rows(captured, step):
             if name == merges.primary:
                 diagnostics = merges.diagnostics(coefficients, row, step)
-            with saving_live_weights(trainer), self._swapped_in(trainer.lightning_module, row, merges.buffers(name)):
+            with self._swapped_in(trainer.lightning_module, row, merges.buffers(name)):
                 merged[name] = evaluate(trainer, self._limit_batches)
                 if name == merges.primary:
                     choices = self._choices(trainer)
