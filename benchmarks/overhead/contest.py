@@ -11,6 +11,12 @@ from models import Weights
 Action = Callable[[], object]
 
 
+def wait_for_device() -> None:
+    """Returns when a GPU that is in use has done all its work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 class Contest:
     """Times several actions in turns; what an action returns is freed on its clock.
 
@@ -36,8 +42,10 @@ class Contest:
             for name, action in self.actions.items():
                 if len(self.counted[name]) == self.leaving_after.get(name):
                     continue
+                wait_for_device()
                 began = time.perf_counter()
                 action()
+                wait_for_device()
                 self.seconds[name].append(time.perf_counter() - began)
         finally:
             gc.enable()
@@ -80,10 +88,11 @@ def batch_end(callback: Callback, trainer: Trainer, module: LightningModule) -> 
     return lambda: hook(callback, trainer, module, None, None, 0)
 
 
-def quiet_trainer(num_steps: int, callbacks: list[Callback]) -> Trainer:
-    """A trainer on the CPU that trains for so many steps and does nothing else."""
+def quiet_trainer(num_steps: int, callbacks: list[Callback], accelerator: str) -> Trainer:
+    """A trainer that trains for so many steps and does nothing else."""
     return Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         max_steps=num_steps,
         callbacks=callbacks,
         logger=False,
@@ -103,14 +112,14 @@ def take_turns_in_fit(
     """The same, one round at the end of each batch of a fit.
 
     Args:
-        module: What is trained.
+        module: What is trained, on its device.
         callbacks: Those whose hooks compete, `held`.
         actions: The contestants, given the trainer.
         num_rounds: Rounds that count.
         num_warm_up: Rounds before them.
     """
     rounds = _RoundAtBatchEnd()
-    trainer = quiet_trainer(num_warm_up + num_rounds, [*map(held, callbacks), rounds])
+    trainer = quiet_trainer(num_warm_up + num_rounds, [*map(held, callbacks), rounds], module.device.type)
     rounds.contest = Contest(actions(trainer), num_warm_up)
     trainer.fit(module)
     return rounds.contest.counted

@@ -19,12 +19,14 @@ class Weights(LightningModule):
 
     Args:
         shapes: Of the tensors.
+        device: Where they are.
     """
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, device: str = "cpu") -> None:
         super().__init__()
         self.layers = nn.ModuleList(map(_Layer, shapes))
         self.trained = nn.Parameter(torch.zeros(()))
+        self.to(device)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return (self.trained - batch).square()

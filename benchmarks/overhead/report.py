@@ -8,6 +8,7 @@ protocol.py first.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,11 +42,15 @@ PARTS = {
     "several": "Four merges of one ring: milliseconds",
     "swap": "Other weights in and the live ones back: milliseconds",
     "step": "A training step of the demo: milliseconds",
+    "in_flight": "A training step of the demo while captures go to host memory: milliseconds",
+    "memory": "Peaks of a GPU's memory beyond model and ring: MiB",
     "whole": "Whole runs of the demo: seconds",
     "scaling": "Captures and merges by size: milliseconds",
     "ranks": "A model spread over processes: milliseconds of the slowest",
 }
 OURS = ("Shadow.update", "MergeCallback")
+# All that a merge may take beside ring and merge.
+CHUNK_BYTES = 64 * 2**20
 LIGHTNING = "Lightning EMAWeightAveraging"
 
 Measured = dict[str, Any]
@@ -87,9 +92,20 @@ def samples(measured: Measured, contestant: str) -> list[float]:
 
 def setting(measured: Measured) -> str:
     """What was measured, in words."""
-    num_threads = measured["num_threads"]
-    parts = [measured.get("model"), measured.get("dtype"), f"{num_threads} thread{'s' * (num_threads > 1)}"]
+    parts = [measured.get("model"), measured.get("dtype"), worker(measured)]
     return ", ".join(part for part in parts if part)
+
+
+def worker(measured: Measured) -> str:
+    """What did the work, in words."""
+    if is_on_gpu(measured):
+        return "GPU"
+    return f"{measured['num_threads']} thread{'s' * (measured['num_threads'] > 1)}"
+
+
+def is_on_gpu(measured: Measured) -> bool:
+    """Whether a GPU did the work."""
+    return measured.get("device") == "cuda"
 
 
 def ema_verdicts(measured: Measured) -> list[Verdict]:
@@ -120,7 +136,8 @@ def merge_verdicts(measured: Measured) -> list[Verdict]:
     dtype = measured["dtype"]
     bound = bound_in_copies(measured["num_snapshots"], {"float32": 4, "bfloat16": 2}[dtype])
     found = paired_ratio(samples(measured, COPY), samples(measured, MERGES))
-    return [Verdict(f"merge {dtype}", setting(measured), found.scaled(bound))]
+    rule = f"merge {dtype}" + " on a GPU" * is_on_gpu(measured)
+    return [Verdict(rule, setting(measured), found.scaled(bound))]
 
 
 def several_verdicts(measured: Measured) -> list[Verdict]:
@@ -143,6 +160,20 @@ def step_verdicts(measured: Measured) -> list[Verdict]:
     return [Verdict("step", setting(measured), paired_ratio(samples(measured, WITH), samples(measured, WITHOUT)))]
 
 
+def in_flight_verdicts(measured: Measured) -> list[Verdict]:
+    """Blocks with captures against their neighbours without the callback; a rule for GPUs."""
+    return [
+        Verdict("in flight", setting(measured), paired_ratio(samples(measured, WITH), samples(measured, WITHOUT)))
+        for _ in range(is_on_gpu(measured))
+    ]
+
+
+def memory_verdicts(measured: Measured) -> list[Verdict]:
+    """The highest peak against what is allowed."""
+    share = max(measured["peak_bytes"].values()) / (measured["merge_bytes"] + CHUNK_BYTES)
+    return [Verdict("memory", f"{measured['model']}, storage {measured['storage']}", median([share]))]
+
+
 def whole_verdicts(measured: Measured) -> list[Verdict]:
     """Pairs of runs."""
     return [Verdict("whole", setting(measured), median(map(share_of_run, measured["pairs"])))]
@@ -155,6 +186,8 @@ VERDICTS: dict[str, Callable[[Measured], list[Verdict]]] = {
     "several": several_verdicts,
     "swap": swap_verdicts,
     "step": step_verdicts,
+    "in_flight": in_flight_verdicts,
+    "memory": memory_verdicts,
     "whole": whole_verdicts,
 }
 
@@ -199,6 +232,15 @@ def step_table(record: Measured) -> str:
     return table(["", setting(measured), "of a step without", "samples"], rows)
 
 
+def memory_table(record: Measured) -> str:
+    """A row for each model and storage."""
+    rows = []
+    for each in record["measured"]:
+        mib = [f"{size / 2**20:,.1f}" for size in (each["merge_bytes"], *each["peak_bytes"].values())]
+        rows.append([each["model"], each["storage"], *mib])
+    return table(["model", "storage", "the merge itself", *record["measured"][0]["peak_bytes"]], rows)
+
+
 def whole_table(record: Measured) -> str:
     """Every pair."""
     (measured,) = record["measured"]
@@ -228,7 +270,7 @@ def scaling_table(record: Measured) -> str:
     rows = []
     for each in measured:
         copied, seconds = each["seconds"][COPY]["median"], each["seconds"]
-        cells = [f"{each['num_parameters'] / 1e6:,.0f} M", str(each["num_threads"])]
+        cells = [f"{each['num_parameters'] / 1e6:,.0f} M", worker(each)]
         cells += [milliseconds(copied), milliseconds(seconds["capture"]["median"])]
         for num in nums:
             if num in each["num_snapshots"]:
@@ -237,7 +279,7 @@ def scaling_table(record: Measured) -> str:
             else:
                 cells.append("-")
         rows.append(cells)
-    return table(["parameters", "threads", COPY, "capture", *(f"merge of {num}" for num in nums)], rows)
+    return table(["parameters", "by", COPY, "capture", *(f"merge of {num}" for num in nums)], rows)
 
 
 def ranks_table(record: Measured) -> str:
@@ -254,7 +296,14 @@ def ranks_table(record: Measured) -> str:
     return table(["processes", "parameters of each", "ring of each", *record["measured"][0]["seconds"]], rows)
 
 
-TABLES = {"ranks": ranks_table, "step": step_table, "whole": whole_table, "scaling": scaling_table}
+TABLES = {
+    "ranks": ranks_table,
+    "step": step_table,
+    "in_flight": step_table,
+    "memory": memory_table,
+    "whole": whole_table,
+    "scaling": scaling_table,
+}
 
 
 def plot_ema(record: Measured) -> Figure:
@@ -283,8 +332,8 @@ def plot_scaling(record: Measured) -> Figure:
     """Merges over the bytes that they read, and captures, each beside what the memory allows."""
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for color, num_threads in enumerate(sorted({each["num_threads"] for each in record["measured"]})):
-        several = [each for each in record["measured"] if each["num_threads"] == num_threads]
+    for color, label in enumerate(sorted(set(map(worker, record["measured"])))):
+        several = [each for each in record["measured"] if worker(each) == label]
         merges = [
             (num * 4 * each["num_parameters"] / 1e9, seconds["median"], bound_in_copies(num, 4) * copied["median"])
             for each in several
@@ -292,7 +341,6 @@ def plot_scaling(record: Measured) -> Figure:
             for seconds, copied in [(each["seconds"][f"merge of {num}"], each["seconds"][COPY])]
         ]
         size, took, bound = zip(*sorted(merges), strict=True)
-        label = f"{num_threads} thread{'s' * (num_threads > 1)}"
         left.loglog(size, took, "o", color=f"C{color}", markersize=4, label=f"merge, {label}")
         left.loglog(size, bound, "_", color=f"C{color}", markersize=12, label=f"bound, {label}")
         sizes = [each["num_parameters"] / 1e6 for each in several]
@@ -342,6 +390,8 @@ def evidence_table(records: dict[str, Measured]) -> str:
         cases = sorted(
             (each for each in verdicts if each.rule == name), key=lambda each: rule.missed_by(each.found.value)
         )
+        if not cases:
+            continue
         best, worst = (f"{_number(each.found.value)}{rule.unit}" for each in (cases[0], cases[-1]))
         limit = f"{'at most' if rule.is_upper else 'at least'} {rule.limit:g}{rule.unit}"
         num_reached = sum(each.is_reached for each in cases)
@@ -361,6 +411,7 @@ def about(records: dict[str, Measured]) -> str:
     for part, record in records.items():
         versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
         machine = f"{record['num_cores']} cores of {record['processor']}, {record['memory_gib']} GiB"
+        machine += f", {record['gpu']}" if "gpu" in record else ""
         source = record["commit"][:7] + (" with changes" if record["has_uncommitted_source"] else "")
         cells = [part, source, f"{versions}, Python {record['python']}", machine]
         lines.append([*cells, f"{record['load_before']:.2f}", f"{record['part_seconds']:.0f}"])
@@ -373,14 +424,16 @@ def read_records(folder: Path = RECORDS) -> dict[str, Measured]:
     return {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
 
 
-def page(records: dict[str, Measured]) -> str:
-    """The whole report."""
+def page(records: dict[str, Measured], folder: Path = RECORDS) -> str:
+    """The whole report, for a folder."""
+    protocol = os.path.relpath(Path(__file__).with_name("protocol.py"), folder)
     sections = [
         "# What does merging cost?",
-        "Made by `benchmarks/overhead/report.py`; [`protocol.py`](../../overhead/protocol.py) holds question, statistic"
+        f"Made by `benchmarks/overhead/report.py`; [`protocol.py`]({protocol}) holds question, statistic"
         " and rules. Times are medians; in parentheses stands how many plain copies of the model that is.",
     ]
-    if missing := [part for part in PARTS if part not in records]:
+    others = ("ranks",) if any("gpu" in record for record in records.values()) else ("in_flight", "memory")
+    if missing := [part for part in PARTS if part not in records and part not in others]:
         sections.append(f"Not run: {', '.join(missing)}.")
     verdicts = all_verdicts(records)
     sections += ["## Pass rules", rule_table(verdicts)]
@@ -402,7 +455,7 @@ def main() -> None:
         sys.exit(f"no records in {folder}; run.py makes them")
     for part in PICTURES.keys() & records.keys():
         PICTURES[part](records[part]).savefig(folder / f"{part}.png")
-    (folder / "REPORT.md").write_text(page(records))
+    (folder / "REPORT.md").write_text(page(records, folder))
     print(folder / "REPORT.md")
     evidence = ROOT / "docs" / "evidence.md"
     if folder == RECORDS:

@@ -3,9 +3,10 @@
     python benchmarks/overhead/run.py                # all parts, one after the other
     python benchmarks/overhead/run.py ema swap       # some of them
     python benchmarks/overhead/run.py --smoke        # all on small models, records to a temporary folder
+    python benchmarks/overhead/run.py --device cuda  # on a GPU with 80 GB
 
-Records go to benchmarks/records/overhead/<part>.json. Needs 18 GiB of free memory, a machine that does nothing else,
-and the peers without what they depend on (timm's torchvision is not used):
+Records go to benchmarks/records/overhead/<part>.json, those of a GPU to a folder of its name. Needs 18 GiB of free
+memory, a machine that does nothing else, and the peers without what they depend on (timm's torchvision is not used):
 
     pip install --no-deps -c constraints.txt timm ema-pytorch
 
@@ -25,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from merge_callback import Ema, MergeCallback
 from merge_callback.rules import merge_coefficients, resolve_rule
 from merge_callback.shadow import Shadow
-from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing
+from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing, required_bytes
+from merge_callback.storage import HostStorage
 from merge_callback.swap import swapped_weights
 from merge_callback.weights import LiveTensors, merged_parameters
 
 sys.path.insert(0, str(Path(__file__).parent))
-from contest import batch_end, take_turns, take_turns_in_fit
+from contest import batch_end, take_turns, take_turns_in_fit, wait_for_device
 from models import Weights, touched_like
 from peers import ema_peers, merge_peers
 from protocol import (
@@ -52,9 +55,9 @@ from protocol import (
     FULL,
     IN_PLACE,
     LIGHTNING_EXCHANGE,
-    MAX_RING_BYTES,
     MERGES,
     NUM_SNAPSHOTS,
+    ON_GPU,
     RECORDS,
     ROOT,
     RULES_OF_FOUR,
@@ -64,7 +67,7 @@ from protocol import (
     median,
 )
 from ranks import Job, sharded_seconds
-from trainings import paired_blocks, paired_runs
+from trainings import Training, paired_blocks, paired_runs
 
 Record = dict[str, Any]
 HALF_LIFE_STEPS = math.log(0.5) / math.log(DECAY)
@@ -75,7 +78,18 @@ def settings(amount: Amount) -> Iterator[tuple[str, Shapes, Record]]:
     for name, shapes in amount.models.items():
         for num_threads in amount.num_threads:
             torch.set_num_threads(num_threads)
-            yield name, shapes, {"model": name, "num_threads": num_threads}
+            yield name, shapes, {"model": name, **where(amount)}
+
+
+def where(amount: Amount) -> Record:
+    """What did the work, for records."""
+    return {"num_threads": torch.get_num_threads()} if amount.device == "cpu" else {"device": amount.device}
+
+
+def trained(amount: Amount) -> Training:
+    """What is trained in the parts that train."""
+    torch.set_num_threads(max(amount.num_threads))
+    return Training(amount.device, amount.training)
 
 
 def copy_action(live: dict[str, Tensor]) -> Callable[[], object]:
@@ -117,7 +131,7 @@ def ema(amount: Amount) -> list[Record]:
     """An update of an exponential average, at every batch of a real fit."""
     measured = []
     for _, shapes, setting in settings(amount):
-        module = Weights(shapes)
+        module = Weights(shapes, amount.device)
         shadow, tensors = Shadow(Ema(half_life_steps=HALF_LIFE_STEPS)), LiveTensors(module)
         ours = MergeCallback(merges=Ema(half_life_steps=HALF_LIFE_STEPS))
         lightning = EMAWeightAveraging(decay=DECAY)
@@ -151,7 +165,7 @@ def capture(amount: Amount) -> list[Record]:
     # Few slots, but too many for a cache.
     num_slots = 4
     for _, shapes, setting in settings(amount):
-        module = Weights(shapes)
+        module = Weights(shapes, amount.device)
         rings = {dtype: filled_ring(module.live, num_slots, dtype) for dtype in (torch.float32, torch.bfloat16)}
         ours = MergeCallback(every_n_train_steps=1, num_snapshots=num_slots)
         steps = iter(range(num_slots, 10**9))
@@ -177,10 +191,12 @@ def merge(amount: Amount) -> list[Record]:
     weights = coefficients("wma", NUM_SNAPSHOTS)
     for _, shapes, setting in settings(amount):
         for dtype in (torch.float32, torch.bfloat16):
-            module = Weights(shapes)
+            module = Weights(shapes, amount.device)
             ring = filled_ring(module.live, NUM_SNAPSHOTS, dtype)
-            snapshots = [Weights(shapes).to(dtype) for _ in range(NUM_SNAPSHOTS)]
-            peers = merge_peers(snapshots, weights)
+            # Theirs takes as much memory again.
+            is_compared = 2 * ring.storage.size_bytes <= amount.max_ring_bytes
+            snapshots = [Weights(shapes, amount.device).to(dtype) for _ in range(NUM_SNAPSHOTS if is_compared else 0)]
+            peers = merge_peers(snapshots, weights) if is_compared else {}
             actions = {
                 COPY: copy_action(module.live),
                 MERGES: lambda ring=ring: list(ring.merges([weights])),
@@ -200,7 +216,7 @@ def several(amount: Amount) -> list[Record]:
     measured = []
     weights = [coefficients(rule, NUM_SNAPSHOTS) for rule in RULES_OF_FOUR]
     for _, shapes, setting in settings(amount):
-        module = Weights(shapes)
+        module = Weights(shapes, amount.device)
         ring = filled_ring(module.live, NUM_SNAPSHOTS)
         actions = {
             "one merge": lambda ring=ring: list(ring.merges(weights[:1])),
@@ -215,7 +231,7 @@ def swap(amount: Amount) -> list[Record]:
     """Other values into the live model, and its own back."""
     measured = []
     for _, shapes, setting in settings(amount):
-        module = Weights(shapes)
+        module = Weights(shapes, amount.device)
         live, other = module.live, dict(zip(module.live, touched_like(module.live), strict=True))
         parameters = merged_parameters(module)
         lightning = EMAWeightAveraging(decay=DECAY)
@@ -240,11 +256,11 @@ def swap(amount: Amount) -> list[Record]:
         seconds = take_turns(actions, amount.num_quick_rounds, amount.num_warm_up)
         measured.append({**setting, **module.description, "seconds": summary(seconds)})
     # Nothing is read or written, so the memory of the largest need not be there.
-    largest = {f"weight{index}": torch.empty(shape) for index, shape in enumerate(amount.largest)}
+    largest = {f"weight{index}": torch.empty(shape, device=amount.device) for index, shape in enumerate(amount.largest)}
     other = {name: torch.empty_like(tensor) for name, tensor in largest.items()}
     seconds = take_turns({"swapped_weights": _swap_action(largest, other)}, amount.num_quick_rounds, amount.num_warm_up)
     numel = sum(tensor.numel() for tensor in largest.values())
-    about = {"model": f"{numel / 1e9:g} B", "num_threads": torch.get_num_threads()}
+    about = {"model": f"{numel / 1e9:g} B", **where(amount)}
     measured.append({**about, "num_tensors": len(largest), "num_parameters": numel, "seconds": summary(seconds)})
     return measured
 
@@ -261,26 +277,67 @@ def _swap_action(
 
 def step(amount: Amount) -> list[Record]:
     """A training step of the demo between captures."""
-    torch.set_num_threads(max(amount.num_threads))
-    found = paired_blocks(amount.block_steps, amount.num_block_pairs)
-    about = {"model": "demo", "num_threads": torch.get_num_threads(), "block_steps": amount.block_steps}
+    found = paired_blocks(trained(amount), amount.block_steps, amount.num_block_pairs, every_n_train_steps=10**9)
+    about = {"model": "demo", **where(amount), "block_steps": amount.block_steps}
     return [{**about, "seconds": summary(found)}]
+
+
+def in_flight(amount: Amount) -> list[Record]:
+    """A training step of the demo while captures are on their way to host memory."""
+    how = {"every_n_train_steps": 1, "num_snapshots": 2, "start": 0, "storage": "cpu"}
+    found = paired_blocks(trained(amount), amount.in_flight_steps, amount.num_in_flight_pairs, **how)
+    about = {"model": "demo", **where(amount), "block_steps": amount.in_flight_steps}
+    return [{**about, "seconds": summary(found)}]
+
+
+def memory(amount: Amount) -> list[Record]:
+    """Peaks of a GPU's allocator beyond model and ring: at a capture, and at a merge that is swapped in."""
+    measured = []
+    weights = coefficients("wma", NUM_SNAPSHOTS)
+    for _, shapes, setting in settings(amount):
+        for storage in (DeviceStorage, HostStorage):
+            live = Weights(shapes, amount.device).live
+            layout = RowLayout(live)
+            ring = SnapshotRing(storage(layout, NUM_SNAPSHOTS), NUM_SNAPSHOTS)
+            for step in range(NUM_SNAPSHOTS):
+                ring.append(step, live)
+
+            def merge_and_swap(ring=ring, live=live, layout=layout) -> None:
+                with swapped_weights(live, layout.views(ring.combine(weights))):
+                    pass
+
+            peaks = {"capture": _peak_bytes(lambda ring=ring, live=live: ring.append(NUM_SNAPSHOTS, live))}
+            peaks["merge, swapped in"] = _peak_bytes(merge_and_swap)
+            on_gpu = storage is DeviceStorage
+            merge_bytes = sum(required_bytes(layout, 1, None).values()) if on_gpu else 0
+            about = {"storage": "device" if on_gpu else "cpu", "merge_bytes": merge_bytes, "peak_bytes": peaks}
+            measured.append({**setting, **about})
+            del ring, live, merge_and_swap
+    return measured
+
+
+def _peak_bytes(action: Callable[[], object]) -> int:
+    wait_for_device()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    action()
+    wait_for_device()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def whole(amount: Amount) -> list[Record]:
     """Runs of the demo with merged validations, and without."""
-    torch.set_num_threads(max(amount.num_threads))
-    about = {"model": "demo", "num_threads": torch.get_num_threads(), "run_steps": amount.run_steps}
-    return [{**about, "pairs": list(paired_runs(amount.run_steps, amount.num_run_pairs))}]
+    pairs = list(paired_runs(trained(amount), amount.run_steps, amount.num_run_pairs))
+    return [{"model": "demo", **where(amount), "run_steps": amount.run_steps, "pairs": pairs}]
 
 
 def scaling(amount: Amount) -> list[Record]:
     """Captures and merges of rings of many sizes."""
     measured = []
     for num_parameters in amount.scaling_parameters:
-        module = Weights([(num_parameters // 100, 10)] * 10)
+        module = Weights([(num_parameters // 100, 10)] * 10, amount.device)
         live = module.live
-        nums = [num for num in amount.scaling_snapshots if num * 4 * num_parameters <= MAX_RING_BYTES]
+        nums = [num for num in amount.scaling_snapshots if num * 4 * num_parameters <= amount.max_ring_bytes]
         ring = filled_ring(live, max(nums))
         steps = iter(range(max(nums), 10**9))
         actions = {"capture": lambda ring=ring, steps=steps, live=live: ring.append(next(steps), live)}
@@ -290,7 +347,7 @@ def scaling(amount: Amount) -> list[Record]:
             # Apart from the rest, since merges need the memory that its targets take.
             copied = take_turns({COPY: copy_action(live)}, amount.num_scaling_rounds, 1)
             seconds = take_turns(actions, amount.num_scaling_rounds, 1)
-            about = {"num_threads": num_threads, **module.description, "num_snapshots": nums}
+            about = {**where(amount), **module.description, "num_snapshots": nums}
             measured.append({**about, "seconds": summary(copied | seconds)})
         del ring, actions, module, live
     return measured
@@ -318,13 +375,17 @@ PARTS: dict[str, Callable[[Amount], list[Record]]] = {
     "several": several,
     "swap": swap,
     "step": step,
+    "in_flight": in_flight,
+    "memory": memory,
     "whole": whole,
     "scaling": scaling,
     "ranks": ranks,
 }
+# Elsewhere these say nothing, or cannot run.
+ONLY_ON = {"in_flight": "cuda", "memory": "cuda", "ranks": "cpu"}
 
 
-def environment() -> Record:
+def environment(device: str) -> Record:
     """Versions, commit and machine."""
     git = ["git", "-C", str(ROOT)]
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -341,7 +402,7 @@ def environment() -> Record:
         "memory_gib": round(int(memory) / 2**20, 1),
         "huge_pages": pages.read_text().strip() if pages.exists() else None,
         "load_before": os.getloadavg()[0],
-    }
+    } | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
 
 
 def write(folder: Path, part: str, record: Record) -> None:
@@ -356,15 +417,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all of them if none is given")
     parser.add_argument("--smoke", action="store_true", help="small models, few rounds, a temporary folder")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="overhead-")) if arguments.smoke else RECORDS
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch finds none")
+    folder = RECORDS if device == "cpu" else RECORDS / re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower()
+    amount = FULL if device == "cpu" else ON_GPU
+    if arguments.smoke:
+        folder = Path(tempfile.mkdtemp(prefix="overhead-"))
+        amount = replace(SMOKE, device=device, num_threads=amount.num_threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    for part in arguments.parts or PARTS:
+    for part in arguments.parts or [part for part in PARTS if ONLY_ON.get(part, device) == device]:
         seed_everything(0, verbose=False)
-        record = {"part": part, **environment()}
+        record = {"part": part, **environment(device)}
         began = time.perf_counter()
-        measured = PARTS[part](SMOKE if arguments.smoke else FULL)
+        measured = PARTS[part](amount)
         record |= {"part_seconds": round(time.perf_counter() - began, 1), "measured": measured}
         write(folder, part, record)
         print(f"{part}: {record['part_seconds']} s, {folder / part}.json", flush=True)

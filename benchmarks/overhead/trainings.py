@@ -4,9 +4,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contest import wait_for_device
 from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 from omegaconf import DictConfig
@@ -19,10 +21,28 @@ NUM_HOOK_STEPS = 50
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 
 
-def demo_config(*overrides: str) -> DictConfig:
-    """The demo's, without its progress bar."""
-    with initialize_config_module("merge_callback.conf", version_base="1.3"):
-        return compose("demo", ["~callbacks.progress_bar", "+trainer.enable_progress_bar=false", *overrides])
+@dataclass(frozen=True)
+class Training:
+    """The demo, on a device.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        overrides: Of its config, such as another size.
+    """
+
+    device: str = "cpu"
+    overrides: tuple[str, ...] = ()
+
+    def config(self, *overrides: str) -> DictConfig:
+        """The demo's, without its progress bar."""
+        fixed = ("~callbacks.progress_bar", "+trainer.enable_progress_bar=false", f"+trainer.accelerator={self.device}")
+        with initialize_config_module("merge_callback.conf", version_base="1.3"):
+            return compose("demo", [*fixed, "+trainer.devices=1", *self.overrides, *overrides])
+
+    def fit(self, num_steps: int, *callbacks: Callback) -> None:
+        """Trains with those callbacks, and validates nothing."""
+        options = {"max_steps": num_steps, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        prepare(self.config("callbacks/merge=none"), callbacks, loggers=[], **options).fit()
 
 
 class HookClock:
@@ -80,6 +100,7 @@ class AlternatingBlocks(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step % self.block_steps:
             return
+        wait_for_device()
         now = time.perf_counter()
         self.seconds.append(now - self._began)
         if len(self.seconds) < len(self.blocks):
@@ -90,19 +111,14 @@ class AlternatingBlocks(Callback):
         self._began = time.perf_counter()
 
 
-def paired_blocks(block_steps: int, num_pairs: int) -> dict[str, list[float]]:
-    """Seconds of a training step by block, without and with the callback; and those that it spends in its hooks."""
-
-    def fit(num_steps: int, *callbacks: Callback) -> None:
-        options = {"max_steps": num_steps, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-        prepare(demo_config("callbacks/merge=none"), callbacks, loggers=[], **options).fit()
-
-    callback = MergeCallback(every_n_train_steps=10**9)
+def paired_blocks(training: Training, block_steps: int, num_pairs: int, **arguments: Any) -> dict[str, list[float]]:
+    """Seconds of a training step by block, without and with a callback of those arguments; and those in its hooks."""
+    callback = MergeCallback(**arguments)
     blocks = AlternatingBlocks(callback, block_steps, num_pairs)
-    fit(blocks.num_steps, callback, blocks)
-    callback = MergeCallback(every_n_train_steps=10**9)
+    training.fit(blocks.num_steps, callback, blocks)
+    callback = MergeCallback(**arguments)
     clock = HookClock(callback)
-    fit(NUM_HOOK_STEPS, callback)
+    training.fit(NUM_HOOK_STEPS, callback)
     return {**blocks.counted, "in the callback's hooks": clock.seconds_of_steps}
 
 
@@ -114,21 +130,23 @@ class ValidationClock(Callback):
         self.merged: list[float] = []
 
     def on_validation_start(self, trainer, pl_module) -> None:
+        wait_for_device()
         self._began = time.perf_counter()
 
     def on_validation_end(self, trainer, pl_module) -> None:
         if trainer.sanity_checking:
             return
+        wait_for_device()
         self.live.append(time.perf_counter() - self._began)
         if "merge/seconds" in trainer.callback_metrics:
             self.merged.append(float(trainer.callback_metrics["merge/seconds"]))
 
 
-def demo_run(num_steps: int, *, merges: bool) -> dict[str, Any]:
+def demo_run(training: Training, num_steps: int, *, merges: bool) -> dict[str, Any]:
     """Seconds of a run of the demo, and of its validations and hooks."""
     validations = ValidationClock()
     with tempfile.TemporaryDirectory() as folder:
-        config = demo_config(
+        config = training.config(
             f"trainer.max_steps={num_steps}",
             "~logger.tensorboard",
             f"logger.csv.save_dir={folder}",
@@ -147,12 +165,12 @@ def demo_run(num_steps: int, *, merges: bool) -> dict[str, Any]:
     }
 
 
-def paired_runs(num_steps: int, num_pairs: int) -> Iterator[dict[str, Any]]:
+def paired_runs(training: Training, num_steps: int, num_pairs: int) -> Iterator[dict[str, Any]]:
     """Pairs of runs, the order of which changes from pair to pair."""
-    demo_run(20, merges=True)
+    demo_run(training, 20, merges=True)
     for pair in range(num_pairs):
         order = (False, True) if pair % 2 == 0 else (True, False)
-        runs = {merges: demo_run(num_steps, merges=merges) for merges in order}
+        runs = {merges: demo_run(training, num_steps, merges=merges) for merges in order}
         yield {WITHOUT: runs[False], WITH: runs[True]}
 
 
