@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from merge_callback import MergeCallback
 from merge_callback.budget import Budget
-from tests.toys import ResumableBatches, Toy, assert_same_training, fit, make
+from tests.toys import ResumableBatches, Toy, assert_same_training, batches, fit, make
 
 
 @given(st.floats(0.01, 0.5), st.lists(st.tuples(st.floats(0.1, 100), st.floats(0.01, 5)), min_size=2, max_size=50))
@@ -67,3 +67,17 @@ def test_what_was_spent_is_remembered_over_a_restart(tmp_path):
 def test_the_count_is_logged_only_where_there_is_a_limit(tmp_path, share):
     run = fit(make(Toy), tmp_path, MergeCallback(1, 4, max_overhead=share))
     assert bool(run.logged("merge/num_skipped")) == (share is not None)
+
+
+@pytest.mark.slow
+def test_the_time_of_a_fit_counts_where_another_goes_on_from_it_and_that_between_them_does_not(tmp_path):
+    callback = MergeCallback(1, 4, max_overhead=0.5)
+    run = fit(make(SlowValidation), tmp_path, callback, max_steps=6)
+    elapsed = callback.state_dict()["budget"]["elapsed"]
+    assert elapsed > callback.state_dict()["budget"]["spent"] > 0
+    time.sleep(0.1)
+    assert callback.state_dict()["budget"]["elapsed"] == elapsed
+    run.trainer.fit_loop.epoch_loop.max_steps = 12
+    run.trainer.fit(run.module, batches(), batches(24, shuffle=False))
+    assert callback.snapshot_steps == [9, 10, 11, 12]
+    assert callback.state_dict()["budget"]["elapsed"] > elapsed

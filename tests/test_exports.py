@@ -161,6 +161,7 @@ assert sorted(file.name for file in folder.iterdir()) == sorted(["run", path.nam
 def test_a_link_stays_one_and_what_it_points_to_is_replaced(run, tmp_path, name):
     _, callback = run
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / name).write_text("an older one")
     (tmp_path / name).symlink_to(tmp_path / "there" / name)
     callback.save_merged(tmp_path / name)
     assert (tmp_path / name).is_symlink()

@@ -66,6 +66,16 @@ def test_the_pictures_of_the_landscape_come_from_records_that_are_there():
         assert (ROOT / "docs" / "pictures" / f"landscape_{kind}.png").exists()
 
 
+def test_imports_only_point_up_the_map_of_the_house():
+    package = ROOT / "src" / "merge_callback"
+    order = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    for place, name in enumerate(order):
+        imported = re.findall(
+            r"^\s*from merge_callback\.(\w+) import", (package / f"{name}.py").read_text(), re.MULTILINE
+        )
+        assert set(imported) & set(order[place:]) == set(), name
+
+
 def test_every_relative_link_leads_somewhere():
     pages = [str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")]
     for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *pages):

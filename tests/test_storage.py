@@ -1,6 +1,7 @@
 """Snapshots in host memory and in files: the same merges, and files that are missing, corrupt or cannot be written."""
 
 import copy
+import pickle
 from typing import ClassVar
 
 import pytest
@@ -155,6 +156,23 @@ def test_a_callback_can_be_copied_also_after_a_fit(tmp_path, storage):
     fit(make(Toy), tmp_path / "anew", callback)
     for name in ("sma", "ema"):
         assert same(copied.merged_state_dict(name), callback.merged_state_dict(name))
+
+
+@pytest.mark.parametrize("kind", ["device", "cpu", "files"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda ring: pickle.loads(pickle.dumps(ring))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_ring_goes_on_as_the_ring_itself(tmp_path, kind, copied):
+    ring = SnapshotRing(storage_of(kind, RowLayout(tensors(0)), 3, tmp_path), 3)
+    for step in range(3):
+        ring.append(step, tensors(step))
+    other = copied(ring)
+    for each in (ring, other):
+        each.append(3, tensors(3))
+        found = merged(each, uniform(each))
+        for name, tensor in tensors(1).items():
+            mean = (tensor.double() + tensors(2)[name].double() + tensors(3)[name].double()) / 3
+            torch.testing.assert_close(found[name].double(), mean, rtol=0, atol=1e-6)
 
 
 def test_the_cost_is_told_by_place(tmp_path, caplog):

@@ -11,7 +11,7 @@ class Budget:
 
     Args:
         share: Largest share of the time, in (0, 1); None allows everything.
-        elapsed: Seconds of the run before it was interrupted.
+        elapsed: Seconds of the run before the fit that goes on.
         spent: Seconds spent so far.
         latest: What it cost the last time.
         num_skipped: How many times it did not fit.
@@ -35,11 +35,11 @@ class Budget:
         """Whether as much as the last time fits now.
 
         Args:
-            elapsed: Seconds since the run began or was resumed.
+            elapsed: Seconds of the run so far.
         """
         if self.share is None or self.latest == 0:
             return True
-        return self.spent + self.latest <= self.share * (self.elapsed + elapsed)
+        return self.spent + self.latest <= self.share * elapsed
 
     def spend(self, seconds: float, *, is_costly: bool = False) -> None:
         """Takes note of seconds that were spent; the costly ones are what is spaced out."""

@@ -2,15 +2,13 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from merge_callback.arguments import (
@@ -31,18 +29,22 @@ from merge_callback.captured import CapturedMerges
 from merge_callback.evaluate import validation_follows
 from merge_callback.export import provenance, save, save_sharded, weights_checkpoint
 from merge_callback.logged import Names
+from merge_callback.messages import Messages
 from merge_callback.prediction import Prediction
 from merge_callback.rates import learning_rates, optimizer_step
-from merge_callback.recalibrate import RecentInputs, batch_norms, batch_statistics, recalibrate_
+from merge_callback.recalibrate import Recalibration
 from merge_callback.routers import Routers
 from merge_callback.rules import Rule, decay_from_coefficients, rule_label
 from merge_callback.shadow import Average, is_average
-from merge_callback.shards import copies, local, put_shards, rank, reshard, shard_reader
+from merge_callback.shards import copies, put_shards, rank, reshard, shard_reader
 from merge_callback.storage import SnapshotDirectory
-from merge_callback.swap import overwrite_, swapped_weights
+from merge_callback.swap import overwrite_
 from merge_callback.trunk import Trunk
 from merge_callback.validation import MergedValidation
-from merge_callback.weights import check_patterns, has_lazy_parameters, tensors_by_name
+from merge_callback.weights import check_patterns, tensors_by_name
+
+# Where Lightning defines hooks that do nothing.
+_EMPTY_HOOKS = ("lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks")
 
 
 class MergeCallback(Callback):
@@ -163,9 +165,7 @@ class MergeCallback(Callback):
         self._loaded_state: dict[str, Any] | None = None
         self._step = 0
         self._rates: list[float] = []
-        self._inputs = RecentInputs(recalibrate_batches or 0)
-        self._step_context: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._said: set[str] = set()
+        self._messages = Messages(f"MergeCallback({name!r})")
         self._begin_anew()
 
     # What a user asks of it.
@@ -238,7 +238,7 @@ class MergeCallback(Callback):
             ValueError: If there is no merge of that name, its rule gives no proper coefficients, or the module has
                 other tensors.
         """
-        with self._swapped_in(pl_module, self._merges.row(name), self._merges.buffers(name)):
+        with self._merges.swapped_in(pl_module, self._merges.row(name), self._merges.buffers(name)):
             yield
 
     def save_merged(self, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -297,7 +297,7 @@ class MergeCallback(Callback):
         self._capture.forget_since(step)
         if buffers:
             self._capture.buffers = copies(buffers)
-        self._inputs.clear()
+        self._recalibration.inputs.clear()
         self._validation.trunk.forget_since(step)
 
     def put_into(
@@ -328,7 +328,7 @@ class MergeCallback(Callback):
         return {
             "capture": capture,
             "step": self._step,
-            "inputs": self._inputs.state_dict() if self.save_state == "full" else None,
+            "inputs": self._recalibration.inputs.state_dict() if self.save_state == "full" else None,
             "rates": self._rates,
             "worked": sorted(self._merges.worked),
             **self._validation.state_dict(),
@@ -354,22 +354,24 @@ class MergeCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = optimizer_step(trainer)
-        self._step_context = trainer.precision_plugin.train_step_context
         # Another fit of the same module goes on with its window, unless it starts counting anew.
         continues = self._module is pl_module and self._step <= step
         self._module, self._step = pl_module, step
         if self._loaded_state is not None or not continues:
-            self._check_module(pl_module)
-            self._inputs.clear()
+            check_patterns(pl_module, self.selection)
+            if self.routers is not None:
+                self.routers.find(pl_module)
+            self._recalibration.check(pl_module)
             self._begin_anew()
             self._capture.prepare(pl_module)
-        self._said.clear()
+        self._messages.begin()
+        self._recalibration.begin(trainer)
         if self._loaded_state is not None:
             reader = shard_reader(self._loaded_state.get("shards"), trainer.ckpt_path)
             if changes := self._capture.load_state_dict(self._loaded_state["capture"], pl_module, reader):
-                self._say(f"resumed, but {'; '.join(changes)}", topic="resumed", warn=True)
+                self._messages.warn(f"resumed, but {'; '.join(changes)}", "resumed")
             if self._loaded_state["inputs"] is not None:
-                self._inputs.load_state_dict(self._loaded_state["inputs"], pl_module.device)
+                self._recalibration.inputs.load_state_dict(self._loaded_state["inputs"], pl_module.device)
             self._merges.worked = set(self._loaded_state["worked"])
             self._validation.load_state_dict(self._loaded_state)
             if self._loaded_state["step"] < step:
@@ -379,14 +381,14 @@ class MergeCallback(Callback):
                 )
             self._loaded_state = None
         elif not continues and step > 0:
-            self._say("the checkpoint holds no state of it, so the window starts empty", topic="resumed", warn=True)
-        self._say(f"{self._capture.describe()}; merges: {', '.join(self.merges)}", topic="start")
+            self._messages.warn("the checkpoint holds no state of it, so the window starts empty", "resumed")
+        self._validation.trunk.read()
+        self._messages.say(f"{self._capture.describe()}; merges: {', '.join(self.merges)}", "start")
         self._validation.begin(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._rates = learning_rates(trainer.optimizers)
-        if self.recalibrate_batches is not None:
-            self._remember_inputs(pl_module, batch)
+        self._recalibration.remember(pl_module, batch, is_saved=self.save_state == "full")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._capture.finish()
@@ -402,7 +404,7 @@ class MergeCallback(Callback):
         began = time.perf_counter()
         self._capture.after_step(pl_module, step, self._rates, learning_rates(trainer.optimizers))
         # The module's own hook comes next, and may write to the weights, as clipping them does.
-        if not pl_module.on_train_batch_end.__module__.endswith("core.hooks"):
+        if pl_module.on_train_batch_end.__module__ not in _EMPTY_HOOKS:
             self._capture.finish()
         self._validation.budget.spend(time.perf_counter() - began)
         self._explain_phase(trainer)
@@ -412,11 +414,10 @@ class MergeCallback(Callback):
         self._explain_phase(trainer, is_end=True)
         trunk = self._validation.trunk
         if trunk.predictions and not self._capture.phase.is_stable and not trunk.is_checked:
-            self._say(
+            self._messages.warn(
                 f"the run ended at step {self._step}, in a decay, without a validation there: its last prediction was"
                 " not checked",
-                topic="checked",
-                warn=True,
+                "checked",
             )
         self._close(trainer)
 
@@ -446,73 +447,26 @@ class MergeCallback(Callback):
             averages=averages,
             selection=self.selection,
         )
-        self._merges = CapturedMerges(self.merges, capture, partial(self._say, warn=True))
+        self._recalibration = Recalibration(self.recalibrate_batches, self._messages)
+        self._merges = CapturedMerges(self.merges, capture, self._recalibration, self._messages)
         names = Names(self.name, self._merges.primary, self.higher_is_better)
         self._validation = MergedValidation(
             self._merges,
-            self._swapped_in,
             names,
-            Trunk(self.calibration, names, self._say),
+            Trunk(self.calibration, names, self._messages),
             Budget(self.max_overhead),
-            say=self._say,
+            self._messages,
             every_n_validations=self.evaluate_every_n_validations,
             limit_batches=self.limit_batches,
             routers=self.routers,
         )
 
-    def _check_module(self, module: LightningModule) -> None:
-        """Raises `ValueError` if the callback was told of something that the module does not have."""
-        check_patterns(module, self.selection)
-        if self.routers is not None:
-            self.routers.find(module)
-        if self.recalibrate_batches is None:
-            return
-        if not batch_norms(module):
-            raise ValueError(f"recalibrate_batches is for batch norm layers, of which {type(module).__name__} has none")
-        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-            raise ValueError("recalibrate_batches needs a training step that takes batches, not dataloader_iter")
-
-    def _remember_inputs(self, module: LightningModule, batch: Any) -> None:
-        """For `recalibrate_`, before a training step."""
-        self._inputs.append(module, batch)
-        if "tried" not in self._said and not has_lazy_parameters(module):
-            # Before hours of training, rather than at the first merged validation.
-            self._said.add("tried")
-            batch_statistics(module, self._inputs, self._step_context)
-        if self.save_state == "full" and not self._inputs.is_plain:
-            self._say(
-                "inputs other than tensors, numbers and strings in lists and dicts do not go into checkpoints; after a"
-                f" resume batch norm statistics are those of {self.recalibrate_batches} batches only once so many have"
-                " been trained on",
-                topic="inputs",
-                warn=True,
-            )
-
     def _close(self, trainer: Trainer) -> None:
-        # The model is about to leave its device, and a copy of it may still be under way.
-        self._capture.finish()
-        self._validation.close(trainer)
-
-    @contextmanager
-    def _swapped_in(self, module: torch.nn.Module, row: list[Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
-        assert self._capture.layout is not None
-        merged = self._capture.layout.views(row)
-        self._capture.finish()
-        live = tensors_by_name(module, [*merged, *buffers])
-        # Copies, since a forward pass may write to buffers; and Lightning takes the model off its device after a fit.
-        merged |= {name: buffer.to(local(live[name]).device, copy=True) for name, buffer in buffers.items()}
-        with swapped_weights(live, merged, before=partial(reshard, module)):
-            if self.recalibrate_batches is not None:
-                recalibrate_(module, self._inputs, self._step_context)
-            yield
-
-    def _say(self, text: str, *, topic: str | None = None, warn: bool = False) -> None:
-        """On one rank; what has a topic once a fit."""
-        if topic in self._said:
-            return
-        if topic is not None:
-            self._said.add(topic)
-        (rank_zero_warn if warn else rank_zero_info)(f"MergeCallback({self.name!r}): {text}")
+        try:
+            # The model may be about to leave its device, and a copy of it may still be under way.
+            self._capture.finish()
+        finally:
+            self._validation.close(trainer)
 
     def _explain_phase(self, trainer: Trainer, is_end: bool = False) -> None:
         if self._capture.phase.is_stable or self.start != "stable":
@@ -521,16 +475,15 @@ class MergeCallback(Callback):
             window = (
                 f"the window of {len(self.snapshot_steps)} snapshots up to step {max(self.snapshot_steps, default=0)}"
             )
-            self._say(
+            self._messages.say(
                 f"the learning rate moved at step {self._step}: {window if self.snapshot_steps else 'the average'}"
                 " stays as it is until the rate is constant again",
-                topic="frozen",
+                "frozen",
             )
         elif self._capture.phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):
-            self._say(
+            self._messages.warn(
                 f"the learning rate was not constant in {self._capture.phase.num_unsettled_steps} steps (a cosine"
                 " schedule? a schedule-free optimizer?), so nothing was captured. MergeCallback(start=STEP) captures"
                 " from a step on whatever the rate does; what its merge says about annealing then is less certain",
-                topic="unsettled",
-                warn=True,
+                "unsettled",
             )

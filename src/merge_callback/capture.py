@@ -97,6 +97,7 @@ class SnapshotCapture:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies look for themselves at what they capture."""
+        self.wait()
         return self.__dict__ | {"_live": None}
 
     @property

@@ -1,12 +1,19 @@
-"""The merges that a user has named, made of what was captured."""
+"""The merges that a user has named, made of what was captured, and put into a model for a while."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from merge_callback.capture import SnapshotCapture
+from merge_callback.messages import Messages
+from merge_callback.recalibrate import Recalibration
 from merge_callback.rules import Rule, merge_coefficients
 from merge_callback.shadow import Average, is_average
+from merge_callback.shards import local, reshard
+from merge_callback.swap import swapped_weights
+from merge_callback.weights import tensors_by_name
 
 
 class CapturedMerges:
@@ -15,17 +22,23 @@ class CapturedMerges:
     Args:
         rules: Name -> rule over snapshots, or average over every step; the first is the primary merge.
         capture: What they are made of.
-        warn: Tells the user.
+        recalibration: Of batch norm statistics, where a merge is swapped in.
+        messages: For the user.
     """
 
     def __init__(
-        self, rules: Mapping[str, Rule | Average], capture: SnapshotCapture, warn: Callable[[str], None]
+        self,
+        rules: Mapping[str, Rule | Average],
+        capture: SnapshotCapture,
+        recalibration: Recalibration,
+        messages: Messages,
     ) -> None:
         self.rules = rules
         self.capture = capture
         # Merges whose rule has given proper coefficients once.
         self.worked: set[str] = set()
-        self._warn = warn
+        self._recalibration = recalibration
+        self._messages = messages
 
     @property
     def primary(self) -> str:
@@ -87,6 +100,8 @@ class CapturedMerges:
     def rows(self, names: Sequence[str], step: int) -> Iterator[tuple[str, dict[int, float], list[Tensor]]]:
         """The merges of those names as far as their rules work, and their coefficients; each good until the next.
 
+        A merge has worked when the next one is asked for.
+
         Args:
             names: Merges that are captured.
             step: Optimizer steps so far, to tell the user.
@@ -96,6 +111,24 @@ class CapturedMerges:
         rows = self.capture.ring.merges(over_snapshots) if self.capture.ring is not None else iter(())
         for name, values in usable.items():
             yield name, values, next(rows) if values else self.capture.shadow_row(name)
+            self.worked.add(name)
+
+    @contextmanager
+    def swapped_in(self, module: nn.Module, row: list[Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside the context the module holds a merge, as `row` and `buffers` gave it; afterwards its own weights.
+
+        Raises:
+            ValueError: If the module has other tensors.
+        """
+        assert self.capture.layout is not None
+        merged = self.capture.layout.views(row)
+        self.capture.finish()
+        live = tensors_by_name(module, [*merged, *buffers])
+        # Copies, since a forward pass may write to buffers; and Lightning takes the model off its device after a fit.
+        merged |= {name: buffer.to(local(live[name]).device, copy=True) for name, buffer in buffers.items()}
+        with swapped_weights(live, merged, before=partial(reshard, module)):
+            self._recalibration.apply_(module)
+            yield
 
     def buffers(self, name: str | None = None) -> dict[str, Tensor]:
         """Floating-point buffers that go with a merge: those of the newest snapshot, or of the latest average."""
@@ -117,24 +150,22 @@ class CapturedMerges:
             OSError: If there are any, and the directory they are in is a strict one.
         """
         for problem in self.capture.drop_unusable():
-            self._warn(f"a snapshot is left out of the merges: {problem}")
+            self._messages.warn(f"a snapshot is left out of the merges: {problem}")
 
     def drop_nonfinite(self, step: int) -> None:
         """Begins averages anew that hold NaN or inf on some rank; for all ranks to call at the same time."""
         for name in self.capture.drop_nonfinite_shadows():
-            self._warn(
+            self._messages.warn(
                 f"no merge {name!r} at step {step}: its average holds NaN or inf, and begins anew with the next step"
             )
 
     def _usable_coefficients(self, name: str, step: int) -> dict[int, float] | None:
         """Those of a merge; none of an average; None where its rule fails now."""
         try:
-            coefficients = {} if is_average(self.rule(name)) else self.coefficients(name)
+            return {} if is_average(self.rule(name)) else self.coefficients(name)
         except ValueError as error:
             # A rule that never worked is a mistake to mend; one that worked before must not end a long run.
             if name not in self.worked:
                 raise
-            self._warn(f"no merge {name!r} at step {step}: {error}")
+            self._messages.warn(f"no merge {name!r} at step {step}: {error}")
             return None
-        self.worked.add(name)
-        return coefficients

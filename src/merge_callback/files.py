@@ -28,9 +28,10 @@ SAFETENSORS_DTYPES = {
 def complete_or_absent(path: Path) -> Iterator[Path]:
     """Gives a path to write to; what was written takes the place of ``path`` when the block ends without an error.
 
-    Of a symbolic link, that of what it points to, as whoever writes to a link expects.
+    Of a symbolic link to a file, that of the file, as whoever writes to a link expects.
     """
-    path = path.resolve()
+    if path.is_symlink() and path.is_file():
+        path = path.resolve()
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished

@@ -2,19 +2,22 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from merge_callback.messages import Messages
 from merge_callback.preserve import preserved_attributes, preserved_rng
 from merge_callback.shards import copies
 from merge_callback.swap import swapped_weights
-from merge_callback.weights import clean_name
+from merge_callback.weights import clean_name, has_lazy_parameters
 
 
 class RecentInputs:
@@ -28,7 +31,7 @@ class RecentInputs:
         self._inputs: deque[Any] = deque(maxlen=num_batches)
         # Clean names of the submodules that were in training mode for the latest of them.
         self.in_training: set[str] = set()
-        self._modes: list[tuple[int, bool]] = []
+        self._modes: list[tuple[str, bool]] = []
 
     def __len__(self) -> int:
         return len(self._inputs)
@@ -48,10 +51,10 @@ class RecentInputs:
             module: The model, which is about to be trained on the batch.
             batch: The first item of what is a list or tuple is the input, else all of it.
         """
-        # A walk over names takes longer, and modes hardly ever change.
-        if (modes := [(id(each), each.training) for each in module.modules()]) != self._modes:
+        # To clean the names takes longer than to go through them, and modes hardly ever change.
+        if (modes := [(name, each.training) for name, each in module.named_modules()]) != self._modes:
             self._modes = modes
-            self.in_training = {clean_name(name) for name, each in module.named_modules() if each.training}
+            self.in_training = {clean_name(name) for name, is_training in modes if is_training}
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
         self._inputs.append(apply_to_collection(inputs, Tensor, torch.clone))
 
@@ -69,6 +72,66 @@ class RecentInputs:
         self.clear()
         self._inputs.extend(move_data_to_device(inputs, device) for inputs in state["inputs"])
         self.in_training, self._modes = set(state["in_training"]), []
+
+
+class Recalibration:
+    """Keeps the latest training inputs, and finds the statistics of a merge from them.
+
+    Args:
+        num_batches: From how many batches; None does nothing.
+        messages: For the user.
+    """
+
+    def __init__(self, num_batches: int | None, messages: Messages) -> None:
+        self.num_batches = num_batches
+        self.inputs = RecentInputs(num_batches or 0)
+        self._messages = messages
+        self._step_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._is_tried = False
+
+    def begin(self, trainer: Trainer) -> None:
+        """Another fit, in the trainer's precision."""
+        self._step_context = trainer.precision_plugin.train_step_context
+        self._is_tried = False
+
+    def check(self, module: LightningModule) -> None:
+        """Raises `ValueError` if the module has nothing to recalibrate, or no inputs that could be kept."""
+        if self.num_batches is None:
+            return
+        if not batch_norms(module):
+            raise ValueError(f"recalibrate_batches is for batch norm layers, of which {type(module).__name__} has none")
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise ValueError("recalibrate_batches needs a training step that takes batches, not dataloader_iter")
+
+    def remember(self, module: nn.Module, batch: Any, *, is_saved: bool) -> None:
+        """Keeps the inputs of a batch that the module is about to be trained on.
+
+        Args:
+            module: The live model.
+            batch: As its training step gets it.
+            is_saved: Whether checkpoints are to hold them.
+
+        Raises:
+            ValueError: If the module cannot be called with them; the first time, before hours of training.
+        """
+        if self.num_batches is None:
+            return
+        self.inputs.append(module, batch)
+        if not self._is_tried and not has_lazy_parameters(module):
+            self._is_tried = True
+            batch_statistics(module, self.inputs, self._step_context)
+        if is_saved and not self.inputs.is_plain:
+            self._messages.warn(
+                "inputs other than tensors, numbers and strings in lists and dicts do not go into checkpoints; after a"
+                f" resume batch norm statistics are those of {self.num_batches} batches only once so many have been"
+                " trained on",
+                "inputs",
+            )
+
+    def apply_(self, module: nn.Module) -> None:
+        """`recalibrate_`, where it is asked for."""
+        if self.num_batches is not None:
+            recalibrate_(module, self.inputs, self._step_context)
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

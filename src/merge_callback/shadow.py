@@ -252,7 +252,6 @@ class HostShadows:
     def __init__(self, shadows: Iterable[Shadow], layout: RowLayout) -> None:
         self._shadows = list(shadows)
         self._copy = HostStorage(layout, capacity=1)
-        self._copied = layout.views(self._copy.row(0))
         self._background = Background("shadows")
 
     @property
@@ -275,9 +274,9 @@ class HostShadows:
         self._background.wait()
 
     def _move(self, step: int) -> None:
-        self._copy.arrive()
+        copied = self._copy.tensors(0)
         for shadow in self._shadows:
-            shadow.update(step, self._copied)
+            shadow.update(step, copied)
 
 
 def shadow_bytes(layout: RowLayout, device: torch.device | None = None) -> dict[torch.device, int]:

@@ -173,6 +173,14 @@ class DeviceStorage:
         self._rings = new_rings(layout, capacity, dtype)
         self._views = slot_views(layout, self._rings)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's views are of its own rings: pickled by themselves they would not be."""
+        return self.__dict__ | {"_views": []}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._views = slot_views(self.layout, self._rings)
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all rows."""

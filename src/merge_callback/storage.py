@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,21 @@ class HostStorage:
         self.layout = layout
         self._gpus = sorted({device for _, device in layout.groups if device.type == "cuda"}, key=str)
         self._rings = new_rings(layout, capacity, dtype, HOST, pin_memory=bool(self._gpus))
-        self._views = slot_views(layout, self._rings)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._views = slot_views(self.layout, self._rings)
         self._streams = {gpu: torch.cuda.Stream(gpu) for gpu in self._gpus}
         self._copied: list[tuple[torch.device, torch.cuda.Event]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's views are of its own rings, and its streams its own."""
+        self.arrive()
+        return {"layout": self.layout, "_gpus": self._gpus, "_rings": self._rings}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
 
     @property
     def size_bytes(self) -> int:
@@ -70,6 +83,11 @@ class HostStorage:
         """The row of a slot, when it has arrived."""
         self.arrive()
         return [ring[slot] for ring in self._rings]
+
+    def tensors(self, slot: int) -> dict[str, Tensor]:
+        """The tensors of a slot by name, when they have arrived; views."""
+        self.arrive()
+        return dict(zip(self.layout.places, self._views[slot], strict=True))
 
     def new_row(self) -> list[Tensor]:
         """Room for a merge in host memory: a GPU's need not hold model, live weights and merge at once."""

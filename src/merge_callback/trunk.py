@@ -1,7 +1,7 @@
 """A run at a constant rate as its validations know it, and what real anneals make of them."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,11 +10,9 @@ import torch
 from merge_callback.calibration import PRIOR, AnnealCalibration
 from merge_callback.evaluate import LoggedValue
 from merge_callback.logged import BOUNDS, LoggedName, Names
+from merge_callback.messages import Messages
 from merge_callback.prediction import Prediction, curvature_gain
 from merge_callback.records import TrunkValues
-
-# Says something once a fit: the text, its topic, and whether it is a warning.
-Say = Callable[..., None]
 
 
 class Trunk:
@@ -23,10 +21,10 @@ class Trunk:
     Args:
         calibration: As `MergeCallback` takes it.
         names: What predictions are called where they are logged.
-        say: Tells the user.
+        messages: For the user.
     """
 
-    def __init__(self, calibration: str | os.PathLike[str] | None, names: Names, say: Say) -> None:
+    def __init__(self, calibration: str | os.PathLike[str] | None, names: Names, messages: Messages) -> None:
         # Every validation of the primary merge at a constant rate: what real anneals are compared with.
         self.history: list[TrunkValues] = []
         # The latest at a constant rate; kept while the rate decays.
@@ -35,7 +33,7 @@ class Trunk:
         self.is_checked = False
         self._anneals = AnnealCalibration(calibration) if calibration is not None else None
         self._names = names
-        self._say = say
+        self._messages = messages
 
     def read(self) -> None:
         """Reads the records of anneals, for the beginning of a fit.
@@ -57,7 +55,7 @@ class Trunk:
         self.history.append(values)
         if self._anneals is not None:
             if problem := self._anneals.update(self.history, may_write):
-                self._say(f"the records of anneals were left alone: {problem}", topic="records", warn=True)
+                self._messages.warn(f"the records of anneals were left alone: {problem}", "records")
             self.predictions = self._predict(self._anneals, losses)
 
     def _predict(self, anneals: AnnealCalibration, losses: Collection[str]) -> dict[str, Prediction]:
@@ -68,9 +66,9 @@ class Trunk:
                 continue
             if (basis := anneals.basis(self.history, metric)) is not None:
                 predictions[metric] = basis.predict(self.history[-1], metric)
-                self._say(f"{self._names('annealed', metric)} predicts {basis}", topic=f"annealed {metric}")
+                self._messages.say(f"{self._names('annealed', metric)} predicts {basis}", f"annealed {metric}")
         if not predictions:
-            self._say(f"uncalibrated: {anneals.source} holds too few anneals to predict one", topic="uncalibrated")
+            self._messages.say(f"uncalibrated: {anneals.source} holds too few anneals to predict one", "uncalibrated")
         return predictions
 
     def predicted(self, live: Mapping[str, LoggedValue], *, is_end_of_decay: bool) -> dict[LoggedName, LoggedValue]:

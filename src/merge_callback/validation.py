@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
 
 from merge_callback.budget import Budget
 from merge_callback.captured import CapturedMerges
@@ -24,16 +22,14 @@ from merge_callback.evaluate import (
     stop_observing_validations,
 )
 from merge_callback.logged import LoggedName, Names, merged_and_gains
+from merge_callback.messages import Messages
 from merge_callback.prediction import gain
 from merge_callback.rates import optimizer_step
 from merge_callback.records import TrunkValues
 from merge_callback.routers import Choices, Routers
 from merge_callback.rules import rule_label
 from merge_callback.shadow import is_average
-from merge_callback.trunk import Say, Trunk
-
-# Puts a merge, as a row and its buffers, into a module for as long as the context lasts.
-SwappedIn = Callable[[nn.Module, list[Tensor], Mapping[str, Tensor]], AbstractContextManager[None]]
+from merge_callback.trunk import Trunk
 
 
 @dataclass(frozen=True)
@@ -53,11 +49,10 @@ class MergedValidation:
 
     Args:
         merges: What is validated.
-        swapped_in: Puts a merge into the live model.
         names: Of what is logged.
         trunk: What the run's validations have found so far.
         budget: Of wall time.
-        say: Tells the user.
+        messages: For the user.
         every_n_validations: Validates the merges at every n-th validation.
         limit_batches: As for `evaluate.evaluate`; with a limit the live model is evaluated on the same batches again.
         routers: What is compared between merge and live model.
@@ -66,12 +61,11 @@ class MergedValidation:
     def __init__(
         self,
         merges: CapturedMerges,
-        swapped_in: SwappedIn,
         names: Names,
         trunk: Trunk,
         budget: Budget,
+        messages: Messages,
         *,
-        say: Say,
         every_n_validations: int = 1,
         limit_batches: int | float | None = None,
         routers: Routers | None = None,
@@ -81,13 +75,13 @@ class MergedValidation:
         self.budget = budget
         # How many validations there were, this one included.
         self.num_validations = 0
-        self._swapped_in = swapped_in
         self._names = names
-        self._say = say
+        self._messages = messages
         self._every_n_validations = every_n_validations
         self._limit_batches = limit_batches
         self._routers = routers
-        self._began = time.perf_counter()
+        # When the fit began; None between fits.
+        self._began: float | None = None
         self._evaluation: _Evaluation | None = None
         self._dashboards = Dashboards(f"MergeCallback({names.callback!r})", names.label())
         # Makes the closing table; only at the end of a fit is it needed.
@@ -96,22 +90,26 @@ class MergedValidation:
     def begin(self, trainer: Trainer) -> None:
         """From here on the fit's validations are observed, until `close`."""
         self._began, self._closing = time.perf_counter(), None
-        self.trunk.read()
         if trainer.barebones:
-            self._say("a barebones trainer logs nothing, so merges are kept for export but not evaluated", topic="bare")
+            self._messages.say(
+                "a barebones trainer logs nothing, so merges are kept for export but not evaluated", "barebones"
+            )
         elif trainer.enable_validation:
             observe_validations(trainer, self)
         else:
-            self._say("there is no validation, so merges are kept for export but not evaluated", topic="validation")
+            self._messages.say(
+                "there is no validation, so merges are kept for export but not evaluated", "no validation"
+            )
 
     def close(self, trainer: Trainer) -> None:
         """The fit is over: tells what the last validation found, and what all of it took."""
         stop_observing_validations(trainer, self)
         self._dashboards.close()
+        self.budget.elapsed, self._began = self._elapsed(), None
         if self._closing is not None:
-            spent, elapsed = self.budget.spent, self._elapsed()
-            cost = f"merges took {spent:.1f} s, {spent / elapsed:.1%} of the run"
-            self._say(f"{cost}\n{self._closing()}", topic="closing")
+            spent = self.budget.spent
+            cost = f"merges took {spent:.1f} s, {spent / self.budget.elapsed:.1%} of the run"
+            self._messages.say(f"{cost}\n{self._closing()}", "closing")
             self._closing = None
 
     @property
@@ -137,7 +135,7 @@ class MergedValidation:
         for name, coefficients, row in merges.rows(captured, step):
             if name == merges.primary:
                 diagnostics = merges.diagnostics(coefficients, row, step)
-            with self._swapped_in(trainer.lightning_module, row, merges.buffers(name)):
+            with merges.swapped_in(trainer.lightning_module, row, merges.buffers(name)):
                 merged[name] = evaluate(trainer, self._limit_batches)
                 if name == merges.primary:
                     choices = self._choices(trainer)
@@ -178,13 +176,14 @@ class MergedValidation:
         self.trunk.load_state_dict(state)
 
     def _elapsed(self) -> float:
-        return self.budget.elapsed + time.perf_counter() - self._began
+        """Seconds of this fit and of those that it goes on from."""
+        return self.budget.elapsed + (time.perf_counter() - self._began if self._began is not None else 0.0)
 
     def _fits_budget(self, trainer: Trainer) -> bool:
         if self.budget.share is None:
             return True
         # Clocks of ranks differ, and all have to validate or none.
-        is_allowed: bool = trainer.strategy.broadcast(self.budget.allows(time.perf_counter() - self._began))
+        is_allowed: bool = trainer.strategy.broadcast(self.budget.allows(self._elapsed()))
         self.budget.num_skipped += not is_allowed
         return is_allowed
 
