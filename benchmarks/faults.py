@@ -438,8 +438,8 @@ FAULTS = [
     (
         "a module that clips its weights does so while they are still copied",
         "callback.py",
-        "        if pl_module.on_train_batch_end.__module__ not in _EMPTY_HOOKS:",
-        "        if False:",
+        "        is_own_hook = pl_module.on_train_batch_end.__module__ not in _EMPTY_HOOKS",
+        "        is_own_hook = False",
         "test_storage.py::test_whatever_writes_to_the_weights_waits_for_copies_under_way",
     ),
     (

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from merge_callback import AnnealBranch, Ema, MergeCallback, MergedCheckpoint, Routers, SpikeDetector, SpikeRecovery
 from merge_callback.arguments import refuse_strategy
 from merge_callback.export import read_provenance, save_sharded, weights_checkpoint
+from merge_callback.recalibrate import RecentInputs, batch_statistics
 from merge_callback.records import read_records
-from merge_callback.shards import Sharding, local
+from merge_callback.shards import Sharding, local, rank
 from tests import reference
 from tests.ranks import Ranks
 from tests.sharded_toys import WIDTH, FullTracker, Sharded, fit_sharded, full, merge_by_hand, strategy, weights
@@ -536,6 +538,25 @@ class WithBatchNorm(Sharded):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(self.scale * self.norm(self.down(self.batch_norm(torch.relu(self.up(x))))))
+
+
+def one_sided(folder: Path) -> bool:
+    module = fit_sharded(folder, "fsdp", module=make(WithBatchNorm, form="fsdp"), max_steps=2).module.train()
+    spoilt, good = torch.randn(4, 6), torch.randn(4, 6)
+    if rank() == 1:
+        spoilt[0, 0] = float("nan")
+    found = []
+    for inputs in ([spoilt, good], [good]):
+        recent = RecentInputs(2)
+        for each in inputs:
+            recent.append(module, each)
+        ((_, statistics),) = batch_statistics(module, recent, nullcontext)
+        found.append(statistics)
+    return same(*found)
+
+
+def test_a_batch_that_is_not_finite_on_one_rank_is_left_out_on_all_where_they_communicate(tmp_path, two_ranks):
+    assert two_ranks.run(one_sided, tmp_path) == [True, True]
 
 
 def recalibrated(folder: Path, form: str, with_it: bool) -> dict:

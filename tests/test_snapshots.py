@@ -212,7 +212,10 @@ def test_a_ring_that_does_not_fit_is_refused_with_both_sizes():
     required = required_bytes(RowLayout({"weight": torch.empty(2**20, device="cpu")}), 10, torch.bfloat16)
     assert required == {torch.device("cpu"): 10 * 2 * 2**20}
     with pytest.raises(
-        MemoryError, match=r"num_snapshots=10 snapshots need 1048576.00 GiB on cpu, but only .* GiB are free"
+        MemoryError,
+        match=r"num_snapshots=10 snapshots and a merge of them need 1048576.00 GiB on cpu, but only .* GiB are free",
     ):
         refuse_if_too_large({torch.device("cpu"): 2**50}, 10)
+    with pytest.raises(MemoryError, match=r"2 averages and a merge of them for 4 processes need 4194304.00 GiB on cpu"):
+        refuse_if_too_large({torch.device("cpu"): 2**50}, 10, 2, num_processes=4)
     refuse_if_too_large(required, 10)

@@ -1,8 +1,19 @@
-"""Work that is done beside the training."""
+"""Work that is done beside the training: by a thread, or by a GPU that has been asked for it."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+import torch
+
+
+def wait_for_device(device: torch.device) -> float:
+    """Returns when a GPU has done what it has been asked for so far: the seconds that took."""
+    began = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 class Background:

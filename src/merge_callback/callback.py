@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from merge_callback.arguments import (
     check_calibration,
@@ -165,8 +166,14 @@ class MergeCallback(Callback):
         self._loaded_state: dict[str, Any] | None = None
         self._step = 0
         self._rates: list[float] = []
+        # On optimizers that the module steps by itself.
+        self._hooks: list[RemovableHandle] = []
         self._messages = Messages(f"MergeCallback({name!r})")
         self._begin_anew()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are not hooked to this one's optimizers."""
+        return self.__dict__ | {"_hooks": []}
 
     # What a user asks of it.
 
@@ -204,11 +211,14 @@ class MergeCallback(Callback):
         integer buffers are the live ones. The tensors are copies; of a sharded model they are sharded as the live ones.
         Raises as `merged_weights` does.
         """
+        return self._merged_copy(name, torch.clone)
+
+    def _merged_copy(self, name: str | None, copy: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         self._merges.check_captured(name)
         assert self._module is not None
         with self.merged_weights(self._module, name):
             state = self._module.state_dict()
-            return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+            return {key: copy(value.detach()) if isinstance(value, Tensor) else value for key, value in state.items()}
 
     def forecast(self, metric: str, span_steps: int) -> Prediction:
         """What a metric will be after a linear decay that begins now, with an interval.
@@ -260,14 +270,18 @@ class MergeCallback(Callback):
             ValueError: If the path ends otherwise, or there is no merge of that name.
             OSError: If the file cannot be written; the message says what was not saved.
         """
-        state, rule = self.merged_state_dict(name), self._merges.rule(name)
+        rule, is_sharded = self._merges.rule(name), self._capture.sharding.is_sharded
+        # Beside the merge that is swapped in, a GPU need not hold another one.
+        state = self._merged_copy(
+            name, torch.clone if is_sharded else partial(torch.Tensor.to, device="cpu", copy=True)
+        )
         assert self._module is not None
         checkpoint = weights_checkpoint(self._module, state, self._step)
         if is_average(rule):
             origin = provenance(repr(rule), step=self._capture.shadows[name or self._merges.primary].step)
         else:
             origin = provenance(rule_label(rule), self.coefficients(name))
-        if self._capture.sharding.is_sharded:
+        if is_sharded:
             save_sharded(path, checkpoint, origin)
         elif rank() == 0:
             save(path, checkpoint, origin)
@@ -363,6 +377,7 @@ class MergeCallback(Callback):
                 self.routers.find(pl_module)
             self._recalibration.check(pl_module)
             self._begin_anew()
+            self._capture.num_local_processes = trainer.num_devices
             self._capture.prepare(pl_module)
         self._messages.begin()
         self._recalibration.begin(trainer)
@@ -385,6 +400,11 @@ class MergeCallback(Callback):
         self._validation.trunk.read()
         self._messages.say(f"{self._capture.describe()}; merges: {', '.join(self.merges)}", "start")
         self._validation.begin(trainer)
+        if not pl_module.automatic_optimization:
+            # A module may call the step of torch's own optimizer, of which Lightning tells nobody.
+            self._hooks = [
+                each.register_step_pre_hook(lambda *_: self._capture.finish()) for each in trainer.optimizers
+            ]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._rates = learning_rates(trainer.optimizers)
@@ -396,17 +416,21 @@ class MergeCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._validation.num_validations += validation_follows(trainer)
+        is_validated = validation_follows(trainer)
+        self._validation.num_validations += is_validated
         step = optimizer_step(trainer)
         if step == self._step:
             return
         self._step = step
-        began = time.perf_counter()
+        began, waited_before = time.perf_counter(), self._capture.waited_seconds
         self._capture.after_step(pl_module, step, self._rates, learning_rates(trainer.optimizers))
-        # The module's own hook comes next, and may write to the weights, as clipping them does.
-        if pl_module.on_train_batch_end.__module__ not in _EMPTY_HOOKS:
+        # The module's own hook comes next, and may write to the weights, as clipping them does; so may other callbacks
+        # around a validation and at the end of an epoch, such as one that averages weights.
+        is_own_hook = pl_module.on_train_batch_end.__module__ not in _EMPTY_HOOKS
+        if is_own_hook or is_validated or trainer.is_last_batch:
             self._capture.finish()
-        self._validation.budget.spend(time.perf_counter() - began)
+        waited = self._capture.waited_seconds - waited_before
+        self._validation.budget.spend(time.perf_counter() - began - waited)
         self._explain_phase(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -462,6 +486,8 @@ class MergeCallback(Callback):
         )
 
     def _close(self, trainer: Trainer) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
         try:
             # The model may be about to leave its device, and a copy of it may still be under way.
             self._capture.finish()

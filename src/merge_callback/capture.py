@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from merge_callback.background import wait_for_device
 from merge_callback.phase import CaptureSchedule, StablePhase, needs_thinning
 from merge_callback.rules import Rule, Window, required_span
 from merge_callback.shadow import Average, HostShadows, Shadow, shadow_bytes, shadow_like
@@ -18,7 +19,7 @@ from merge_callback.snapshots import (
     RowLayout,
     SnapshotRing,
     SnapshotStorage,
-    new_rings,
+    new_slots,
     refuse_if_too_large,
     required_bytes,
 )
@@ -65,6 +66,10 @@ class SnapshotCapture:
         averages: Mapping[str, Average] | None = None,
         selection: Selection = EVERYTHING,
     ) -> None:
+        # On this host, each with as much to capture.
+        self.num_local_processes = 1
+        # Until a GPU had done the training's own work: no cost of capturing.
+        self.waited_seconds = 0.0
         self.every_n_train_steps = every_n_train_steps
         self.num_snapshots = num_snapshots
         self.start = start
@@ -142,14 +147,17 @@ class SnapshotCapture:
         self.layout = layout = RowLayout(local_tensors(parameters))
         num_snapshots = self.num_snapshots if self._takes_snapshots else 0
         is_in_files = isinstance(self.storage, SnapshotDirectory)
-        place = None if self.storage == "device" else HOST
-        required = required_bytes(layout, min(num_snapshots, 1) if is_in_files else num_snapshots, self.dtype, place)
+        num_rows = min(num_snapshots, 1) if is_in_files else num_snapshots
+        required = required_bytes(layout, num_rows, self.dtype, self._place)
+        for device, size in required_bytes(layout, 1, None, self._place).items():
+            # The merge.
+            required[device] += size
         for device, size in shadow_bytes(layout, self._shadow_device).items():
             required[device] = required.get(device, 0) + size * len(self._shadows)
         if self._shadows and self._shadow_device is not None:
             # The copy that they are moved towards.
             required[HOST] += sum(required_bytes(layout, 1, None).values())
-        refuse_if_too_large(required, num_snapshots, len(self._shadows))
+        refuse_if_too_large(required, num_snapshots, len(self._shadows), self.num_local_processes)
         if self._takes_snapshots:
             self.ring = SnapshotRing(self._new_storage(layout), num_snapshots)
         if self._shadows and self._shadow_device is not None:
@@ -163,6 +171,11 @@ class SnapshotCapture:
         num = sum(parameter.numel() for parameter in out.values())
         names = ", ".join([*list(out)[:3], *(["..."] if len(out) > 3 else [])])
         return f", without {len(out)} parameters of {num:,} elements, which stay live ({names})" if out else ""
+
+    @property
+    def _place(self) -> torch.device | None:
+        """Where snapshots are in memory, and merges made; None is where the model is."""
+        return None if self.storage == "device" else HOST
 
     @property
     def _shadow_device(self) -> torch.device | None:
@@ -322,6 +335,7 @@ class SnapshotCapture:
 
     def _take_snapshot(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: int) -> bool:
         assert self.ring is not None
+        self.waited_seconds += wait_for_device(next(iter(parameters.values())).device)
         if bad := nonfinite_names(parameters):
             more = f", and {len(bad) - 1} more parameters do" if len(bad) > 1 else ""
             problem = f"No snapshot at step {step}: {bad[0]} holds NaN or inf{more}"
@@ -447,9 +461,9 @@ class SnapshotCapture:
             shadows = {}
             for average, saved in state["shadows"].items():
                 is_there = saved["step"] is not None and average in self.shadows
-                tensors = {name: shadow_like(tensor) for name, tensor in live.items()} if is_there else {}
-                whole = self.sharding.distributed(tensors)
-                read({f"shadow.{average}.{name}": tensor for name, tensor in whole.items()})
+                device = self._shadow_device
+                tensors = {name: shadow_like(tensor, device) for name, tensor in live.items()} if is_there else {}
+                self._read(read, f"shadow.{average}", tensors)
                 shadows[average] = {**saved, "tensors": tensors}
             state = {**state, "shadows": shadows}
         lost = [name for name, shadow in self.shadows.items() if not self._load_shadow(name, shadow, state, live)]
@@ -481,7 +495,11 @@ class SnapshotCapture:
 
     def _read_row(self, index: int, read: ShardReader) -> list[Tensor]:
         assert self.layout is not None
-        row = [ring[0] for ring in new_rings(self.layout, 1, self.dtype)]
-        whole = self.sharding.distributed(self.layout.views(row))
-        read({f"ring.{index}.{name}": tensor for name, tensor in whole.items()})
+        # Zeros, since what lies between tensors is not read.
+        (row,) = new_slots(self.layout, 1, self.dtype, self._place)
+        self._read(read, f"ring.{index}", self.layout.views(row))
         return row
+
+    def _read(self, read: ShardReader, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        """Fills what this process holds of tensors that `shards` gave."""
+        read({f"{prefix}.{name}": self.sharding.in_place(name, tensor) for name, tensor in tensors.items()})

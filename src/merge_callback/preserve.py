@@ -4,7 +4,7 @@ lists and numbers that modules keep as attributes, and the generators of loaders
 import operator
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,10 +28,15 @@ def preserved_rng() -> Iterator[None]:
     """Whatever is drawn inside, the global generators of torch, CUDA, numpy and Python are afterwards as before."""
     # Lightning's `isolate_rng` does the same, but not when an exception passes through it.
     states = _collect_rng_states()
+    on_gpus = dict(enumerate(states.pop("torch.cuda")))
     try:
         yield
     finally:
         _set_rng_states(states)
+        for gpu, state in on_gpus.items():
+            # Setting one, even to what it is, lets the dropout of cuDNN's recurrent layers begin anew.
+            if not torch.equal(torch.cuda.get_rng_state(gpu), state):
+                torch.cuda.set_rng_state(state, gpu)
 
 
 @contextmanager
@@ -123,9 +128,10 @@ class _Memory:
             self.remember(item, depth - 1)
 
     def _remember_generator(self, value: Any) -> None:
-        if isinstance(value, (torch.Generator, np.random.RandomState)):
-            set_state: Callable[[Any], object] = value.set_state
-            self._undo.callback(set_state, value.get_state())
+        if isinstance(value, torch.Generator):
+            self._undo.callback(_set_generator, value, value.get_state())
+        elif isinstance(value, np.random.RandomState):
+            self._undo.callback(value.set_state, value.get_state())
         elif isinstance(value, random.Random):
             self._undo.callback(value.setstate, value.getstate())
         elif isinstance(value, np.random.Generator):
@@ -162,6 +168,11 @@ def _set_tensor(tensor: Tensor, content: Tensor, version: int) -> None:
     if tensor._version != version:
         with torch.no_grad():
             tensor.copy_(content)
+
+
+def _set_generator(generator: torch.Generator, state: Tensor) -> None:
+    if not torch.equal(generator.get_state(), state):
+        generator.set_state(state)
 
 
 def _package(owner: type) -> str:

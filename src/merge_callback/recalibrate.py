@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from merge_callback.messages import Messages
 from merge_callback.preserve import preserved_attributes, preserved_rng
-from merge_callback.shards import copies
+from merge_callback.shards import added_up, copies, is_shard
 from merge_callback.swap import swapped_weights
 from merge_callback.weights import clean_name, has_lazy_parameters
 
@@ -174,6 +174,7 @@ def batch_statistics(
         return []
     device = next(module.parameters()).device
     momenta = [norm.momentum for norm in norms]
+    communicates = any(map(is_shard, module.parameters())) or any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     buffers = dict(module.named_buffers())
     # A checkpoint that a signal handler saves meanwhile has all live buffers.
     with preserved_rng(), preserved_attributes(module), swapped_weights(buffers, copies(buffers)):
@@ -188,7 +189,9 @@ def batch_statistics(
                 norm.momentum = None
             for batch in inputs:
                 own = apply_to_collection(move_data_to_device(batch, device), Tensor, torch.clone)
-                if not _is_finite(own):
+                is_bad = not _is_finite(own)
+                # Where a forward pass communicates, all ranks have to make it, or none.
+                if bool(added_up(torch.tensor(float(is_bad)))) if communicates else is_bad:
                     continue
                 with step_context():
                     _call(module, own)

@@ -288,9 +288,9 @@ def shadow_bytes(layout: RowLayout, device: torch.device | None = None) -> dict[
     return required
 
 
-def shadow_like(tensor: Tensor) -> Tensor:
-    """An uninitialised tensor as a shadow of this one has it."""
-    return torch.empty_like(tensor, dtype=_wide(tensor.dtype), requires_grad=False)
+def shadow_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """An uninitialised tensor as a shadow of this one has it, on a device or on its own."""
+    return torch.empty_like(tensor, dtype=_wide(tensor.dtype), device=device, requires_grad=False)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -95,7 +95,7 @@ def put_shards(
         checkpoint["optimizer_states"].append({name: sharding.in_place(like, part) for name, like, part in shards})
         return f"optimizer_{len(checkpoint['optimizer_states']) - 1}"
     # Tensor by tensor: no rank has more than one whole tensor at a time beside what rank 0 keeps.
-    gathered = ((name, whole(sharding.distributed({like: part})[like])) for name, like, part in shards)
+    gathered = ((name, sharding.whole(like, part)) for name, like, part in shards)
     return {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
 
 
@@ -120,8 +120,11 @@ def shard_reader(found: str | Mapping[str, Tensor] | None, path: Any) -> ShardRe
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered from all ranks if it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole tensor, gathered from all ranks if it is sharded, on the device where they communicate."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # An offloaded shard lies in host memory.
+    return _Spec.of(tensor).join(local(tensor)).full_tensor()
 
 
 def local_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,8 +139,13 @@ class _Spec:
     shape: torch.Size
     stride: tuple[int, ...]
 
+    @classmethod
+    def of(cls, tensor: DTensor) -> "_Spec":
+        """How a distributed tensor is spread; global shape and stride have to be told, since shards may be uneven."""
+        return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.stride())
+
     def join(self, part: Tensor) -> DTensor:
-        """The distributed tensor of which this process holds that part."""
+        """The distributed tensor of which this process holds that part; moves it to the device of the mesh."""
         return DTensor.from_local(
             part, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
         )
@@ -151,12 +159,7 @@ class Sharding:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._specs = {
-            # Global shape and stride have to be told: shards may be uneven.
-            name: _Spec(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.stride())
-            for name, tensor in tensors.items()
-            if isinstance(tensor, DTensor)
-        }
+        self._specs = {name: _Spec.of(tensor) for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
 
     @property
     def is_sharded(self) -> bool:
@@ -182,13 +185,17 @@ class Sharding:
             name: list(self._specs[name].shape if name in self._specs else shape) for name, shape in locals_.items()
         }
 
-    def distributed(self, locals_: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as parts of distributed ones where the model's are, on its device; nothing is communicated."""
-        specs = self._specs
-        return {name: specs[name].join(part) if name in specs else part for name, part in locals_.items()}
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The tensor of which every rank holds its part, gathered where the live one of that name is sharded."""
+        return self._specs[name].join(part).full_tensor() if name in self._specs else part
 
     def in_place(self, name: str, part: Tensor) -> Tensor:
-        """The same of one tensor, but left in the memory where it is: for writing, since it cannot communicate."""
+        """A part of a distributed tensor where the live one is: left where it is, to be written or read, not gathered.
+
+        Args:
+            name: Of a live tensor.
+            part: What this process holds of one that is shaped like it.
+        """
         if (spec := self._specs.get(name)) is None:
             return part
         # torch would move it to the device of the mesh, and a GPU need not hold what host memory was chosen for. The

@@ -8,6 +8,7 @@ memory and a directory fit behind the same interface.
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,11 +84,13 @@ class RowLayout:
                     found.append((group, place.offset, stop, label))
         return found
 
-    def new_row(self, device: torch.device | None = None, *, pin_memory: bool = False) -> list[Tensor]:
-        """An uninitialised row in the live tensors' dtypes, on a device or on their own."""
+    def new_row(
+        self, device: torch.device | None = None, dtype: torch.dtype | None = None, *, pin_memory: bool = False
+    ) -> list[Tensor]:
+        """An uninitialised row in a dtype and on a device, or in the live tensors' own."""
         return [
-            torch.empty(numel, dtype=dtype, device=device or own_device, pin_memory=pin_memory)
-            for (dtype, own_device), numel in zip(self.groups, self.num_elements, strict=True)
+            torch.empty(numel, dtype=dtype or own_dtype, device=device or own_device, pin_memory=pin_memory)
+            for (own_dtype, own_device), numel in zip(self.groups, self.num_elements, strict=True)
         ]
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -135,28 +138,28 @@ class SnapshotStorage(Protocol):
         """Copies a saved row into a slot."""
 
 
-def new_rings(
+def new_slots(
     layout: RowLayout,
     capacity: int,
     dtype: torch.dtype | None,
     device: torch.device | None = None,
     *,
     pin_memory: bool = False,
-) -> list[Tensor]:
-    """One ``[capacity, num_elements]`` tensor per group, in a dtype and on a device or in the live tensors' own."""
-    # Zeroed on purpose: the pages are touched now and not at the first capture, and no stale memory is ever saved.
-    return [
-        torch.empty(
-            capacity, numel, dtype=dtype or own_dtype, device=device or own_device, pin_memory=pin_memory
-        ).zero_()
-        for (own_dtype, own_device), numel in zip(layout.groups, layout.num_elements, strict=True)
-    ]
+) -> list[list[Tensor]]:
+    """So many rows, in a dtype and on a device or in the live tensors' own.
+
+    Each has memory of its own, so that whoever saves some of them does not save all.
+    """
+    slots = [layout.new_row(device, dtype, pin_memory=pin_memory) for _ in range(capacity)]
+    for part in itertools.chain.from_iterable(slots):
+        # On purpose: the pages are touched now and not at the first capture, and no stale memory is ever saved.
+        part.zero_()
+    return slots
 
 
-def slot_views(layout: RowLayout, rings: Sequence[Tensor]) -> list[list[Tensor]]:
+def slot_views(layout: RowLayout, slots: Iterable[Sequence[Tensor]]) -> list[list[Tensor]]:
     """For each slot the tensors inside its row, in the layout's order."""
-    capacity = len(rings[0]) if rings else 0
-    return [list(layout.views([ring[slot] for ring in rings]).values()) for slot in range(capacity)]
+    return [list(layout.views(row).values()) for row in slots]
 
 
 class DeviceStorage:
@@ -170,21 +173,21 @@ class DeviceStorage:
 
     def __init__(self, layout: RowLayout, capacity: int, dtype: torch.dtype | None = None) -> None:
         self.layout = layout
-        self._rings = new_rings(layout, capacity, dtype)
-        self._views = slot_views(layout, self._rings)
+        self._slots = new_slots(layout, capacity, dtype)
+        self._views = slot_views(layout, self._slots)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy's views are of its own rings: pickled by themselves they would not be."""
+        """A copy's views are of its own rows: pickled by themselves they would not be."""
         return self.__dict__ | {"_views": []}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
-        self._views = slot_views(self.layout, self._rings)
+        self._views = slot_views(self.layout, self._slots)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all rows."""
-        return size_bytes(self._rings)
+        return size_bytes(itertools.chain.from_iterable(self._slots))
 
     @torch.no_grad()
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -195,8 +198,8 @@ class DeviceStorage:
         """Copies are made in the order of the device's own work."""
 
     def row(self, slot: int) -> list[Tensor]:
-        """The row of a slot: views, nothing is copied."""
-        return [ring[slot] for ring in self._rings]
+        """The row of a slot itself, nothing is copied."""
+        return self._slots[slot]
 
     @property
     def is_merged_in_host_memory(self) -> bool:
@@ -220,12 +223,22 @@ class DeviceStorage:
 def required_bytes(
     layout: RowLayout, capacity: int, dtype: torch.dtype | None, device: torch.device | None = None
 ) -> dict[torch.device, int]:
-    """Bytes that so many rows take, by device; all on one device if that is given."""
+    """Bytes that so many rows take, by device; all on one device if that is given, in host memory pinned for GPUs."""
     required: dict[torch.device, int] = {}
     for (own_dtype, own_device), numel in zip(layout.groups, layout.num_elements, strict=True):
         place = device or own_device
-        required[place] = required.get(place, 0) + capacity * numel * (dtype or own_dtype).itemsize
+        size = numel * (dtype or own_dtype).itemsize
+        if place.type == "cpu" and own_device.type == "cuda":
+            size = _pinned_bytes(size)
+        required[place] = required.get(place, 0) + capacity * size
     return required
+
+
+def _pinned_bytes(size: int) -> int:
+    """What torch takes for pinned memory of a size: the next power of two, unless it is told otherwise."""
+    settings = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
+    is_rounded = not any("pinned_max_round_threshold_mb" in setting for setting in settings)
+    return 1 << (size - 1).bit_length() if is_rounded and size else size
 
 
 class SnapshotRing:
@@ -428,16 +441,28 @@ class SnapshotRing:
         return [f"the oldest {num_dropped} of {len(steps)} snapshots were dropped"] if num_dropped else []
 
 
-def refuse_if_too_large(required: Mapping[torch.device, int], num_snapshots: int, num_shadows: int = 0) -> None:
+def refuse_if_too_large(
+    required: Mapping[torch.device, int], num_snapshots: int, num_shadows: int = 0, num_processes: int = 1
+) -> None:
     """Checks that rings and shadows of these sizes fit into the memory that is free on each device.
+
+    Args:
+        required: Bytes that this process needs, by device, a merge included.
+        num_snapshots: In the ring.
+        num_shadows: Averages.
+        num_processes: How many on this host need as much of its memory.
 
     Raises:
         MemoryError: If one does not; the message says how much is needed, how much is there, and what to change.
     """
-    for device, needed in required.items():
+    for device, size in required.items():
         free = free_bytes(device)
+        is_shared = device.type == "cpu" and num_processes > 1
+        needed = size * num_processes if is_shared else size
         if free is not None and needed > free:
-            what = f"num_snapshots={num_snapshots} snapshots" + (f" and {num_shadows} averages" if num_shadows else "")
+            of_all = f" for {num_processes} processes" if is_shared else ""
+            averages = f", {num_shadows} averages" if num_shadows else ""
+            what = f"num_snapshots={num_snapshots} snapshots{averages} and a merge of them{of_all}"
             raise MemoryError(
                 f"{what} need {needed / 2**30:.2f} GiB on {device}, but only"
                 f" {free / 2**30:.2f} GiB are free; keep fewer of them or keep them in dtype=torch.bfloat16"

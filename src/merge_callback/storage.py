@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from merge_callback.background import Background
 from merge_callback.combine import CHUNK_NUMEL, Row
 from merge_callback.files import FlatTensor, complete_or_absent, read_header, write_safetensors
-from merge_callback.snapshots import RowLayout, new_rings, slot_views
+from merge_callback.snapshots import RowLayout, new_slots, slot_views
 from merge_callback.weights import size_bytes
 
 HOST = torch.device("cpu")
@@ -35,27 +36,30 @@ class HostStorage:
     def __init__(self, layout: RowLayout, capacity: int, dtype: torch.dtype | None = None) -> None:
         self.layout = layout
         self._gpus = sorted({device for _, device in layout.groups if device.type == "cuda"}, key=str)
-        self._rings = new_rings(layout, capacity, dtype, HOST, pin_memory=bool(self._gpus))
+        self._slots = new_slots(layout, capacity, dtype, HOST, pin_memory=bool(self._gpus))
         self._prepare()
 
     def _prepare(self) -> None:
-        self._views = slot_views(self.layout, self._rings)
+        self._views = slot_views(self.layout, self._slots)
         self._streams = {gpu: torch.cuda.Stream(gpu) for gpu in self._gpus}
-        self._copied: list[tuple[torch.device, torch.cuda.Event]] = []
+        self._copied: dict[torch.device, torch.cuda.Event] = {}
+        self._is_waited_for = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy's views are of its own rings, and its streams its own."""
+        """A copy's views are of its own rows, and its streams its own."""
         self.arrive()
-        return {"layout": self.layout, "_gpus": self._gpus, "_rings": self._rings}
+        return {"layout": self.layout, "_gpus": self._gpus, "_slots": self._slots}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
+        if self._gpus:
+            self._slots = [[part.pin_memory() for part in row] for row in self._slots]
         self._prepare()
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all rows."""
-        return size_bytes(self._rings)
+        return size_bytes(chain.from_iterable(self._slots))
 
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Copies live tensors into a slot; with a GPU the copy is under way when this returns."""
@@ -65,24 +69,35 @@ class HostStorage:
                 stream.wait_stream(torch.cuda.current_stream(gpu))
                 streams.enter_context(torch.cuda.stream(stream))
             for view, source in zip(self._views[slot], sources, strict=True):
-                # Only of a GPU's copies is it known when they have arrived.
-                view.copy_(source, non_blocking=source.is_cuda)
-        self._copied = [(gpu, stream.record_event()) for gpu, stream in self._streams.items()]
+                if source.is_cuda:
+                    # Cast there: otherwise torch copies what is not contiguous by way of memory that is not pinned.
+                    view.copy_(source.to(view.dtype), non_blocking=True)
+                else:
+                    # Only of a GPU's copies is it known when they have arrived.
+                    view.copy_(source)
+        # Whoever waits for one need not keep a core busy meanwhile.
+        self._copied = {
+            gpu: stream.record_event(torch.cuda.Event(blocking=True)) for gpu, stream in self._streams.items()
+        }
+        self._is_waited_for = False
 
     def finish(self) -> None:
         """What the GPU does from now on waits for copies under way; the host does not."""
-        for gpu, event in self._copied:
-            torch.cuda.current_stream(gpu).wait_event(event)
+        if not self._is_waited_for:
+            for gpu, event in self._copied.items():
+                torch.cuda.current_stream(gpu).wait_event(event)
+        self._is_waited_for = True
 
     def arrive(self) -> None:
         """Returns when what was written is there."""
-        for _, event in self._copied:
-            event.synchronize()
+        for gpu, event in self._copied.items():
+            with torch.cuda.device(gpu):
+                event.synchronize()
 
     def row(self, slot: int) -> list[Tensor]:
         """The row of a slot, when it has arrived."""
         self.arrive()
-        return [ring[slot] for ring in self._rings]
+        return self._slots[slot]
 
     def tensors(self, slot: int) -> dict[str, Tensor]:
         """The tensors of a slot by name, when they have arrived; views."""

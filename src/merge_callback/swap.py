@@ -116,6 +116,10 @@ class _Exchange:
         self, live: Mapping[str, Tensor], other: Mapping[str, Tensor], before: Callable[[], None], in_place: bool
     ) -> None:
         self._before = before
+        # FSDP2 may still be reading shards that it keeps in host memory: a GPU does what it is asked for later.
+        self._is_offloaded = torch.cuda.is_initialized() and any(
+            is_shard(tensor) and local(tensor).device.type == "cpu" for tensor in live.values()
+        )
         # Live tensor, its own values, the others.
         self._pointers: list[tuple[Tensor, Tensor, Tensor]] = []
         self._contents: list[_Contents] = []
@@ -136,7 +140,7 @@ class _Exchange:
 
     @torch.no_grad()
     def put_in(self) -> None:
-        self._before()
+        self._settle()
         for tensor, _, values in self._pointers:
             tensor.data = values
         for contents in self._contents:
@@ -144,12 +148,17 @@ class _Exchange:
 
     @torch.no_grad()
     def put_back(self, *, for_good: bool = False) -> None:
-        self._before()
+        self._settle()
         for tensor, own, _ in self._pointers:
             tensor.data = own
         # The one that an interrupt came upon has its live values in the room of all: it comes first.
         for contents in reversed(self._contents):
             contents.put_back(for_good=for_good)
+
+    def _settle(self) -> None:
+        self._before()
+        if self._is_offloaded:
+            torch.cuda.synchronize()
 
 
 def _misfit(name: str, own: Tensor, values: Tensor) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from merge_callback.background import wait_for_device
 from merge_callback.budget import Budget
 from merge_callback.captured import CapturedMerges
 from merge_callback.dashboards import Dashboards, MergeNow
@@ -128,6 +129,8 @@ class MergedValidation:
         captured = [name for name in merges.rules if merges.is_captured(name)]
         if not captured:
             return
+        device = trainer.lightning_module.device
+        wait_for_device(device)
         began = time.perf_counter()
         num_batches, num_live_batches = num_limited_batches(trainer, self._limit_batches)
         merged, diagnostics, used = {}, {}, {}
@@ -145,6 +148,7 @@ class MergedValidation:
         live = evaluate(trainer, self._limit_batches) if num_batches < num_live_batches else None
         if self._routers is not None and choices:
             diagnostics |= self._routers.compare(choices, self._choices(trainer))
+        wait_for_device(device)
         diagnostics["seconds"] = time.perf_counter() - began
         self.budget.spend(diagnostics["seconds"], is_costly=True)
         self._evaluation = _Evaluation(step, merged, used, live, diagnostics)

@@ -221,7 +221,7 @@ def has_lazy_parameters(module: nn.Module) -> bool:
 def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold a NaN or an infinity; reads each tensor once and synchronises once."""
     norms = torch._foreach_norm(list(tensors.values()))
-    if torch.stack([norm.float() for norm in norms]).isfinite().all():
+    if norms and torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).isfinite().all():
         return []
     # A norm may overflow where no element does, so the verdict is by element.
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
