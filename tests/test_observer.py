@@ -1,7 +1,9 @@
 """The observer rule: training with the callback is bit-identical to training without it."""
 
 import copy
+import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,3 +252,82 @@ def test_a_barebones_trainer_is_left_alone(tmp_path):
     trainer.fit(make(Toy), batches(), batches(24, 8, shuffle=False))
     assert callback.snapshot_steps == [2, 4, 6]
     assert not any(name.startswith("merge") for name in trainer.callback_metrics)
+
+
+def step_the_schedule(module):
+    module.lr_schedulers().step()
+
+
+def raise_weight_decay(module):
+    for group in module.trainer.optimizers[0].param_groups:
+        group["weight_decay"] += 0.1
+
+
+def halve_the_clip(module):
+    module.trainer.gradient_clip_val = (module.trainer.gradient_clip_val or 1.0) / 2
+
+
+def freeze_or_unfreeze(module):
+    module.out.bias.requires_grad_(not module.out.bias.requires_grad)
+
+
+def stop_early(module):
+    # The merge is below that at once, and the live model above it in the end.
+    if not 1.1 <= module.trainer.callback_metrics["val_loss"] <= 2:
+        module.trainer.should_stop = True
+
+
+def ask_for_metrics(module):
+    metrics = module.trainer.callback_metrics
+    module.log("gap", metrics["val_loss"] - metrics["train_loss"])
+    module.log("in_bar", module.trainer.progress_bar_metrics["val_loss"])
+
+
+def count_elsewhere(module):
+    module.meter.update(float(module.trainer.callback_metrics["val_loss"]))
+    module.note.calls += 1
+    module.log("best", module.meter.best)
+    module.log("calls", float(module.note.calls))
+
+
+METER = """
+class Meter:
+    best = float("inf")
+
+    def update(self, value):
+        self.best = min(self.best, value)
+"""
+ACTS = [
+    step_the_schedule,
+    raise_weight_decay,
+    halve_the_clip,
+    freeze_or_unfreeze,
+    stop_early,
+    ask_for_metrics,
+    count_elsewhere,
+]
+
+
+@pytest.mark.filterwarnings("ignore:The trainable parameters changed", "ignore:Detected call of .lr_scheduler.step")
+@pytest.mark.parametrize("act", ACTS)
+def test_what_hooks_of_the_validation_do_to_the_training_is_done_once(tmp_path, monkeypatch, act):
+    (tmp_path / "meter_of_the_user.py").write_text(METER)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Acting(Toy):
+        def __init__(self):
+            super().__init__(warmup_steps=6)
+            self.meter = importlib.import_module("meter_of_the_user").Meter()
+            self.note = SimpleNamespace(calls=0)
+
+        def on_validation_epoch_end(self):
+            if not self.trainer.sanity_checking:
+                act(self)
+
+    without = fit(make(Acting), tmp_path / "without", max_steps=40)
+    watched = fit(make(Acting), tmp_path / "with", MergeCallback(1, 4, start=0), max_steps=40)
+    assert watched.logged("merged/val_loss")
+    assert_same_training(without, watched)
+    plain = fit(make(Toy, warmup_steps=6), tmp_path / "plain", max_steps=40)
+    does_something = act not in (ask_for_metrics, count_elsewhere)
+    assert same(plain.module.state_dict(), without.module.state_dict()) != does_something

@@ -1,3 +1,4 @@
+import copy
 import random
 from collections import defaultdict, deque
 
@@ -10,7 +11,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from merge_callback.preserve import preserved_attributes, preserved_loaders, preserved_rng
+from merge_callback.preserve import MAX_ITEMS, preserved_attributes, preserved_loaders, preserved_rng, preserved_trainer
+from tests.toys import Toy, fit, make, same
 
 
 def draws():
@@ -196,3 +198,53 @@ def test_loaders_with_generators_and_positions_are_rewound():
         assert order() == first
     assert order() == first
     assert order() != first
+
+
+class Scheduled(Toy):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=torch.tensor(0.1))
+        parts = [torch.optim.lr_scheduler.StepLR(optimizer, 1), torch.optim.lr_scheduler.LinearLR(optimizer)]
+        return [optimizer], [torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])]
+
+
+def test_what_hooks_set_in_trainer_optimizers_and_schedulers_is_put_back(tmp_path):
+    run = fit(make(Scheduled), tmp_path, max_steps=4)
+    trainer, module = run.trainer, run.module
+    (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
+    module.out.weight.grad, module.out.bias.grad = torch.ones_like(module.out.weight), None
+    kept = module.out.weight.grad
+
+    def state():
+        numbers = {
+            name: value for name, value in vars(trainer).items() if value is None or isinstance(value, int | float)
+        }
+        trained = [parameter.requires_grad for parameter in module.parameters()]
+        return copy.deepcopy([optimizer.state_dict(), config.scheduler.state_dict(), numbers, trained])
+
+    before = state()
+    with preserved_trainer(trainer):
+        optimizer.param_groups[0]["lr"].mul_(2)
+        optimizer.param_groups[0]["momentum"] = 0.5
+        config.scheduler.step()
+        trainer.should_stop, trainer.gradient_clip_val, trainer.accumulate_grad_batches = True, 1.0, 7
+        module.out.weight.requires_grad_(False)
+        module.out.weight.grad, module.out.bias.grad = None, torch.ones_like(module.out.bias)
+        assert not same(state(), before)
+    assert same(state(), before)
+    assert module.out.weight.grad is kept
+    assert module.out.bias.grad is None
+
+
+def test_gradients_that_were_written_to_are_told_of(tmp_path):
+    run = fit(make(Toy), tmp_path, max_steps=2)
+    run.module.out.bias.grad = torch.ones_like(run.module.out.bias)
+    with pytest.warns(UserWarning, match="writes to gradients"), preserved_trainer(run.trainer):
+        run.module.out.bias.grad.add_(1)
+
+
+def test_long_lists_are_taken_for_data_and_left_alone():
+    module = nn.Linear(1, 1)
+    module.short, module.long = [0], [0] * (MAX_ITEMS + 1)
+    with preserved_attributes(module):
+        module.short[0] = module.long[0] = 1
+    assert (module.short[0], module.long[0]) == (0, 1)

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers.logger import DummyExperiment, Logger
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from merge_callback.preserve import preserved_attributes, preserved_loaders, preserved_rng
+from merge_callback.preserve import preserved_attributes, preserved_loaders, preserved_rng, preserved_trainer
 from merge_callback.shards import copies
 from merge_callback.swap import live_weights, swapped_weights
 
@@ -176,9 +176,9 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
     """Validates the weights that the model holds now, over the batches of the validation that is about to begin.
 
     To be called from `ValidationObserver.before_validation`. Runs the module's ``validation_step`` and its hooks as
-    ``Trainer.validate`` would, without callbacks and loggers. Afterwards random states, loaders, metric objects,
-    buffers and the module's plain attributes (numbers, small tensors, lists and dicts of them) are as they were, also
-    after an exception.
+    ``Trainer.validate`` would, without callbacks and loggers; they find the metrics that were logged before. Afterwards
+    all that `merge_callback.preserve` tells of is as it was, also after an exception: random states, loaders, metric
+    objects, what the module keeps, and what its hooks set in trainer, optimizers and schedulers. So are buffers.
 
     Args:
         trainer: A trainer in the middle of a fit.
@@ -200,6 +200,9 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
     loop._max_batches = [_limited(num_batches, limit_batches) for num_batches in live_loop._max_batches]
     loop._last_val_dl_reload_epoch = live_loop._last_val_dl_reload_epoch
     connector = type(trainer._logger_connector)(trainer)
+    # Hooks may ask for what was logged before.
+    for kind in ("_callback_metrics", "_progress_bar_metrics", "_logged_metrics"):
+        getattr(connector, kind).update(getattr(trainer._logger_connector, kind))
     module = trainer.lightning_module
     live = {name: getattr(trainer, name) for name in ("callbacks", "loggers", "_logger_connector", "save_checkpoint")}
 
@@ -211,6 +214,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(preserved_loaders(loaders.flattened))
+        stack.enter_context(preserved_trainer(trainer))
         stack.enter_context(preserved_attributes(module))
         buffers = dict(module.named_buffers())
         stack.enter_context(swapped_weights(buffers, copies(buffers)))

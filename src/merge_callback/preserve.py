@@ -1,23 +1,37 @@
 """What an extra validation would leave behind, remembered before and put back after: random states, metric objects, the
-lists and numbers that modules keep as attributes, and the generators of loaders."""
+lists and numbers that modules keep as attributes, what hooks set in trainer, optimizers and schedulers, and the
+generators of loaders."""
 
 import operator
 import random
+import sys
+import sysconfig
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
 # Plain tensors up to this size (sums, counters) are remembered; larger ones are taken to be data that nobody changes.
 MAX_TENSOR_BYTES = 2**20
+# Likewise lists and dicts up to this length.
+MAX_ITEMS = 100_000
 # How deep lists inside dicts inside lists are followed.
 MAX_DEPTH = 4
+# Where what is not the user's own is installed.
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_NOT_THE_USERS = ("torch", "torchmetrics", "lightning", "pytorch_lightning", "merge_callback")
 # What every module has: parameters, buffers, submodules and hooks are not the business of this file.
 _MODULE_MACHINERY = frozenset(vars(nn.Module()))
 _ABSENT = object()
@@ -45,13 +59,33 @@ def preserved_attributes(module: nn.Module) -> Iterator[None]:
 
     Covers what people keep on modules, also nested: numbers, lists, dicts, sets, arrays and tensors up to 1 MiB, random
     generators, buffers that are replaced by others, metric objects in the module tree or in plain lists, and objects of
-    classes from the module's own package, such as a meter. Objects of other packages are left alone.
+    the user's own classes, such as a meter. Objects of other installed packages are left alone.
     """
     with ExitStack() as undo:
         memory = _Memory(undo, own_package=_package(type(module)))
         memory.remember(module)
         for metric in memory.metrics:
             metric.reset()
+        yield
+
+
+@contextmanager
+def preserved_trainer(trainer: Trainer) -> Iterator[None]:
+    """What hooks of the module may set elsewhere to act on the training is afterwards as before.
+
+    Covers the options of optimizers (rates), the state of schedulers, which parameters are trained, gradients that are
+    made or replaced, and numbers of the trainer (``should_stop``) and of its datamodule.
+    """
+    with ExitStack() as undo:
+        memory = _Memory(undo)
+        for config in trainer.lr_scheduler_configs:
+            memory.remember(config.scheduler)
+        for optimizer in trainer.optimizers:
+            memory.remember(optimizer.param_groups)
+        for owner in (trainer, getattr(trainer, "datamodule", None)):
+            memory.remember_numbers(owner)
+        for parameter in trainer.lightning_module.parameters():
+            undo.callback(_set_trained, parameter, parameter.requires_grad, parameter.grad, _version(parameter.grad))
         yield
 
 
@@ -86,7 +120,8 @@ class _Memory:
         if isinstance(value, nn.Module):
             self._remember_module(value, depth)
         elif isinstance(value, list | deque | dict | set | tuple):
-            self._remember_container(value, depth)
+            if len(value) <= MAX_ITEMS:
+                self._remember_container(value, depth)
         elif isinstance(value, Tensor):
             # Inference tensors and those with a graph cannot be written in place by a validation either.
             if value.nbytes <= MAX_TENSOR_BYTES and not value.is_inference() and not value.requires_grad:
@@ -94,7 +129,7 @@ class _Memory:
         elif isinstance(value, np.ndarray):
             if value.nbytes <= MAX_TENSOR_BYTES and value.flags.writeable:
                 self._undo.callback(np.copyto, value, value.copy())
-        elif hasattr(value, "__dict__") and self._own_package == _package(type(value)):
+        elif hasattr(value, "__dict__") and self._is_followed(type(value)):
             self._undo.callback(_set_attributes, value, dict(vars(value)))
             for attribute in list(vars(value).values()):
                 self.remember(attribute, depth - 1)
@@ -103,9 +138,13 @@ class _Memory:
 
     def remember_numbers(self, owner: object) -> None:
         attributes = getattr(owner, "__dict__", {})
-        self._undo.callback(attributes.update, {k: v for k, v in attributes.items() if isinstance(v, int | float)})
+        numbers = {k: v for k, v in attributes.items() if v is None or isinstance(v, int | float)}
+        self._undo.callback(attributes.update, numbers)
         for attribute in attributes.values():
             self._remember_generator(attribute)
+
+    def _is_followed(self, owner: type) -> bool:
+        return issubclass(owner, LRScheduler | SimpleNamespace) or _is_the_users(_package(owner), self._own_package)
 
     def _remember_module(self, module: nn.Module, depth: int) -> None:
         if isinstance(module, Metric | MetricCollection):
@@ -173,6 +212,34 @@ def _set_tensor(tensor: Tensor, content: Tensor, version: int) -> None:
 def _set_generator(generator: torch.Generator, state: Tensor) -> None:
     if not torch.equal(generator.get_state(), state):
         generator.set_state(state)
+
+
+def _set_trained(parameter: nn.Parameter, requires_grad: bool, grad: Tensor | None, version: int) -> None:
+    if parameter.requires_grad != requires_grad:
+        parameter.requires_grad_(requires_grad)
+    if parameter.grad is not grad:
+        parameter.grad = grad
+    if _version(grad) != version:
+        warnings.warn(
+            "A hook of the validation writes to gradients that are there already. After the validation of a merge they"
+            " cannot be put back: with gradients accumulated over batches, training is not the same as without it.",
+            stacklevel=2,
+        )
+
+
+def _version(tensor: Tensor | None) -> int:
+    return -1 if tensor is None else tensor._version
+
+
+@cache
+def _is_the_users(package: str, own_package: str | None) -> bool:
+    """Whether the classes of a package are the user's: of the module's own, or of files that are not installed."""
+    if package in (own_package, "__main__"):
+        return True
+    file = getattr(sys.modules.get(package), "__file__", None)
+    if file is None or package in _NOT_THE_USERS:
+        return False
+    return not any(Path(file).is_relative_to(folder) for folder in _INSTALLED)
 
 
 def _package(owner: type) -> str:
