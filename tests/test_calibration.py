@@ -186,9 +186,12 @@ def test_without_a_decay_there_is_no_error_to_log(tmp_path):
 def test_the_prior_is_labelled_and_leaves_out_what_is_no_loss(tmp_path, caplog):
     with caplog.at_level("INFO"):
         run = fit(make(Toy), tmp_path, MergeCallback(1, 4, calibration="prior"))
-    assert len(run.logged(f"annealed/{METRIC}")) == 6
+    # Where the merge is no better than the live model, what was found of good merges says nothing.
+    better = [step for step, gain in run.logged(f"merge_gain/{METRIC}") if gain > 0]
+    assert [step for step, _ in run.logged(f"annealed/{METRIC}")] == better
+    assert 0 < len(better) < 6
     assert not run.logged("annealed/val_accuracy")
-    assert set(run.logged("merge/is_prior")) == {(step, 1.0) for step, _ in run.logged(METRIC)}
+    assert run.logged("merge/is_prior") == [(step, 1.0) for step in better]
     assert "annealed/val_loss predicts a linear decay" in caplog.text
     assert "by the prior" in caplog.text
 

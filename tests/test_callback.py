@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F
 
-from merge_callback import MergeCallback, Window
+from merge_callback import Ema, MergeCallback, Window
 from merge_callback.evaluate import LoggedValue
 from merge_callback.logged import Names
 from merge_callback.rules import ema
@@ -563,11 +563,26 @@ def test_a_model_without_trainable_parameters_is_refused_before_training(tmp_pat
         ({"merges": {"a/b": "sma"}}, ValueError, "without a slash, got 'a/b'"),
         ({"merges": {"late": "lineal"}}, ValueError, "did you mean 'linear'"),
         ({"merges": 3}, TypeError, "a merge rule is a name or a function"),
-        ({"start": "soon"}, TypeError, "start must be an int, got 'soon'"),
+        (
+            {"merges": ["sma", "ema"]},
+            TypeError,
+            "several merges are a mapping of names to them, .* got \\['sma', 'ema'\\]",
+        ),
+        ({"merges": Ema}, TypeError, "merges takes objects, got the class Ema; make one"),
+        ({"start": "Stable"}, TypeError, "start must be 'stable' or an int, .*, got 'Stable'"),
+        (
+            {"higher_is_better": True},
+            TypeError,
+            "higher_is_better must be a pattern of names or a list of them, got True",
+        ),
+        ({"higher_is_better": [5]}, TypeError, "higher_is_better must be .*, got \\[5\\]"),
         ({"start": -1}, ValueError, "start must be >= 0, got -1"),
-        ({"dtype": "int8"}, ValueError, "dtype must be a floating-point torch.dtype or its name, got 'int8'"),
+        ({"dtype": "int8"}, ValueError, "dtype must be .* or its name, such as 'bfloat16', got 'int8'"),
         ({"dtype": torch.int64}, ValueError, "got torch.int64"),
         ({"storage": __file__ + "/snapshots"}, ValueError, "cannot be written: .* is not a writable directory"),
+        ({"storage": "cuda:0"}, ValueError, "storage must be 'device' .* or a directory, got 'cuda:0'; .* './cuda:0'"),
+        ({"storage": ""}, ValueError, "storage must be 'device'"),
+        ({"storage": "/proc/snapshots"}, ValueError, "cannot be written"),
         ({"storage": 3}, TypeError, "storage must be 'device', 'cpu' or a directory, got 3"),
         ({"max_overhead": 0.0}, ValueError, r"max_overhead must be a share in \(0, 1\), got 0.0"),
         ({"max_overhead": "2%"}, TypeError, "max_overhead must be a float or None, got '2%'"),
@@ -633,3 +648,19 @@ def test_a_snapshot_with_nan_is_refused_in_a_run_that_goes_on(tmp_path):
     assert callback.snapshot_steps == [4, 6, 8, 10]
     assert all(tensor.isfinite().all() for tensor in callback.merged_state_dict().values())
     assert math.isfinite(run.logged("merged/val_loss")[-1][1])
+
+
+def test_a_run_too_short_for_a_snapshot_says_so(tmp_path, caplog):
+    for arguments, due in (({"every_n_train_steps": 100}, 100), ({"start": 50}, 50)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            fit(make(Toy), tmp_path, MergeCallback(**arguments), max_steps=4)
+        assert f"nothing was captured in 4 steps; the first is due at step {due}" in caplog.text
+
+
+def test_a_pattern_that_fits_no_metric_is_told_of_once(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"higher_is_better='\*accurracy\*' fits none of the metrics .*val_loss"
+    ) as told:
+        fit(make(Toy), tmp_path, MergeCallback(2, 3, higher_is_better=("*accurracy*", "val_accuracy")))
+    assert sum("higher_is_better" in str(warning.message) for warning in told) == 1

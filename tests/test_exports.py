@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 
-from merge_callback import MergeCallback, MergedCheckpoint, Window
+from merge_callback import Ema, MergeCallback, MergedCheckpoint, Window
 from merge_callback.export import read_provenance
 from tests.toys import Toy, assert_same_training, batches, fit, lightning, make, same
 
@@ -349,3 +349,19 @@ def test_only_merges_that_were_evaluated_in_this_validation_are_kept_by_their_va
 def test_a_merge_that_is_not_there_is_refused_at_once():
     with pytest.raises(ValueError, match="no merge called 'latest'; there are: sma"):
         MergedCheckpoint(MergeCallback(), "latest")
+
+
+def test_what_a_merged_checkpoint_is_given_has_to_be_a_callback_of_the_trainer(tmp_path):
+    with pytest.raises(TypeError, match="merge_callback must be a MergeCallback, got 'merge'"):
+        MergedCheckpoint("merge")
+    merged = MergedCheckpoint(MergeCallback(), monitor="merged/val_loss")
+    with pytest.raises(ValueError, match="has to stand in the Trainer's callbacks"):
+        fit(make(Toy), tmp_path, MergeCallback(), merged, beside(tmp_path), enable_checkpointing=True)
+
+
+def test_averages_over_every_step_are_kept_too(tmp_path):
+    callback = MergeCallback(merges=Ema(half_life_steps=3))
+    merged = MergedCheckpoint(callback, dirpath=tmp_path / "merged", monitor="merged/val_loss")
+    fit(make(Toy), tmp_path, callback, merged, beside(tmp_path), enable_checkpointing=True)
+    (path,) = (tmp_path / "merged").iterdir()
+    assert read_provenance(path)["rule"].startswith("Ema(")

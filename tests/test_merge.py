@@ -125,12 +125,25 @@ def test_views_and_transposed_tensors_are_read_as_what_they_show(tmp_path):
 
 def test_coefficients_are_those_of_the_checkpoints_in_the_order_given(run, tmp_path):
     _, paths = run
-    merge_checkpoints([paths[3], paths[0]], tmp_path / "m.ckpt", coefficients=[3, 1])
+    origin = merge_checkpoints([paths[3], paths[0]], tmp_path / "m.ckpt", coefficients=[3, 1])
     merged, (late, early) = load(tmp_path / "m.ckpt"), states([paths[3], paths[0]])
     expected = 0.75 * late["out.weight"].double() + 0.25 * early["out.weight"].double()
     torch.testing.assert_close(merged["out.weight"].double(), expected, rtol=1e-6, atol=1e-7)
     # Statistics are those of the last one given.
     assert torch.equal(merged["norm.running_mean"], early["norm.running_mean"])
+    steps = sorted(torch.load(path, weights_only=True)["global_step"] for path in (paths[0], paths[3]))
+    assert (origin["steps"], origin["coefficients"]) == (steps, [0.25, 0.75])
+    assert origin["checkpoints"] == [paths[0].name, paths[3].name]
+
+
+def test_an_output_that_is_one_of_the_checkpoints_is_refused(run, tmp_path):
+    _, paths = run
+    (tmp_path / "link.ckpt").symlink_to(paths[0])
+    before = paths[0].read_bytes()
+    for output in (paths[0], tmp_path / "link.ckpt"):
+        with pytest.raises(ValueError, match="output must not be one of the checkpoints, got "):
+            merge_checkpoints(paths, output)
+    assert paths[0].read_bytes() == before
 
 
 def test_a_window_leaves_older_checkpoints_out(run, tmp_path):

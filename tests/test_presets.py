@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from merge_callback import MergeCallback
+from merge_callback import Ema, MergeCallback, Window
 from merge_callback.presets import DENSE_INTERVALS, MIXTURE_INTERVALS, recommended_window
 
 
@@ -49,8 +49,15 @@ def test_it_gives_the_arguments_of_the_callback():
         ((0, 1e6), "num_parameters must be above zero and finite, got 0"),
         ((1e9, -1), "tokens_per_step must be above zero and finite, got -1"),
         ((math.inf, 1), "num_parameters must be above zero and finite, got inf"),
+        ((7, 4e6), "num_parameters must be all of them, such as 7e9, got 7"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         recommended_window(*arguments)
+
+
+@pytest.mark.parametrize("make", [lambda: recommended_window("8B", 4e6), lambda: Window(span="10%"), lambda: Ema("5")])
+def test_text_is_no_number(make):
+    with pytest.raises(TypeError, match=r"must be a number, got '"):
+        make()

@@ -240,3 +240,23 @@ def test_another_interval_counts_from_the_newest_snapshot(tmp_path, recwarn):
     resumed_with(tmp_path, path, callback, max_steps=20)
     assert callback.snapshot_steps == [8, 10, 12, 19]
     assert len(merge_warnings(recwarn)) == 1
+
+
+@pytest.mark.usefixtures("both_lightnings")
+def test_the_merge_of_a_finished_run_is_got_from_its_checkpoint(tmp_path):
+    merges = {"sma": "sma", "ema": Ema(half_life_steps=3)}
+    callback = MergeCallback(2, 3, merges=merges)
+    _, path = checkpoint_of(tmp_path, callback, Toy, max_steps=8)
+    again = MergeCallback(2, 3, merges=merges)
+    run = fit(make(Toy), tmp_path / "again", again, max_steps=8, ckpt_path=path)
+    assert run.trainer.global_step == 8
+    assert again.snapshot_steps == [4, 6, 8]
+    for name in merges:
+        assert same(again.merged_state_dict(name), callback.merged_state_dict(name))
+    again.save_merged(tmp_path / "merged.safetensors")
+
+
+def test_what_no_merge_needs_any_more_is_told_of_as_that(tmp_path):
+    _, path = checkpoint_of(tmp_path, MergeCallback(2, 3), Toy, max_steps=8)
+    with pytest.warns(UserWarning, match="the 3 snapshots of the window are left out: no merge needs them"):
+        fit(make(Toy), tmp_path / "again", MergeCallback(merges=Ema(half_life_steps=3)), max_steps=12, ckpt_path=path)

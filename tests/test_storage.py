@@ -153,9 +153,19 @@ def test_a_callback_can_be_copied_also_after_a_fit(tmp_path, storage):
     for name in ("sma", "ema"):
         assert same(copied.merged_state_dict(name), callback.merged_state_dict(name))
     fit(make(Toy), tmp_path / "again", copied)
+    again = {name: copied.merged_state_dict(name) for name in ("sma", "ema")}
     fit(make(Toy), tmp_path / "anew", callback)
     for name in ("sma", "ema"):
-        assert same(copied.merged_state_dict(name), callback.merged_state_dict(name))
+        assert same(again[name], callback.merged_state_dict(name))
+
+
+def test_snapshots_of_another_run_in_the_same_directory_are_told_from_those_of_this_one(tmp_path):
+    first, second = (MergeCallback(2, 3, storage=tmp_path / "snapshots") for _ in range(2))
+    fit(make(Toy), tmp_path / "first", first)
+    fit(make(Toy, learning_rate=0.01), tmp_path / "second", second)
+    second.merged_state_dict()
+    with pytest.warns(UserWarning, match="was written by another run"), pytest.raises(RuntimeError, match="no merge"):
+        first.merged_state_dict()
 
 
 @pytest.mark.parametrize("kind", ["device", "cpu", "files"])

@@ -14,6 +14,9 @@ from merge_callback.shadow import Average, is_average
 from merge_callback.storage import SnapshotDirectory
 from merge_callback.weights import Selection
 
+# More likely meant as a kind of memory than as the name of a folder.
+_NO_FOLDERS = ("device", "cpu", "gpu", "cuda", "mps", "host", "ram", "memory", "pinned", "disk", "none")
+
 
 def check_count(argument: str, value: Any, minimum: int = 1) -> None:
     """Raises unless the value is an int of at least the minimum."""
@@ -27,6 +30,14 @@ def check_optional_count(argument: str, value: Any) -> None:
     """Raises unless the value is an int of at least one, or None."""
     if value is not None:
         check_count(argument, value)
+
+
+def check_start(start: Any) -> None:
+    """Raises unless it is ``"stable"`` or an optimizer step."""
+    if start != "stable" and (not isinstance(start, int) or isinstance(start, bool)):
+        raise TypeError(f"start must be 'stable' or an int, the optimizer step to begin at, got {start!r}")
+    if start != "stable":
+        check_count("start", start, minimum=0)
 
 
 def check_limit(limit_batches: Any) -> None:
@@ -65,10 +76,17 @@ def snapshot_storage(storage: Any) -> str | SnapshotDirectory:
         return storage
     if not isinstance(storage, str | os.PathLike | SnapshotDirectory):
         raise TypeError(f"storage must be 'device', 'cpu' or a directory, got {storage!r}")
+    if isinstance(storage, str) and (not storage or storage.partition(":")[0].lower() in _NO_FOLDERS):
+        raise ValueError(
+            f"storage must be 'device' (where the model is), 'cpu' (host memory) or a directory, got {storage!r}; a"
+            f" folder of that name is './{storage}'"
+        )
     directory = storage if isinstance(storage, SnapshotDirectory) else SnapshotDirectory(storage)
     folder = Path(directory.path).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    # Of the kernel's own folders not all say the truth.
+    is_kernels = folder.is_relative_to("/proc") or folder.is_relative_to("/sys")
+    if not existing.is_dir() or not os.access(existing, os.W_OK) or is_kernels:
         raise ValueError(f"storage={str(directory.path)!r} cannot be written: {existing} is not a writable directory")
     return directory
 
@@ -115,12 +133,16 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype itself, also from its name; None stays None."""
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point torch.dtype or its name, got {dtype!r}")
+        raise ValueError(f"dtype must be a floating-point torch.dtype or its name, such as 'bfloat16', got {dtype!r}")
     return resolved
 
 
 def named_merges(merges: Any) -> dict[str, Rule | Average]:
     """Merges by name, from one of them or a mapping of names to them."""
+    if isinstance(merges, list | tuple):
+        raise TypeError(
+            f"several merges are a mapping of names to them, such as {{'a': 'sma', 'b': 'wma'}}, got {merges!r}"
+        )
     if not isinstance(merges, Mapping):
         label = merges if isinstance(merges, str) else getattr(merges, "__name__", type(merges).__name__.lower())
         return {label: _merge(merges)}
@@ -150,4 +172,6 @@ def safe_name(name: str) -> str:
 
 
 def _merge(merge: Any) -> Rule | Average:
+    if isinstance(merge, type):
+        raise TypeError(f"merges takes objects, got the class {merge.__name__}; make one, {merge.__name__}(...)")
     return merge if is_average(merge) else resolve_rule(merge)

@@ -18,8 +18,10 @@ from merge_callback.arguments import (
     check_limit,
     check_optional_count,
     check_share,
+    check_start,
     floating_dtype,
     named_merges,
+    patterns,
     refuse_strategy,
     selection,
     snapshot_storage,
@@ -137,8 +139,7 @@ class MergeCallback(Callback):
         check_share("max_overhead", max_overhead)
         check_calibration(calibration)
         check_optional_count("recalibrate_batches", recalibrate_batches)
-        if start != "stable":
-            check_count("start", start, minimum=0)
+        check_start(start)
         if not isinstance(routers, Routers | None):
             raise TypeError(f"routers must be a Routers or None, got {routers!r}")
         if save_state not in ("full", "none"):
@@ -155,7 +156,7 @@ class MergeCallback(Callback):
         self.limit_batches = limit_batches
         self.max_overhead = max_overhead
         self.calibration = calibration
-        self.higher_is_better = (higher_is_better,) if isinstance(higher_is_better, str) else tuple(higher_is_better)
+        self.higher_is_better = patterns("higher_is_better", higher_is_better)
         self.selection = selection(include, exclude)
         self.recalibrate_batches = recalibrate_batches
         self.routers = routers
@@ -293,6 +294,10 @@ class MergeCallback(Callback):
         """Whether the latest validation has evaluated the primary merge."""
         return self._validation.is_evaluated
 
+    def is_captured(self, name: str | None = None) -> bool:
+        """Whether there is something to make a merge of."""
+        return self._merges.is_captured(name)
+
     @property
     def newest_buffers(self) -> dict[str, Tensor]:
         """Floating-point buffers at the newest snapshot, by name."""
@@ -367,6 +372,21 @@ class MergeCallback(Callback):
         self._loaded_state = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_up(trainer, pl_module)
+        self._validation.begin(trainer)
+        if not pl_module.automatic_optimization:
+            # A module may call the step of torch's own optimizer, of which Lightning tells nobody.
+            self._hooks = [
+                each.register_step_pre_hook(lambda *_: self._capture.finish()) for each in trainer.optimizers
+            ]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded_state is not None:
+            # The checkpoint was that of a finished run: nothing was trained, but its merges are there.
+            self._take_up(trainer, pl_module)
+
+    def _take_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins a window, or goes on with the one of the checkpoint or of the fit before."""
         step = optimizer_step(trainer)
         # Another fit of the same module goes on with its window, unless it starts counting anew.
         continues = self._module is pl_module and self._step <= step
@@ -399,12 +419,6 @@ class MergeCallback(Callback):
             self._messages.warn("the checkpoint holds no state of it, so the window starts empty", "resumed")
         self._validation.trunk.read()
         self._messages.say(f"{self._capture.describe()}; merges: {', '.join(self.merges)}", "start")
-        self._validation.begin(trainer)
-        if not pl_module.automatic_optimization:
-            # A module may call the step of torch's own optimizer, of which Lightning tells nobody.
-            self._hooks = [
-                each.register_step_pre_hook(lambda *_: self._capture.finish()) for each in trainer.optimizers
-            ]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._rates = learning_rates(trainer.optimizers)
@@ -436,6 +450,9 @@ class MergeCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._capture.wait()
         self._explain_phase(trainer, is_end=True)
+        if not any(map(self._merges.is_captured, self.merges)) and self._capture.phase.is_stable:
+            due = self.start if self.start != "stable" else self._capture.schedule.next_step
+            self._messages.say(f"nothing was captured in {self._step} steps; the first is due at step {due}", "nothing")
         trunk = self._validation.trunk
         if trunk.predictions and not self._capture.phase.is_stable and not trunk.is_checked:
             self._messages.warn(

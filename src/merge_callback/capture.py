@@ -142,7 +142,8 @@ class SnapshotCapture:
             raise ValueError(
                 f"{type(module).__name__} has no trainable floating-point parameters, so there is nothing to merge"
                 if self.selection.is_everything
-                else f"{self.selection} leaves no trainable parameter to merge"
+                else f"include={self.selection.include} and exclude={self.selection.exclude} leave no trainable"
+                " parameter to merge"
             )
         self.layout = layout = RowLayout(local_tensors(parameters))
         num_snapshots = self.num_snapshots if self._takes_snapshots else 0
@@ -440,7 +441,12 @@ class SnapshotCapture:
         changes: list[str] = []
         self.phase = StablePhase(**state["phase"])
         self._window_phase, self._is_outdated = state["window_phase"], state["is_outdated"]
-        if state["ring"] is None or self.ring is None:
+        if self.ring is None:
+            if state["num_snapshots"]:
+                changes.append(
+                    f"the {state['num_snapshots']} snapshots of the window are left out: no merge needs them"
+                )
+        elif state["ring"] is None:
             if state["num_snapshots"]:
                 changes.append(f"the {state['num_snapshots']} snapshots of the window were not saved: it starts empty")
         else:

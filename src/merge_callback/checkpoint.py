@@ -24,6 +24,10 @@ class MergedCheckpoint(ModelCheckpoint):
         merge: Which of its merges; None is the primary one.
         **arguments: As `ModelCheckpoint` takes them, ``monitor="merged/val_loss"``, ``save_top_k=3`` and so on.
 
+    Raises:
+        TypeError: If it is given something else than a `MergeCallback`.
+        ValueError: If that has no merge of the name.
+
     Examples:
         >>> from merge_callback import MergeCallback, MergedCheckpoint
         >>> merging = MergeCallback()
@@ -34,6 +38,8 @@ class MergedCheckpoint(ModelCheckpoint):
     CHECKPOINT_NAME_LAST = "merged-last"
 
     def __init__(self, merge_callback: MergeCallback, merge: str | None = None, **arguments: Any) -> None:
+        if not isinstance(merge_callback, MergeCallback):
+            raise TypeError(f"merge_callback must be a MergeCallback, got {merge_callback!r}")
         if merge is not None and merge not in merge_callback.merges:
             raise ValueError(f"there is no merge called {merge!r}; there are: {', '.join(merge_callback.merges)}")
         super().__init__(**({"filename": "merged-{epoch}-{step}"} | arguments))
@@ -46,6 +52,10 @@ class MergedCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.merge_callback not in trainer.callbacks:  # type: ignore[attr-defined]
+            raise ValueError(
+                "the MergeCallback that MergedCheckpoint was given has to stand in the Trainer's callbacks"
+            )
         if stage == "fit" and all(isinstance(callback, MergedCheckpoint) for callback in trainer.checkpoint_callbacks):
             rank_zero_warn(
                 "MergedCheckpoint saves merges, which no run can be resumed from; add a ModelCheckpoint() for that."
@@ -57,7 +67,7 @@ class MergedCheckpoint(ModelCheckpoint):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        if not self.merge_callback.snapshot_steps:
+        if not self.merge_callback.is_captured(self.merge):
             return
         try:
             self.merge_callback.save_merged(filepath, self.merge)

@@ -40,8 +40,9 @@ class MergeNow:
     def __str__(self) -> str:
         used = [step for step, value in self.coefficients.items() if value != 0]
         if not used:
-            return f"{self.name}: every step, {self.span_steps:.0f} count"
-        return f"{self.name}: {len(used)} snapshots, {used[-1] - used[0]} steps"
+            return f"{self.name}: every step, about {self.span_steps:.0f}"
+        plural = "s" if len(used) > 1 else ""
+        return f"{self.name}: {len(used)} snapshot{plural}, {used[-1] - used[0]} steps"
 
 
 def scalar_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str, list[Any]]]:

@@ -1,6 +1,6 @@
 """What is logged beside the live metrics of a validation, and under which names: merged values and gains."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from merge_callback.arguments import safe_name
@@ -67,9 +67,16 @@ class Names:
 
     def is_higher_better(self, metric: str, value: LoggedValue) -> bool:
         """Whether more is better: by a pattern, or since a torchmetrics object that was logged says so."""
-        # A pattern for `acc` also means what Lightning makes of it: `acc_epoch`, `acc/dataloader_idx_0`.
+        return self.fits(metric, self.higher_is_better) or bool(value.higher_is_better)
+
+    @staticmethod
+    def fits(metric: str, patterns: str | Iterable[str]) -> bool:
+        """Whether a metric fits one pattern, or any of several.
+
+        A pattern for ``acc`` also means what Lightning makes of it: ``acc_epoch``, ``acc/dataloader_idx_0``.
+        """
         plain = metric.partition("/dataloader_idx_")[0].removesuffix("_epoch")
-        return any(fits(name, self.higher_is_better) for name in (metric, plain)) or bool(value.higher_is_better)
+        return any(fits(name, patterns) for name in (metric, plain))
 
 
 def merged_and_gains(

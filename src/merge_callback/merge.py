@@ -55,7 +55,8 @@ def merge_checkpoints(
         output: Ends in ``.ckpt`` or ``.safetensors``. Of the latter, one tensor at a time is in memory; a ``.ckpt`` is
             there whole once.
         rule: Name of a rule, or a rule: of the checkpoints' steps.
-        coefficients: Instead of a rule, one for each path, in the order given; divided by their sum.
+        coefficients: Instead of a rule, one for each path; divided by their sum. The last path given is then the
+            newest.
         steps: Of the checkpoints, in the order given; None reads them from the files or their names.
         newest: A pattern, or several, of names that are taken from the newest checkpoint instead of merged.
         progress: Whether to show a progress bar.
@@ -79,6 +80,8 @@ def merge_checkpoints(
     resolved = [path.resolve() for path in asked]
     if twice := [path for path, where in zip(asked, resolved, strict=True) if resolved.count(where) > 1]:
         raise ValueError(f"checkpoints must be different ones, got {' and '.join(map(str, twice))}")
+    if output.resolve() in resolved:
+        raise ValueError(f"output must not be one of the checkpoints, got {output}")
     opened = [open_checkpoint(path) for path in asked]
     known = steps_of(opened, steps) if coefficients is None or steps is not None else _numbered(opened)
     values = _values(known, rule, coefficients)
@@ -87,8 +90,10 @@ def merge_checkpoints(
     check_alike(opened)
     _check_dtypes(opened[-1], newest, output)
     label = "coefficients" if coefficients is not None else rule_label(rule)
-    origin = provenance(label, dict(zip(sorted(known), values, strict=True)))
-    origin["checkpoints"] = [checkpoint.path.name for checkpoint in opened]
+    told = (_told_steps(opened) if coefficients is not None and steps is None else None) or sorted(known)
+    by_step = sorted(zip(told, values, [checkpoint.path.name for checkpoint in opened], strict=True))
+    origin = provenance(label, {step: value for step, value, _ in by_step})
+    origin["checkpoints"] = [name for *_, name in by_step]
     merged = merged_tensors(opened, values, newest, progress)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".safetensors":
@@ -97,13 +102,18 @@ def merge_checkpoints(
         with complete_or_absent(output) as unfinished:
             write_safetensors(unfinished, like, (tensor for _, tensor in merged), metadata)
     else:
-        save(output, _lightning_checkpoint(opened, dict(merged), newest, max(known)), origin)
+        save(output, _lightning_checkpoint(opened, dict(merged), newest, max(told)), origin)
     return origin
 
 
 @hydra.main(version_base="1.3", config_path="pkg://merge_callback.conf", config_name="merge")
 def main(config: DictConfig) -> None:
     """The command ``merge-callback-merge``."""
+    if missing := OmegaConf.missing_keys(config):
+        sys.exit(
+            f"merge-callback-merge: {' and '.join(sorted(missing))} must be given, as in\n"
+            "  merge-callback-merge checkpoints='runs/trunk/*.ckpt' output=merged.ckpt"
+        )
     rule = instantiate(config.rule) if OmegaConf.is_config(config.rule) else config.rule
     try:
         origin = merge_checkpoints(
@@ -156,6 +166,12 @@ def steps_of(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None = N
 def _numbered(opened: Sequence[StoredCheckpoint]) -> list[int]:
     """Whoever gives coefficients says what counts; the order is theirs."""
     return list(range(1, len(opened) + 1))
+
+
+def _told_steps(opened: Sequence[StoredCheckpoint]) -> list[int] | None:
+    """Steps that the checkpoints tell themselves; None unless all tell different ones."""
+    told = [checkpoint.step for checkpoint in opened if checkpoint.step is not None]
+    return told if len(set(told)) == len(opened) else None
 
 
 def _values(steps: Sequence[int], rule: str | Rule, coefficients: Sequence[float] | None) -> list[float]:

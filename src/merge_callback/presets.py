@@ -3,11 +3,15 @@
 import math
 from typing import NamedTuple
 
+from merge_callback.rules import check_numbers
+
 # arXiv 2505.12082: parameters (of a mixture of experts all of them) -> tokens between two snapshots.
 DENSE_INTERVALS = {411e6: 2e9, 2e9: 5e9, 8e9: 15e9, 70e9: 40e9}
 MIXTURE_INTERVALS = {7e9: 4e9, 13e9: 8e9, 100e9: 80e9}
 # Dense models up to this size were merged from six snapshots, larger ones and mixtures from ten.
 LARGEST_WITH_SIX = 2e9
+# Fewer are a mistake, such as a number of billions.
+LEAST_PARAMETERS = 1000
 
 
 class RecommendedWindow(NamedTuple):
@@ -32,7 +36,8 @@ def recommended_window(num_parameters: float, tokens_per_step: float, moe: bool 
         moe: Whether it is a mixture of experts.
 
     Raises:
-        ValueError: If a number is not above zero.
+        TypeError: If one is no number.
+        ValueError: If a number is not above zero, or too few to be those of a model.
 
     Examples:
         >>> recommended_window(8e9, tokens_per_step=4e6)
@@ -40,9 +45,12 @@ def recommended_window(num_parameters: float, tokens_per_step: float, moe: bool 
         >>> recommended_window(411e6, tokens_per_step=1e6)._asdict()
         {'every_n_train_steps': 2000, 'num_snapshots': 6}
     """
+    check_numbers(num_parameters=num_parameters, tokens_per_step=tokens_per_step)
     for name, number in (("num_parameters", num_parameters), ("tokens_per_step", tokens_per_step)):
         if not 0 < number < math.inf:
             raise ValueError(f"{name} must be above zero and finite, got {number}")
+    if num_parameters < LEAST_PARAMETERS:
+        raise ValueError(f"num_parameters must be all of them, such as 7e9, got {num_parameters}")
     intervals = MIXTURE_INTERVALS if moe else DENSE_INTERVALS
     interval_tokens = _power_law(intervals, num_parameters)
     num_snapshots = 6 if not moe and num_parameters <= LARGEST_WITH_SIX else 10

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Rule(Protocol):
@@ -153,6 +153,7 @@ class Window:
     def __post_init__(self) -> None:
         resolve_rule(self.rule)
         check_exactly_one("Window", span_steps=self.span_steps, span=self.span)
+        check_numbers(span_steps=self.span_steps, span=self.span)
         if self.span_steps is not None and self.span_steps < 1:
             raise ValueError(f"span_steps must be >= 1, got {self.span_steps}")
         if self.span is not None and not 0 < self.span <= 1:
@@ -224,6 +225,13 @@ def check_exactly_one(owner: str, **given: float | None) -> None:
     if sum(value is not None for value in given.values()) != 1:
         values = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ValueError(f"{owner} takes exactly one of {' and '.join(given)}, got {values}")
+
+
+def check_numbers(**given: Any) -> None:
+    """Raises unless each argument is a number or None."""
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def in_steps(num_steps: float | None, share: float | None, step: int) -> float:

@@ -25,7 +25,7 @@ from typing_extensions import TypeIs
 
 from merge_callback.background import Background
 from merge_callback.combine import Room, parts
-from merge_callback.rules import check_exactly_one, in_steps
+from merge_callback.rules import check_exactly_one, check_numbers, in_steps
 from merge_callback.snapshots import RowLayout
 from merge_callback.storage import HostStorage
 from merge_callback.weights import nonfinite_names
@@ -66,6 +66,7 @@ class Ema:
 
     def __post_init__(self) -> None:
         check_exactly_one("Ema", half_life_steps=self.half_life_steps, half_life=self.half_life)
+        check_numbers(half_life_steps=self.half_life_steps, half_life=self.half_life)
         if self.half_life_steps is not None and not 0 < self.half_life_steps < math.inf:
             raise ValueError(f"half_life_steps must be > 0 and finite, got {self.half_life_steps}")
         if self.half_life is not None and not 0 < self.half_life <= 1:
@@ -101,6 +102,7 @@ class PowerEma:
     sigma_rel: float
 
     def __post_init__(self) -> None:
+        check_numbers(sigma_rel=self.sigma_rel)
         # At gamma = 0 the profile is flat, and its width sqrt(1/12).
         if not 0 < self.sigma_rel < math.sqrt(1 / 12):
             raise ValueError(f"sigma_rel must lie in (0, {math.sqrt(1 / 12):.4f}), got {self.sigma_rel}")

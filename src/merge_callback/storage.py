@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -150,6 +151,8 @@ class DirectoryStorage:
         self.layout = layout
         self.folder = folder
         self.prefix = prefix
+        # Files of the same names may be those of another run.
+        self._owner = uuid.uuid4().hex
         folder.mkdir(parents=True, exist_ok=True)
         # One snapshot on its way to the disk; the next one waits until it has arrived.
         self._staged = HostStorage(layout, 1, dtype)
@@ -198,8 +201,8 @@ class DirectoryStorage:
             if self._checked.get(slot) == state:
                 return None
             told = json.loads(read_header(path)[0]["__metadata__"]["snapshot"])
-            if told["step"] != self._steps[slot]:
-                return f"{path} holds step {told['step']}, not {self._steps[slot]}"
+            if told["owner"] != self._owner or told["step"] != self._steps[slot]:
+                return f"{path} was written by another run; each needs a directory, or a callback's name, of its own"
             sums = [_checksum(row) for row in self.row(slot)]
         except (OSError, KeyError, ValueError) as error:
             return f"{path} cannot be read: {error}"
@@ -222,7 +225,7 @@ class DirectoryStorage:
 
     def _write_file(self, slot: int, step: int) -> None:
         rows = {f"row{group}": row for group, row in enumerate(self._staged.row(0))}
-        told = {"step": step, "checksums": [_checksum(row) for row in rows.values()]}
+        told = {"owner": self._owner, "step": step, "checksums": [_checksum(row) for row in rows.values()]}
         path = self.path(slot)
         try:
             with complete_or_absent(path) as unfinished:

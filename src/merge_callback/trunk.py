@@ -61,13 +61,14 @@ class Trunk:
     def _predict(self, anneals: AnnealCalibration, losses: Collection[str]) -> dict[str, Prediction]:
         predictions = {}
         for metric in self.history[-1].merged:
-            # The prior is about losses.
-            if anneals.source == PRIOR and metric not in losses:
+            now = self.history[-1]
+            # The prior is about losses, of runs in which the merge was better than the live model.
+            if anneals.source == PRIOR and not (metric in losses and now.merged[metric] < now.live[metric]):
                 continue
             if (basis := anneals.basis(self.history, metric)) is not None:
                 predictions[metric] = basis.predict(self.history[-1], metric)
                 self._messages.say(f"{self._names('annealed', metric)} predicts {basis}", f"annealed {metric}")
-        if not predictions:
+        if not predictions and anneals.source != PRIOR:
             self._messages.say(f"uncalibrated: {anneals.source} holds too few anneals to predict one", "uncalibrated")
         return predictions
 

@@ -162,12 +162,21 @@ class MergedValidation:
             step = logged_step(trainer, live)
             live = evaluation.live or live
             logged |= merged_and_gains(self._names, evaluation.merged, live)
+            self._check_names(live)
             device = trainer.lightning_module.device
             for key, diagnostic in (evaluation.diagnostics | self._curvature_gain(evaluation)).items():
                 logged[self._names("merge", key)] = LoggedValue(torch.tensor(diagnostic, device=device))
             if trainer.is_global_zero:
                 self._show(trainer, evaluation, live, logged, step)
         return {str(name): value for name, value in logged.items()}
+
+    def _check_names(self, live: Mapping[str, LoggedValue]) -> None:
+        """Whether every pattern fits a metric: one that was mistyped would turn the sign of gains."""
+        for pattern in self._names.higher_is_better:
+            if not any(self._names.fits(name, pattern) for name in live):
+                self._messages.warn(
+                    f"higher_is_better={pattern!r} fits none of the metrics {', '.join(live)}", f"pattern {pattern}"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         budget = asdict(replace(self.budget, elapsed=self._elapsed()))
