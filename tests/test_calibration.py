@@ -200,7 +200,7 @@ def test_uncalibrated_is_said_once(tmp_path, caplog):
     with caplog.at_level("INFO"):
         run = fit(make(Toy), tmp_path, MergeCallback(1, 4, calibration=tmp_path / "none.jsonl"))
     assert not run.logged(f"annealed/{METRIC}")
-    assert caplog.text.count("uncalibrated: ") == 1
+    assert caplog.text.count("uncalibrated until ") == 1
 
 
 def test_records_that_cannot_be_read_end_a_run_at_its_start_only(tmp_path):

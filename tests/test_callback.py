@@ -1,6 +1,7 @@
 """What a user sees: logged names and values, merges against the float64 twin, exports, monitors, errors."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -664,3 +665,12 @@ def test_a_pattern_that_fits_no_metric_is_told_of_once(tmp_path):
     ) as told:
         fit(make(Toy), tmp_path, MergeCallback(2, 3, higher_is_better=("*accurracy*", "val_accuracy")))
     assert sum("higher_is_better" in str(warning.message) for warning in told) == 1
+
+
+@pytest.mark.parametrize(("options", "is_told"), [({}, False), ({"evaluate_every_n_validations": 2}, True)])
+def test_early_stopping_that_would_count_left_out_validations_is_told_of(tmp_path, caplog, options, is_told):
+    stopping = lightning(".callbacks").EarlyStopping("merged/val_loss", patience=9, strict=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(make(Toy), tmp_path, MergeCallback(1, 4, **options), stopping)
+    assert any("its patience has to cover those" in str(warning.message) for warning in told) == is_told

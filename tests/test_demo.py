@@ -104,9 +104,9 @@ def test_the_trunk_with_branches_is_the_one_without_and_a_branch_is_one_line(tmp
     assert "unseen by the prediction" in branched
     steps = [v.step for v in read_validations(tmp_path / "branched" / "csv" / "metrics.csv", "val_loss")]
     assert steps == [10, 20, 30, 40, 50, 60]
-    (command,) = re.findall(r"Another branch: python -m merge_callback.demo (.*)", branched)
+    (command,) = re.findall(r"Another branch: \S+python\S* -m merge_callback.demo (.*)", branched)
     output = demo(tmp_path / "another", *SHORT, *command.split())
-    (record,) = read_records(tmp_path / "another" / "anneals.jsonl")
+    *_, record = read_records(tmp_path / "branched" / "anneals.jsonl")
     # A fifth of all steps up to the end of the branch.
     assert (record.start_step, record.step, record.shape) == (54, 68, "linear")
     assert f"linear decay from step 54 to step 68: val_loss {record.annealed['val_loss']:.4f}" in output

@@ -57,7 +57,9 @@ def test_numbers_that_make_no_sense_are_refused(arguments, message):
         recommended_window(*arguments)
 
 
-@pytest.mark.parametrize("make", [lambda: recommended_window("8B", 4e6), lambda: Window(span="10%"), lambda: Ema("5")])
-def test_text_is_no_number(make):
+@pytest.mark.parametrize(
+    ("made", "arguments"), [(recommended_window, ("8B", 4e6)), (Window, ("sma", "9")), (Ema, ("5",))]
+)
+def test_text_is_no_number(made, arguments):
     with pytest.raises(TypeError, match=r"must be a number, got '"):
-        make()
+        made(*arguments)

@@ -178,3 +178,32 @@ def test_what_cannot_be_reported_on_is_said_in_one_line(folder, arguments, messa
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert re.fullmatch(rf"merge-callback-report: .*{re.escape(message)}.*\n", done.stderr)
+
+
+def test_where_more_is_better_the_lower_panel_shows_gains_all_the_same():
+    rows = [Validation(10, 0.5, 0.75, 0.25), Validation(20, 0.75, 0.5, -0.25, Prediction(0.875, 0.75, 1.0))]
+    _, lower = plot_validations(rows, "val_accuracy", "a run").axes
+    merged, predicted, *_ = [line.get_xydata().tolist() for line in lower.lines]
+    assert merged == [[10, 0.25], [20, -0.25]]
+    assert predicted == [[20, 0.125]]
+
+
+def test_the_report_is_about_the_first_loss_and_names_the_other_metrics(tmp_path):
+    header = "step,val/acc,val/loss,merged/val/acc,merged/val/loss,merge_gain/val/acc,merge_gain/val/loss\n"
+    (tmp_path / "metrics.csv").write_text(header + "9,0.5,2.5,0.75,2.25,0.25,0.25\n")
+    found = find(tmp_path)
+    assert (found.metric, found.other_metrics) == ("val/loss", ["val/acc"])
+    assert "There are also val/acc" in page(found)
+    assert find(tmp_path, "val/acc").metric == "val/acc"
+
+
+def test_intervals_are_drawn_whole_unless_they_are_much_wider_than_what_came():
+    def assessed(*pairs):
+        cases = [Case("a", 100, 0.1, "linear", Comparison(2.0, 1.75, annealed)) for annealed, _ in pairs]
+        return {"all": [Assessed(case, Prediction(c, c - w, c + w)) for case, (c, w) in zip(cases, pairs, strict=True)]}
+
+    (narrow,) = plot_predicted_against_actual(assessed((1.0, 0.25), (2.0, 0.25)), "val_loss").axes
+    assert narrow.get_ylim()[0] < 0.75
+    assert narrow.get_ylim()[1] > 2.25
+    (wide,) = plot_predicted_against_actual(assessed((1.0, 100.0), (2.0, 0.25)), "val_loss").axes
+    assert wide.get_ylim()[1] < 4

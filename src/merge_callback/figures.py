@@ -22,7 +22,7 @@ LIVE, MERGED, PREDICTED, ANNEALED = "#888888", "#d1495b", "#0f97ad", "#d9902f"
 def plot_validations(
     validations: Sequence[Validation], metric: str, title: str, anneals: Sequence[AnnealRecord] = ()
 ) -> Figure:
-    """Live, merged, predicted and annealed value over steps above; below, how much lower than live each of them is.
+    """Live, merged, predicted and annealed value over steps above; below, how much better than live each of them is.
 
     Args:
         validations: As `merge_callback.runs.read_validations` gives them.
@@ -37,26 +37,28 @@ def plot_validations(
     predicted = {v.step: v.predicted for v in validations if v.predicted is not None}
     upper.plot(live.keys(), live.values(), "o-", color=LIVE, markersize=4, label="live")
     upper.plot(merged.keys(), merged.values(), "o-", color=MERGED, markersize=4, label="merged")
-    gains = {step: live[step] - value for step, value in merged.items()}
+    # Whether lower is better is known by the gains.
+    sign = -1 if any(v.gain * (v.live - v.merged) < 0 for v in validations if v.gain and v.merged is not None) else 1
+    gains = {step: sign * (live[step] - value) for step, value in merged.items()}
     lower.plot(gains.keys(), gains.values(), "o-", color=MERGED, markersize=4)
     if predicted:
         upper.plot(
             predicted.keys(), [p.value for p in predicted.values()], color=PREDICTED, label="annealed, predicted"
         )
-        lower.plot(predicted.keys(), [live[step] - p.value for step, p in predicted.items()], color=PREDICTED)
-        highs = [live[step] - p.low for step, p in predicted.items()]
-        lows = [live[step] - p.high for step, p in predicted.items()]
+        lower.plot(predicted.keys(), [sign * (live[step] - p.value) for step, p in predicted.items()], color=PREDICTED)
+        highs = [sign * (live[step] - p.low) for step, p in predicted.items()]
+        lows = [sign * (live[step] - p.high) for step, p in predicted.items()]
         lower.fill_between(list(predicted), lows, highs, color=PREDICTED, alpha=0.2, linewidth=0)
     name = metric.partition(" ")[0]
     ends = {a.step: a.annealed[name] for a in anneals if name in a.annealed}
     if ends:
         upper.plot(ends.keys(), ends.values(), "*", color=ANNEALED, markersize=10, label="annealed for real")
-        below = {step: live[step] - value for step, value in ends.items() if step in live}
+        below = {step: sign * (live[step] - value) for step, value in ends.items() if step in live}
         lower.plot(below.keys(), below.values(), "*", color=ANNEALED, markersize=10)
     upper.set(ylabel=metric, title=title)
     upper.legend()
     lower.axhline(0, color=rcParams["axes.edgecolor"], linewidth=0.8)
-    lower.set(ylabel="below the live model", xlabel="optimizer steps")
+    lower.set(ylabel="better than the live model", xlabel="optimizer steps")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     return figure
@@ -81,8 +83,13 @@ def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], me
         y = [each.prediction.value for each in several]
         axes.errorbar(x, y, half, fmt=marker, markersize=4, elinewidth=0.6, alpha=0.7, label=label)
     if actual:
-        reach = 0.05 * (max(actual) - min(actual)) or 0.05 * abs(actual[0])
-        axes.set(xlim=(min(actual) - reach, max(actual) + reach), ylim=(min(actual) - reach, max(actual) + reach))
+        low, high = min(actual), max(actual)
+        reach = 0.05 * (high - low) or 0.05 * abs(low)
+        # Room for whole intervals, unless some are much wider than all that came.
+        predictions = [each.prediction for each in itertools.chain(*assessed.values())]
+        bottom = max(min(low, *(each.low for each in predictions)), 2 * low - high - reach)
+        top = min(max(high, *(each.high for each in predictions)), 2 * high - low + reach)
+        axes.set(xlim=(low - reach, high + reach), ylim=(bottom - reach, top + reach))
         axes.legend()
     axes.axline((min(actual, default=0.0),) * 2, slope=1, color=rcParams["axes.edgecolor"], linewidth=0.8)
     axes.set(xlabel=f"{metric}, annealed for real", ylabel=f"{metric}, predicted", aspect="equal")

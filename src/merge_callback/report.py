@@ -40,6 +40,7 @@ class Found:
     metric: str
     validations: list[Validation]
     records: list[AnnealRecord]
+    other_metrics: list[str]
 
 
 def find(source: Path, metric: str | None = None) -> Found:
@@ -47,7 +48,8 @@ def find(source: Path, metric: str | None = None) -> Found:
 
     Args:
         source: Where to look, in folders below it too.
-        metric: Name of the metric; None takes the first that anneals were recorded with, or that has a merged value.
+        metric: Name of the metric; None takes the first loss that anneals were recorded with, or that has a merged
+            value, or else the first metric.
 
     Raises:
         ValueError: If nothing is there to report on, or nothing of that metric.
@@ -60,9 +62,9 @@ def find(source: Path, metric: str | None = None) -> Found:
     if not known or (metric is not None and metric not in known):
         there = f"; there are: {', '.join(known)}" if known else ": neither records of anneals nor a merged metric"
         raise ValueError(f"{source} holds nothing to report on{there}")
-    metric = metric or known[0]
+    metric = metric or next((name for name in known if "loss" in name.lower()), known[0])
     validations = read_validations(metrics_file, metric) if metrics_file and metric in with_merge else []
-    return Found(source, metric, validations, records)
+    return Found(source, metric, validations, records, [name for name in known if name != metric])
 
 
 def page(found: Found) -> str:
@@ -81,12 +83,14 @@ def page(found: Found) -> str:
     }
     assessed = {label: several for label, several in assessed.items() if several}
     parts = [f"<h1>Merges and anneals: {escape(found.metric)}</h1>", f"<p>{escape(str(found.source))}</p>"]
+    if found.other_metrics:
+        parts.append(f"<p>There are also {escape(', '.join(found.other_metrics))}: <code>--metric NAME</code>.</p>")
     if found.validations:
         anneals = [record for record in found.records if record.shape == "linear"] or found.records
         drawn = partial(plot_validations, found.validations, found.metric, found.source.name, anneals)
         parts.append(_image(drawn, f"live, merged, predicted and annealed {found.metric} over optimizer steps"))
     if cases:
-        parts += ["<h2>How well anneals were predicted</h2>", _summary_table(cases, assessed)]
+        parts += ["<h2>How well anneals were predicted</h2>", _summary_table(cases, assessed), _EXPLAINED]
     if sum(map(len, assessed.values())) > 1:
         drawn = partial(plot_predicted_against_actual, assessed, found.metric)
         parts.append(_image(drawn, f"predicted against annealed {found.metric}"))
@@ -113,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command ``merge-callback-report``."""
     parser = argparse.ArgumentParser(prog="merge-callback-report", description="Writes the report of a run as HTML.")
     parser.add_argument("source", type=Path, metavar="RUN_OR_RECORDS", help="folder of a run, metrics.csv, or records")
-    parser.add_argument("--metric", help="name of the metric, such as val_loss; default: the first that anneals have")
+    parser.add_argument("--metric", help="name of the metric, such as val_loss; default: the first loss")
     parser.add_argument("--output", type=Path, help="default: report.html beside what it is about")
     options = parser.parse_args(arguments)
     folder = options.source if options.source.is_dir() else options.source.parent
@@ -178,6 +182,10 @@ def _image(draw: Callable[[], "Figure"], what: str) -> str:
     source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
     return f'<picture>{source}<img alt="{escape(what)}" src="{light}"></picture>'
 
+
+_EXPLAINED = """<p>recovered: share of the decay's gain that the merge had, on average; predicted: what taught the
+predictions; times: how many; MAE, bias, worst: mean absolute error, mean error (predicted minus annealed) and largest
+absolute error, in the metric's unit; inside the interval: share of anneals that their 90 % interval held.</p>"""
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

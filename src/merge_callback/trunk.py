@@ -69,7 +69,7 @@ class Trunk:
                 predictions[metric] = basis.predict(self.history[-1], metric)
                 self._messages.say(f"{self._names('annealed', metric)} predicts {basis}", f"annealed {metric}")
         if not predictions and anneals.source != PRIOR:
-            self._messages.say(f"uncalibrated: {anneals.source} holds too few anneals to predict one", "uncalibrated")
+            self._messages.say(f"uncalibrated until {anneals.source} holds two real anneals of a kind", "uncalibrated")
         return predictions
 
     def predicted(self, live: Mapping[str, LoggedValue], *, is_end_of_decay: bool) -> dict[LoggedName, LoggedValue]:

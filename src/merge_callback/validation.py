@@ -97,10 +97,22 @@ class MergedValidation:
             )
         elif trainer.enable_validation:
             observe_validations(trainer, self)
+            self._warn_of_early_stops(trainer)
         else:
             self._messages.say(
                 "there is no validation, so merges are kept for export but not evaluated", "no validation"
             )
+
+    def _warn_of_early_stops(self, trainer: Trainer) -> None:
+        if self._every_n_validations == 1 and self.budget.share is None:
+            return
+        for stopping in trainer.early_stopping_callbacks:
+            if str(stopping.monitor).startswith(("merged", "merge_gain", "annealed")):
+                self._messages.warn(
+                    f"where a merged validation is left out, EarlyStopping(monitor={stopping.monitor!r}) sees the value"
+                    " of the one before again and counts that as no improvement: its patience has to cover those",
+                    "stopping",
+                )
 
     def close(self, trainer: Trainer) -> None:
         """The fit is over: tells what the last validation found, and what all of it took."""

@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -48,10 +50,17 @@ def main(config: DictConfig) -> None:
     plot_validations(validations, f"{METRIC} (nats per byte)", description, anneals).savefig(picture)
     console.print(f"Fingerprint of the trained weights: {fingerprint(run.model)}")
     console.print(f"Picture: {picture}")
-    console.print(f"Charts: tensorboard --logdir {folder / 'tensorboard'}")
+    # Also where the environment's commands are not on the path.
+    python = Path(os.path.relpath(sys.executable))
+    python = Path(sys.executable) if ".." in python.parts else python
+    console.print(f"Charts: {python} -m tensorboard.main --logdir {folder / 'tensorboard'}")
+    console.print(f"Report: {python} -m merge_callback.report {folder}")
     if anneals:
         start = folder / "checkpoints" / f"step-{anneals[-1].start_step}.ckpt"
-        console.print(f"Another branch: python -m merge_callback.demo anneal.from={start} anneal.span=0.2")
+        console.print(
+            f"Another branch: {python} -m merge_callback.demo anneal.from={start} anneal.span=0.2"
+            f" anneal.record={folder / 'anneals.jsonl'}"
+        )
 
 
 def trunk(config: DictConfig, folder: Path, console: Console) -> tuple[Run, list[AnnealRecord]]:
