@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F
 
-from merge_callback import Ema, MergeCallback, Window
+from merge_callback import Ema, MergeCallback, SnapshotDirectory, Window
 from merge_callback.evaluate import LoggedValue
 from merge_callback.logged import Names
 from merge_callback.rules import ema
@@ -583,6 +583,7 @@ def test_a_model_without_trainable_parameters_is_refused_before_training(tmp_pat
         ({"storage": __file__ + "/snapshots"}, ValueError, "cannot be written: .* is not a writable directory"),
         ({"storage": "cuda:0"}, ValueError, "storage must be 'device' .* or a directory, got 'cuda:0'; .* './cuda:0'"),
         ({"storage": ""}, ValueError, "storage must be 'device'"),
+        ({"storage": SnapshotDirectory("")}, ValueError, "storage must have a path"),
         ({"storage": "/proc/snapshots"}, ValueError, "cannot be written"),
         ({"storage": 3}, TypeError, "storage must be 'device', 'cpu' or a directory, got 3"),
         ({"max_overhead": 0.0}, ValueError, r"max_overhead must be a share in \(0, 1\), got 0.0"),

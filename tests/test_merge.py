@@ -1,6 +1,7 @@
 """Checkpoints on disk merged into one: as the live callback would, whatever wrote them, or refused by name."""
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -403,3 +404,23 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
         assert many < most, output
         # What the allocator keeps differs by some MiB; four more checkpoints in memory would be 512.
         assert many - few < 64, output
+
+
+@pytest.mark.slow
+def test_the_command_tells_what_it_needs(tmp_path):
+    def told(*arguments):
+        program = [sys.executable, "-m", "merge_callback.merge", *arguments]
+        return subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    missing = told()
+    assert missing.returncode == 1
+    assert "checkpoints and output must be given" in missing.stderr
+    assert "Traceback" not in missing.stderr
+    described = told("--help").stdout
+    for key in ("checkpoints", "output", "rule", "coefficients", "steps", "newest"):
+        assert f"\n{key} " in described
+    (asked,) = re.findall(r"'(rule=\{.*\})'", described)
+    for step in (1000, 2000, 2500):
+        torch.save({"w": torch.full((3,), float(step))}, tmp_path / f"step={step}.pt")
+    assert told("checkpoints=*.pt", "output=m.safetensors", asked).returncode == 0
+    assert load_file(tmp_path / "m.safetensors")["w"].tolist() == [2250.0] * 3

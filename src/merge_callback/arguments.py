@@ -82,6 +82,8 @@ def snapshot_storage(storage: Any) -> str | SnapshotDirectory:
             f" folder of that name is './{storage}'"
         )
     directory = storage if isinstance(storage, SnapshotDirectory) else SnapshotDirectory(storage)
+    if not str(directory.path):
+        raise ValueError(f"storage must have a path, got {directory!r}")
     folder = Path(directory.path).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     # Of the kernel's own folders not all say the truth.
