@@ -443,6 +443,13 @@ FAULTS = [
         "test_observer.py::test_what_hooks_of_the_validation_do_to_the_training_is_done_once",
     ),
     (
+        "what a signal handler sets during a merged validation is lost",
+        "preserve.py",
+        "        undo.enter_context(_noted_by_signals(trainer, numbers))\n",
+        "",
+        "test_preserve.py::test_what_a_signal_handler_sets_in_the_trainer_stays",
+    ),
+    (
         "gradients that a hook of the validation makes stay",
         "preserve.py",
         "        parameter.grad = grad\n",

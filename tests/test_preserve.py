@@ -1,5 +1,7 @@
 import copy
+import os
 import random
+import signal
 from collections import defaultdict, deque
 
 import numpy as np
@@ -248,3 +250,21 @@ def test_long_lists_are_taken_for_data_and_left_alone():
     with preserved_attributes(module):
         module.short[0] = module.long[0] = 1
     assert (module.short[0], module.long[0]) == (0, 1)
+
+
+def test_what_a_signal_handler_sets_in_the_trainer_stays(tmp_path):
+    trainer = fit(make(Toy), tmp_path, max_steps=2).trainer
+    trainer.should_stop = False
+
+    def handler(*_):
+        trainer.should_stop = True
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        with preserved_trainer(trainer):
+            trainer.gradient_clip_val = 7.0
+            os.kill(os.getpid(), signal.SIGUSR2)
+        assert signal.getsignal(signal.SIGUSR2) is handler
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert (trainer.should_stop, trainer.gradient_clip_val) == (True, None)

@@ -4,15 +4,17 @@ generators of loaders."""
 
 import operator
 import random
+import signal
 import sys
 import sysconfig
+import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,7 +76,8 @@ def preserved_trainer(trainer: Trainer) -> Iterator[None]:
     """What hooks of the module may set elsewhere to act on the training is afterwards as before.
 
     Covers the options of optimizers (rates), the state of schedulers, which parameters are trained, gradients that are
-    made or replaced, and numbers of the trainer (``should_stop``) and of its datamodule.
+    made or replaced, and numbers of the trainer (``should_stop``) and of its datamodule. What a signal handler sets in
+    the trainer stays, as that of a cluster which is about to stop the job.
     """
     with ExitStack() as undo:
         memory = _Memory(undo)
@@ -82,8 +85,10 @@ def preserved_trainer(trainer: Trainer) -> Iterator[None]:
             memory.remember(config.scheduler)
         for optimizer in trainer.optimizers:
             memory.remember(optimizer.param_groups)
-        for owner in (trainer, getattr(trainer, "datamodule", None)):
-            memory.remember_numbers(owner)
+        memory.remember_numbers(getattr(trainer, "datamodule", None))
+        numbers = _numbers(trainer)
+        undo.enter_context(_noted_by_signals(trainer, numbers))
+        undo.callback(vars(trainer).update, numbers)
         for parameter in trainer.lightning_module.parameters():
             undo.callback(_set_trained, parameter, parameter.requires_grad, parameter.grad, _version(parameter.grad))
         yield
@@ -138,8 +143,7 @@ class _Memory:
 
     def remember_numbers(self, owner: object) -> None:
         attributes = getattr(owner, "__dict__", {})
-        numbers = {k: v for k, v in attributes.items() if v is None or isinstance(v, int | float)}
-        self._undo.callback(attributes.update, numbers)
+        self._undo.callback(attributes.update, _numbers(owner))
         for attribute in attributes.values():
             self._remember_generator(attribute)
 
@@ -175,6 +179,36 @@ class _Memory:
             self._undo.callback(value.setstate, value.getstate())
         elif isinstance(value, np.random.Generator):
             self._undo.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
+
+
+@contextmanager
+def _noted_by_signals(owner: object, numbers: dict[str, Any]) -> Iterator[None]:
+    """Inside the context, numbers that signal handlers set in an owner are set among the given ones, too."""
+
+    def noting(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
+        def handle(signal_number: int, frame: FrameType | None) -> None:
+            before = _numbers(owner)
+            handler(signal_number, frame)
+            numbers.update({name: value for name, value in _numbers(owner).items() if before.get(name) != value})
+
+        return handle
+
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    noted = {number: (handler, noting(handler)) for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        noted = {}
+    for number, (_, handle) in noted.items():
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, (handler, handle) in noted.items():
+            if signal.getsignal(number) is handle:
+                signal.signal(number, handler)
+
+
+def _numbers(owner: object) -> dict[str, Any]:
+    return {k: v for k, v in getattr(owner, "__dict__", {}).items() if v is None or isinstance(v, int | float)}
 
 
 def _content(container: Any) -> Any:
