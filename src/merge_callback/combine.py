@@ -12,9 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Elements in a chunk. A CPU's threads need about as many to be worth waking, and their cache holds one row's and the
-# sum's; a GPU has to be asked for more at a time than it takes to ask.
-CHUNK_NUMEL = 2**19
+# Elements of a chunk for each of a CPU's threads: its own cache holds a row's and the sum's, and to wake it is worth it.
+CHUNK_NUMEL = 2**17
+# Whatever the number of threads, a chunk takes little memory.
+MAX_CHUNK_NUMEL = 2**21
+# A GPU has to be asked for more at a time than it takes to ask.
 GPU_CHUNK_NUMEL = 2**22
 
 
@@ -26,7 +28,8 @@ class Row(Protocol):
 
 def chunks(start: int, stop: int, device: torch.device) -> Iterator[slice]:
     """The stretch from one element to another in pieces that suit a device."""
-    numel = CHUNK_NUMEL if device.type == "cpu" else GPU_CHUNK_NUMEL
+    on_cpu = min(CHUNK_NUMEL * torch.get_num_threads(), MAX_CHUNK_NUMEL)
+    numel = on_cpu if device.type == "cpu" else GPU_CHUNK_NUMEL
     for first in range(start, stop, numel):
         yield slice(first, min(first + numel, stop))
 
