@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Elements of a chunk for each of a CPU's threads: its own cache holds a row's and the sum's, and to wake it is worth it.
+# Elements of a chunk for each thread of a CPU: its own cache holds a row's and the sum's, and to wake it is worth it.
 CHUNK_NUMEL = 2**17
 # Whatever the number of threads, a chunk takes little memory.
 MAX_CHUNK_NUMEL = 2**21
