@@ -90,7 +90,8 @@ def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], me
         bottom = max(min(low, *(each.low for each in predictions)), 2 * low - high - reach)
         top = min(max(high, *(each.high for each in predictions)), 2 * high - low + reach)
         axes.set(xlim=(low - reach, high + reach), ylim=(bottom - reach, top + reach))
-        axes.legend()
+        # Below the diagonal, and away from it, there is nothing.
+        axes.legend(loc="lower right")
     axes.axline((min(actual, default=0.0),) * 2, slope=1, color=rcParams["axes.edgecolor"], linewidth=0.8)
     axes.set(xlabel=f"{metric}, annealed for real", ylabel=f"{metric}, predicted", aspect="equal")
     axes.grid(alpha=0.3)
