@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from merge_callback.arguments import (
     check_calibration,
@@ -167,14 +166,8 @@ class MergeCallback(Callback):
         self._loaded_state: dict[str, Any] | None = None
         self._step = 0
         self._rates: list[float] = []
-        # On optimizers that the module steps by itself.
-        self._hooks: list[RemovableHandle] = []
         self._messages = Messages(f"MergeCallback({name!r})")
         self._begin_anew()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies are not hooked to this one's optimizers."""
-        return self.__dict__ | {"_hooks": []}
 
     # What a user asks of it.
 
@@ -374,11 +367,6 @@ class MergeCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_up(trainer, pl_module)
         self._validation.begin(trainer)
-        if not pl_module.automatic_optimization:
-            # A module may call the step of torch's own optimizer, of which Lightning tells nobody.
-            self._hooks = [
-                each.register_step_pre_hook(lambda *_: self._capture.finish()) for each in trainer.optimizers
-            ]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded_state is not None:
@@ -503,8 +491,6 @@ class MergeCallback(Callback):
         )
 
     def _close(self, trainer: Trainer) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
         try:
             # The model may be about to leave its device, and a copy of it may still be under way.
             self._capture.finish()
