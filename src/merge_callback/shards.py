@@ -160,6 +160,8 @@ class Sharding:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._specs = {name: _Spec.of(tensor) for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+        # By the model's mesh and a kind of device: see `in_place`.
+        self._meshes: dict[tuple[DeviceMesh, str], DeviceMesh] = {}
 
     @property
     def is_sharded(self) -> bool:
@@ -200,6 +202,7 @@ class Sharding:
             return part
         # torch would move it to the device of the mesh, and a GPU need not hold what host memory was chosen for. The
         # names keep it from ever passing for the model's own mesh, which torch looks results up by.
-        names = tuple(f"of_snapshots_{axis}" for axis in range(spec.mesh.ndim))
-        mesh = DeviceMesh(part.device.type, spec.mesh.mesh, mesh_dim_names=names, _init_backend=False)
-        return replace(spec, mesh=mesh).join(part)
+        if (key := (spec.mesh, part.device.type)) not in self._meshes:
+            names = tuple(f"of_snapshots_{axis}" for axis in range(spec.mesh.ndim))
+            self._meshes[key] = DeviceMesh(key[1], spec.mesh.mesh, mesh_dim_names=names, _init_backend=False)
+        return replace(spec, mesh=self._meshes[key]).join(part)
