@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from tests import toys
+from tests.helpers import toys
 
 # Read when they are imported: nothing is sent anywhere.
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}

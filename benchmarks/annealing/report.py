@@ -3,7 +3,7 @@
     python benchmarks/annealing/report.py          # all of it
     python benchmarks/annealing/report.py --quick  # the slice of `make benchmark-quick` beside its record
 
-The first writes benchmarks/records/annealing/REPORT.md with its pictures, tables of docs/evidence.md and the README
+The first writes benchmarks/annealing/REPORT.md with its pictures, tables of docs/evidence.md and the README
 between their marks, and src/merge_callback/prior.json. Everything is computed from the records; read protocol.py first.
 """
 
@@ -17,17 +17,25 @@ from pathlib import Path
 
 from scipy.stats import kendalltau
 
-from merge_callback.assessment import Assessed, Case, from_earlier, from_earlier_and_others, from_other_runs, summarise
-from merge_callback.figures import plot_errors, plot_predicted_against_actual, plot_validations
-from merge_callback.prediction import Comparison, calibrate, gain_ratio, recovered_share
-from merge_callback.records import AnnealRecord, read_records
-from merge_callback.runs import Validation
+from merge_callback.apps.figures import plot_errors, plot_predicted_against_actual, plot_validations
+from merge_callback.apps.runs import Validation
+from merge_callback.prediction.assessment import (
+    Assessed,
+    Case,
+    from_earlier,
+    from_earlier_and_others,
+    from_other_runs,
+    summarise,
+)
+from merge_callback.prediction.bias import Comparison, calibrate, gain_ratio, recovered_share
+from merge_callback.prediction.records import AnnealRecord, read_records
 
 sys.path.insert(0, str(Path(__file__).parent))
 from protocol import NUM_SNAPSHOTS, SHAPES, SPANS, TRUNKS
 
 ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "benchmarks" / "records" / "annealing"
+FOLDER = Path(__file__).parent
+RECORDS = FOLDER / "records"
 METRIC = "val_loss"
 MARKS = "<!-- annealing table: made by benchmarks/annealing/report.py -->", "<!-- end of annealing table -->"
 # Of the pass rule, and the second one: proxy and window for each span of the decay.
@@ -453,10 +461,10 @@ def pictures(benchmark: Benchmark) -> None:
     ]
     anneals = [trunk.anneals[step, span, "linear"] for step in trunk.points]
     title = f"{name}: linear anneals over 10 %, predicted from earlier ones"
-    plot_validations(validations, f"{METRIC} (nats per byte)", title, anneals).savefig(RECORDS / "over_steps.png")
+    plot_validations(validations, f"{METRIC} (nats per byte)", title, anneals).savefig(FOLDER / "over_steps.png")
     late = benchmark.late(benchmark.assess(benchmark.cases(span, window, proxy), "others"))
     by_run = {run: [each for each in late if each.case.run == run] for run in benchmark.trunks}
-    plot_predicted_against_actual(by_run, "nats per byte").savefig(RECORDS / "predicted_against_actual.png")
+    plot_predicted_against_actual(by_run, "nats per byte").savefig(FOLDER / "predicted_against_actual.png")
     errors = {
         f"{span:.0%}\nN = {num}": {
             HOWS[how]: [
@@ -467,9 +475,7 @@ def pictures(benchmark: Benchmark) -> None:
         for span in SPANS
         for num in NUM_SNAPSHOTS
     }
-    plot_errors(errors, "nats per byte", "span of decay and window, snapshots in an SMA").savefig(
-        RECORDS / "errors.png"
-    )
+    plot_errors(errors, "nats per byte", "span of decay and window, snapshots in an SMA").savefig(FOLDER / "errors.png")
 
 
 def prior() -> dict[str, object]:
@@ -559,9 +565,9 @@ def main() -> None:
         "## Pictures",
         *(f"![{name}]({name}.png)" for name in ("over_steps", "predicted_against_actual", "errors")),
     ]
-    (RECORDS / "REPORT.md").write_text("\n\n".join(parts) + "\n")
+    (FOLDER / "REPORT.md").write_text("\n\n".join(parts) + "\n")
     pictures(benchmark)
-    (ROOT / "src" / "merge_callback" / "prior.json").write_text(json.dumps(prior(), indent=1) + "\n")
+    (ROOT / "src" / "merge_callback" / "prediction" / "prior.json").write_text(json.dumps(prior(), indent=1) + "\n")
     for file, shown in (("docs/evidence.md", evidence_table(benchmark)), ("README.md", readme_table())):
         before, rest = (ROOT / file).read_text().split(MARKS[0])
         (ROOT / file).write_text(f"{before}{MARKS[0]}\n{shown}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")

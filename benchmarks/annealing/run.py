@@ -4,7 +4,7 @@
     python benchmarks/annealing/run.py seed0 sgd  # some of them
 
 Checkpoints and weights go to outputs/annealing/ (about 2 GB a trunk; to be deleted when all is done), records to
-benchmarks/records/annealing/. Read protocol.py first.
+benchmarks/annealing/records/. Read protocol.py first.
 """
 
 import argparse
@@ -25,22 +25,25 @@ from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 from omegaconf import DictConfig
 
-from merge_callback.demo.model import MixtureOfExperts
-from merge_callback.demo.training import CheckpointAt
-from merge_callback.metrics import chosen_experts
-from merge_callback.records import read_records
-from merge_callback.rules import Extrapolate, Rule, Window, decay, ema, merge_coefficients, sma, wma
-from merge_callback.runs import read_validations
-from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing
-from merge_callback.swap import swapped_weights
-from merge_callback.train import Run, prepare
-from merge_callback.weights import merged_parameters
+from merge_callback.apps.demo.model import MixtureOfExperts
+from merge_callback.apps.demo.training import CheckpointAt
+from merge_callback.apps.runs import read_validations
+from merge_callback.apps.train import Run, prepare
+from merge_callback.capture.layout import RowLayout
+from merge_callback.capture.ring import SnapshotRing
+from merge_callback.capture.storage import DeviceStorage
+from merge_callback.live.swap import swapped_weights
+from merge_callback.live.weights import merged_parameters
+from merge_callback.merging.rules import Rule, decay, ema, merge_coefficients, sma, wma
+from merge_callback.merging.windows import Extrapolate, Window
+from merge_callback.prediction.records import read_records
+from merge_callback.validation.router_agreement import chosen_experts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from protocol import NUM_SNAPSHOTS, NUM_VALIDATION_BLOCKS, SPANS, TRUNKS, Trunk
 
 ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "benchmarks" / "records" / "annealing"
+RECORDS = Path(__file__).parent / "records"
 WORK = ROOT / "outputs" / "annealing"
 GRID = max(NUM_SNAPSHOTS)
 NUM_VALIDATIONS = 20
@@ -98,7 +101,7 @@ class WeightsAt(Callback):
 
 def config_of(trunk: Trunk, folder: Path, *overrides: str) -> DictConfig:
     """The demo's config for this trunk, with its output in the folder and a window of 10 % as primary merge."""
-    with initialize_config_module("merge_callback.conf", version_base="1.3"):
+    with initialize_config_module("merge_callback.apps.conf", version_base="1.3"):
         return compose(
             "demo",
             [

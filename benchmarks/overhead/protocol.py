@@ -63,7 +63,7 @@ from scipy.stats import binom
 Shapes = list[tuple[int, ...]]
 
 ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "benchmarks" / "records" / "overhead"
+RECORDS = Path(__file__).parent / "records"
 COPY = "plain copy"
 CAPTURE = "capture"
 UPDATE = "EMA update"

@@ -13,10 +13,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from merge_callback import Ema
-from merge_callback.rules import merge_coefficients, resolve_rule
-from merge_callback.shadow import Shadow
-from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing
-from merge_callback.weights import LiveTensors
+from merge_callback.capture.layout import RowLayout
+from merge_callback.capture.ring import SnapshotRing
+from merge_callback.capture.running_averages import Shadow
+from merge_callback.capture.storage import DeviceStorage
+from merge_callback.live.weights import LiveTensors
+from merge_callback.merging.rules import merge_coefficients, resolve_rule
 
 NUM_LAYERS = 10
 NUM_WARM_UP = 2

@@ -1,10 +1,10 @@
 """Verdicts, tables and pictures of the overhead benchmark, from its records.
 
-    python benchmarks/overhead/report.py                     # benchmarks/records/overhead/
+    python benchmarks/overhead/report.py                     # benchmarks/overhead/records/
     python benchmarks/overhead/report.py /tmp/overhead-abcd  # another folder, such as that of a smoke test
 
-Writes REPORT.md with its pictures into the folder of the records. Parts without a record are left out and named. Read
-protocol.py first.
+Writes REPORT.md with its pictures beside this script, or into the other folder. Parts without a record are left
+out and named. Read protocol.py first.
 """
 
 import json
@@ -424,7 +424,7 @@ def read_records(folder: Path = RECORDS) -> dict[str, Measured]:
     return {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
 
 
-def page(records: dict[str, Measured], folder: Path = RECORDS) -> str:
+def page(records: dict[str, Measured], folder: Path = RECORDS.parent) -> str:
     """The whole report, for a folder."""
     protocol = os.path.relpath(Path(__file__).with_name("protocol.py"), folder)
     sections = [
@@ -450,13 +450,14 @@ def page(records: dict[str, Measured], folder: Path = RECORDS) -> str:
 def main() -> None:
     """Writes it with its pictures."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS
+    output = Path(__file__).parent if folder == RECORDS else folder
     records = read_records(folder)
     if not records:
         sys.exit(f"no records in {folder}; run.py makes them")
     for part in PICTURES.keys() & records.keys():
-        PICTURES[part](records[part]).savefig(folder / f"{part}.png")
-    (folder / "REPORT.md").write_text(page(records, folder))
-    print(folder / "REPORT.md")
+        PICTURES[part](records[part]).savefig(output / f"{part}.png")
+    (output / "REPORT.md").write_text(page(records, output))
+    print(output / "REPORT.md")
     evidence = ROOT / "docs" / "evidence.md"
     if folder == RECORDS:
         before, rest = evidence.read_text().split(MARKS[0])

@@ -5,7 +5,7 @@
     python benchmarks/overhead/run.py --smoke        # all on small models, records to a temporary folder
     python benchmarks/overhead/run.py --device cuda  # on a GPU with 80 GB
 
-Records go to benchmarks/records/overhead/<part>.json, those of a GPU to a folder of its name. Needs 18 GiB of free
+Records go to benchmarks/overhead/records/<part>.json, those of a GPU to a folder of its name. Needs 18 GiB of free
 memory, a machine that does nothing else, and the peers without what they depend on (timm's torchvision is not used):
 
     pip install --no-deps -c constraints.txt timm ema-pytorch
@@ -38,12 +38,14 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from merge_callback import Ema, MergeCallback
-from merge_callback.rules import merge_coefficients, resolve_rule
-from merge_callback.shadow import Shadow
-from merge_callback.snapshots import DeviceStorage, RowLayout, SnapshotRing, required_bytes
-from merge_callback.storage import HostStorage
-from merge_callback.swap import swapped_weights
-from merge_callback.weights import LiveTensors, merged_parameters
+from merge_callback.capture.layout import RowLayout
+from merge_callback.capture.memory import required_bytes
+from merge_callback.capture.ring import SnapshotRing
+from merge_callback.capture.running_averages import Shadow
+from merge_callback.capture.storage import DeviceStorage, HostStorage
+from merge_callback.live.swap import swapped_weights
+from merge_callback.live.weights import LiveTensors, merged_parameters
+from merge_callback.merging.rules import merge_coefficients, resolve_rule
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contest import batch_end, take_turns, take_turns_in_fit, wait_for_device

@@ -2,17 +2,17 @@
 
 from importlib.metadata import version
 
-from merge_callback.anneal import AnnealBranch
-from merge_callback.callback import MergeCallback
-from merge_callback.checkpoint import MergedCheckpoint
-from merge_callback.presets import recommended_window
-from merge_callback.progress import LiveAndMergedBar
-from merge_callback.recovery import SpikeRecovery
-from merge_callback.routers import Routers
-from merge_callback.rules import Extrapolate, Window
-from merge_callback.shadow import Ema, PowerEma
-from merge_callback.spikes import SpikeDetector
-from merge_callback.storage import SnapshotDirectory
+from merge_callback.callbacks.anneal_branch import AnnealBranch
+from merge_callback.callbacks.merge_callback import MergeCallback
+from merge_callback.callbacks.merged_checkpoint import MergedCheckpoint
+from merge_callback.callbacks.progress_bar import LiveAndMergedBar
+from merge_callback.callbacks.spike_detector import SpikeDetector
+from merge_callback.callbacks.spike_recovery import SpikeRecovery
+from merge_callback.capture.directory import SnapshotDirectory
+from merge_callback.merging.averages import Ema, PowerEma
+from merge_callback.merging.recommended import recommended_window
+from merge_callback.merging.windows import Extrapolate, Window
+from merge_callback.validation.routers import Routers
 
 __all__ = [
     "AnnealBranch",

@@ -15,4 +15,4 @@ class MergeCallbackSearchPath(SearchPathPlugin):
         spec = find_spec("merge_callback")
         assert spec is not None
         assert spec.origin is not None
-        search_path.append(provider="merge_callback", path=f"file://{Path(spec.origin).parent / 'conf'}")
+        search_path.append(provider="merge_callback", path=f"file://{Path(spec.origin).parent / 'apps' / 'conf'}")

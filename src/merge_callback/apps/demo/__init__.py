@@ -1,0 +1,1 @@
+"""A small language model on real text, trained with `MergeCallback` beside it."""

@@ -1,0 +1,106 @@
+"""A trunk at a constant rate, with real anneals branching off."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from merge_callback.apps.train import Run, prepare
+from merge_callback.live.observe import validation_follows
+from merge_callback.prediction.bias import MIN_BRANCHES
+from merge_callback.prediction.records import AnnealRecord, read_records
+
+
+class CheckpointAt(Callback):
+    """Saves a checkpoint after certain optimizer steps, as ``step-<number>.ckpt``; with the validation that is due."""
+
+    def __init__(self, folder: Path, steps: Iterable[int]) -> None:
+        self.folder = folder
+        self.steps = set(steps)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        if not validation_follows(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt", weights_only=False)
+
+
+def describe(run: Run, say: Callable[[str], None]) -> None:
+    """Says what is trained on what."""
+    corpus, num_parameters = run.data.corpus, sum(parameter.numel() for parameter in run.model.parameters())
+    say(f"Corpus: {corpus.description}")
+    say(f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} kept back; {num_parameters:,} parameters")
+
+
+def anneal_ends(config: DictConfig) -> list[int]:
+    """Where branches end, as far as the run gets there; none where there are too few to calibrate and check."""
+    ends = sorted(end for end in config.demo.anneal_at if end <= config.trainer.max_steps)
+    return ends if len(ends) > MIN_BRANCHES else []
+
+
+def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None]) -> tuple[Run, list[AnnealRecord]]:
+    """Trains a trunk, and really anneals branches of it that end where ``demo.anneal_at`` says.
+
+    All but the last branch run before the trunk gets there, and calibrate what it predicts from then on. The last one
+    runs when the trunk is done, and shows how good the prediction was.
+
+    Args:
+        config: As ``conf/demo.yaml``.
+        folder: For checkpoints and records.
+        say: Takes lines for the user.
+
+    Returns:
+        The trunk, and the records of its branches.
+    """
+    ends = {end: max(1, round(end * config.demo.anneal_span)) for end in anneal_ends(config)}
+    *earlier, last = ends
+    record, checkpoints = folder / "anneals.jsonl", folder / "checkpoints"
+    keeper = CheckpointAt(checkpoints, (end - span_steps for end, span_steps in ends.items()))
+
+    def anneal(end: int) -> None:
+        branch = config.copy()
+        start = checkpoints / f"step-{end - ends[end]}.ckpt"
+        settings = {"from": str(start), "span_steps": ends[end], "span": None, "record": str(record)}
+        if end == last:
+            # The others are completed by the trunk when it goes on.
+            settings["trunk"] = str(checkpoints / f"step-{end}.ckpt")
+        OmegaConf.update(branch, "anneal", settings, force_add=True)
+        branch.callbacks.progress_bar = None
+        say(f"Annealing for real: from step {end - ends[end]} to step {end}")
+        with _quiet():
+            prepare(branch, loggers=(), enable_progress_bar=False, val_check_interval=10**9).fit()
+
+    keeper.steps |= {earlier[-1], last}
+    trunk = prepare(config, [keeper], max_steps=earlier[-1])
+    describe(trunk, say)
+    trunk.fit()
+    for end in earlier:
+        anneal(end)
+    say(f"The trunk goes on from step {earlier[-1]}, with a calibrated prediction")
+    trunk = prepare(
+        config, [keeper], loggers=trunk.trainer.loggers, checkpoint=checkpoints / f"step-{earlier[-1]}.ckpt"
+    )
+    trunk.fit()
+    anneal(last)
+    return trunk, read_records(record)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What callbacks say of a branch would hide what is said of the trunk."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

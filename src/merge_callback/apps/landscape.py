@@ -1,0 +1,224 @@
+"""The loss between checkpoints: on the line through some of them, or on the plane through three; a Hydra app.
+
+    python -m merge_callback.apps.landscape --config-dir conf --config-name train +landscape=plane \\
+        'landscape.checkpoints={first: step-900.ckpt, second: step-1000.ckpt, merged: merged.ckpt}'
+
+Every point of a line or a plane through checkpoints is a weighted sum of them with weights that sum to one, so it is
+made and validated as any merge is; weights beyond zero and one lie outside. The config is that of
+`merge_callback.apps.train`.
+"""
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from merge_callback.apps.validate import check_mode, chosen_metric, prepare_validation, validated
+from merge_callback.checkpoints.merge import TAKEN_FROM_NEWEST, check_alike
+from merge_callback.checkpoints.read import StoredCheckpoint, open_checkpoint
+from merge_callback.live.names import fits
+from merge_callback.merging.combine import CHUNK_NUMEL
+from merge_callback.utilities.checks import check_count, check_installed
+from merge_callback.utilities.files import complete_or_absent
+from merge_callback.utilities.tables import number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point among checkpoints: where it lies, in distances of weights, and what it is made of."""
+
+    x: float
+    y: float
+    coefficients: tuple[float, ...]
+
+
+def corners(sides: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """Where two or three points lie, from their distances: the first at the origin, the second on the x axis.
+
+    Raises:
+        ValueError: If two points are the same, or three lie on one line.
+
+    Examples:
+        >>> corners([[0, 3, 4], [3, 0, 5], [4, 5, 0]])
+        [(0.0, 0.0), (3.0, 0.0), (0.0, 4.0)]
+    """
+    for (i, one), j in itertools.product(enumerate(sides), range(len(sides))):
+        if i < j and one[j] == 0:
+            raise ValueError(f"checkpoints {i + 1} and {j + 1} have the same weights")
+    found = [(0.0, 0.0), (float(sides[0][1]), 0.0)]
+    if len(sides) == 3:
+        base, left, right = sides[0][1], sides[0][2], sides[1][2]
+        x = (base**2 + left**2 - right**2) / (2 * base)
+        square = left**2 - x**2
+        if square <= 1e-8 * left**2:
+            raise ValueError("the three checkpoints lie on one line; landscape.kind=line shows the loss along it")
+        found.append((x, math.sqrt(square)))
+    return found
+
+
+def line(sides: Sequence[Sequence[float]], num_points: int, margin: float) -> list[Place]:
+    """Points on the way from checkpoint to checkpoint, as many on each piece; x is the way's length so far.
+
+    Args:
+        sides: Distances between checkpoints.
+        num_points: On each piece, both ends included.
+        margin: How far to go on beyond the first and the last one, as a share of the way.
+    """
+    lengths = [sides[i][i + 1] for i in range(len(sides) - 1)]
+    if 0 in lengths:
+        raise ValueError(f"checkpoints {lengths.index(0) + 1} and {lengths.index(0) + 2} have the same weights")
+    found: dict[float, Place] = {}
+    begin = 0.0
+    for piece, length in enumerate(lengths):
+        # How far on the piece, from zero to one.
+        shares = [place / (num_points - 1) for place in range(num_points)]
+        if margin and piece == 0:
+            shares.insert(0, -margin * sum(lengths) / length)
+        if margin and piece == len(lengths) - 1:
+            shares.append(1 + margin * sum(lengths) / length)
+        for share in shares:
+            values = [0.0] * len(sides)
+            values[piece], values[piece + 1] = 1 - share, share
+            found[begin + share * length] = Place(begin + share * length, 0.0, tuple(values))
+        begin += length
+    return [found[x] for x in sorted(found)]
+
+
+def plane(sides: Sequence[Sequence[float]], num_points: int, margin: float) -> list[Place]:
+    """A grid on the plane through three checkpoints, row by row.
+
+    Args:
+        sides: Distances between the checkpoints.
+        num_points: Along each axis.
+        margin: Around the triangle, as a share of its width and height.
+    """
+    if len(sides) != 3:
+        raise ValueError(f"a plane goes through three checkpoints, got {len(sides)}")
+    points = corners(sides)
+    axes = []
+    for values in zip(*points, strict=True):
+        reach = margin * (max(values) - min(values))
+        low, high = min(values) - reach, max(values) + reach
+        axes.append([low + (high - low) * place / (num_points - 1) for place in range(num_points)])
+    return [Place(x, y, barycentric(points, x, y)) for y in axes[1] for x in axes[0]]
+
+
+def barycentric(points: Sequence[tuple[float, float]], x: float, y: float) -> tuple[float, float, float]:
+    """Weights of three corners, summing to one, whose weighted sum lies at a place.
+
+    Args:
+        points: Corners as `corners` puts them.
+        x: Of the place.
+        y: Of the place.
+    """
+    third = y / points[2][1]
+    second = (x - third * points[2][0]) / points[1][0]
+    return 1 - second - third, second, third
+
+
+def distances(opened: Sequence[StoredCheckpoint]) -> list[list[float]]:
+    """Euclidean distances between the weights of checkpoints; batch norm statistics do not count."""
+    square = [[0.0] * len(opened) for _ in opened]
+    for name, tensor in opened[0].tensors.items():
+        if not tensor.dtype.is_floating_point or fits(name, TAKEN_FROM_NEWEST):
+            continue
+        for start in range(0, tensor.numel, CHUNK_NUMEL):
+            parts = [each.tensors[name][start : start + CHUNK_NUMEL].double() for each in opened]
+            for (i, one), (j, other) in itertools.combinations(enumerate(parts), 2):
+                square[i][j] += float((one - other).square().sum())
+    for i, j in itertools.combinations(range(len(opened)), 2):
+        square[j][i] = square[i][j]
+    return [[math.sqrt(each) for each in row] for row in square]
+
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(config: DictConfig) -> None:
+    """Validates every point, and writes record and picture."""
+    if "landscape" not in config:
+        sys.exit("merge_callback.apps.landscape: the config has no entry 'landscape'; give +landscape=line or =plane")
+    asked = config.landscape
+    try:
+        check_installed("matplotlib", "dashboards")
+        kinds = {"line": line, "plane": plane}
+        if asked.kind not in kinds:
+            raise ValueError(f"landscape.kind must be 'line' or 'plane', got {asked.kind!r}")
+        check_mode("landscape.mode", asked.mode)
+        check_count("landscape.num_points", asked.num_points, minimum=2)
+        if not asked.margin >= 0:
+            raise ValueError(f"landscape.margin must be >= 0, got {asked.margin}")
+        if not OmegaConf.is_dict(asked.checkpoints) or len(asked.checkpoints) < 2:
+            raise ValueError("landscape.checkpoints must be a mapping of at least two names to checkpoints")
+        opened = [open_checkpoint(Path(path)) for path in asked.checkpoints.values()]
+        check_alike(opened)
+        sides = distances(opened)
+        places = kinds[asked.kind](sides, asked.num_points, asked.margin)
+        run = prepare_validation(config, asked.limit_batches)
+        found: list[dict[str, float]] = []
+        for place in tqdm(places, desc="Validating points"):
+            found.append(validated(run, opened, place.coefficients, asked.newest, config.get("seed") or 0))
+            metric = chosen_metric(list(found[-1]), asked.metric, "landscape.metric")
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"merge_callback.apps.landscape: {error}")
+    folder = Path(asked.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "kind": asked.kind,
+        "metric": metric,
+        "checkpoints": {name: str(path) for name, path in asked.checkpoints.items()},
+        "distances": sides,
+        "limit_batches": asked.limit_batches,
+        "points": [asdict(place) | {"metrics": _finite(of)} for place, of in zip(places, found, strict=True)],
+    }
+    with complete_or_absent(folder / f"{asked.kind}.json") as unfinished:
+        unfinished.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    choose = min if asked.mode == "min" else max
+    finite = [point for point in record["points"] if point["metrics"][metric] is not None]
+    if not finite:
+        sys.exit(
+            f"merge_callback.apps.landscape: {metric} is NaN or infinite at every point; see {folder / asked.kind}.json"
+        )
+    draw(record).savefig(folder / f"{asked.kind}.png")
+    best = choose(finite, key=lambda point: point["metrics"][metric])
+    parts = zip(asked.checkpoints, best["coefficients"], strict=True)
+    made_of = ", ".join(f"{value:.2f} {name}" for name, value in parts)
+    sys.stdout.write(f"Best {metric}: {number(best['metrics'][metric])} at {made_of}\n")
+    sys.stdout.write(f"Record: {folder / asked.kind}.json\nPicture: {folder / asked.kind}.png\n")
+
+
+def draw(record: Mapping[str, Any]) -> "Figure":
+    """The picture of a record: a curve along a line, or contours on a plane, with the checkpoints marked.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib, an extra, is not installed.
+    """
+    from merge_callback.apps.figures import plot_line, plot_plane
+
+    metric, names, sides = record["metric"], list(record["checkpoints"]), record["distances"]
+    known = {(point["x"], point["y"]): point["metrics"][metric] for point in record["points"]}
+    values = {place: math.nan if value is None else value for place, value in known.items()}
+    if record["kind"] == "line":
+        at = itertools.accumulate((sides[i][i + 1] for i in range(len(names) - 1)), initial=0.0)
+        return plot_line({x: value for (x, _), value in values.items()}, dict(zip(names, at, strict=True)), metric)
+    points = corners(sides)
+    marks = dict(zip(names, points, strict=True))
+    marks["their mean"] = (sum(x for x, _ in points) / 3, sum(y for _, y in points) / 3)
+    return plot_plane(values, marks, metric)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+if __name__ == "__main__":
+    main()

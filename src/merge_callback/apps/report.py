@@ -1,0 +1,210 @@
+"""One page about a run: its figures and tables, and those of its anneals.
+
+`merge-callback-report RUN_OR_RECORDS` writes the page: of a run's folder, with the ``metrics.csv`` of Lightning's
+CSVLogger and whatever records of anneals lie there, or of a file or folder of records alone.
+"""
+
+import argparse
+import base64
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_callback.apps.runs import VALIDATION_HEADER, Validation, merged_metrics, read_validations, validation_cells
+from merge_callback.prediction.assessment import (
+    Assessed,
+    Case,
+    cases_of,
+    from_earlier,
+    from_earlier_and_others,
+    from_other_runs,
+    summarise,
+)
+from merge_callback.prediction.bias import recovered_share
+from merge_callback.prediction.records import AnnealRecord, read_records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder or file holds: the validations of one run, and records of anneals."""
+
+    source: Path
+    metric: str
+    validations: list[Validation]
+    records: list[AnnealRecord]
+    other_metrics: list[str]
+
+
+def find(source: Path, metric: str | None = None) -> Found:
+    """Reads a run's folder, a ``metrics.csv``, or a file or folder of records.
+
+    Args:
+        source: Where to look, in folders below it too.
+        metric: Name of the metric; None takes the first loss that anneals were recorded with, or that has a merged
+            value, or else the first metric.
+
+    Raises:
+        ValueError: If nothing is there to report on, or nothing of that metric.
+    """
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    records = [record for file in files if file.suffix == ".jsonl" for record in read_records(file)]
+    metrics_file = next((file for file in files if file.name == "metrics.csv"), None)
+    with_merge = merged_metrics(metrics_file) if metrics_file else []
+    known = list(dict.fromkeys([*(name for record in records for name in record.annealed), *with_merge]))
+    if not known or (metric is not None and metric not in known):
+        there = f"; there are: {', '.join(known)}" if known else ": neither records of anneals nor a merged metric"
+        raise ValueError(f"{source} holds nothing to report on{there}")
+    metric = metric or next((name for name in known if "loss" in name.lower()), known[0])
+    validations = read_validations(metrics_file, metric) if metrics_file and metric in with_merge else []
+    return Found(source, metric, validations, records, [name for name in known if name != metric])
+
+
+def page(found: Found) -> str:
+    """The report as one HTML page that needs no other file.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib, an extra, is not installed.
+    """
+    from merge_callback.apps.figures import plot_errors, plot_predicted_against_actual, plot_validations
+
+    cases = cases_of(found.records, found.metric)
+    assessed = {
+        "from earlier branches of the run": from_earlier(cases),
+        "from other runs": from_other_runs(cases),
+        "from both": from_earlier_and_others(cases) if len({case.run for case in cases}) > 1 else [],
+    }
+    assessed = {label: several for label, several in assessed.items() if several}
+    parts = [f"<h1>Merges and anneals: {escape(found.metric)}</h1>", f"<p>{escape(str(found.source))}</p>"]
+    if found.other_metrics:
+        parts.append(f"<p>There are also {escape(', '.join(found.other_metrics))}: <code>--metric NAME</code>.</p>")
+    if found.validations:
+        anneals = [record for record in found.records if record.shape == "linear"] or found.records
+        drawn = partial(plot_validations, found.validations, found.metric, found.source.name, anneals)
+        parts.append(_image(drawn, f"live, merged, predicted and annealed {found.metric} over optimizer steps"))
+    if cases:
+        parts += ["<h2>How well anneals were predicted</h2>", _summary_table(cases, assessed), _EXPLAINED]
+    if sum(map(len, assessed.values())) > 1:
+        drawn = partial(plot_predicted_against_actual, assessed, found.metric)
+        parts.append(_image(drawn, f"predicted against annealed {found.metric}"))
+        spans = sorted({case.span for case in cases})
+        errors = {
+            f"{span:.0%}": {
+                label: [each.error for each in several if each.case.span == span] for label, several in assessed.items()
+            }
+            for span in spans
+        }
+        drawn = partial(plot_errors, errors, "unit of the metric", "length of the decay, share of steps")
+        parts.append(_image(drawn, "errors of predictions by length of the decay"))
+    if found.records:
+        parts += ["<h2>Every anneal</h2>", _anneal_table(found.records, found.metric, assessed)]
+    if found.validations:
+        parts += [
+            "<h2>Every validation</h2>",
+            _table(VALIDATION_HEADER, list(map(validation_cells, found.validations))),
+        ]
+    return _PAGE.format(title=escape(f"Merges and anneals: {found.metric}"), body="\n".join(parts))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command ``merge-callback-report``."""
+    parser = argparse.ArgumentParser(prog="merge-callback-report", description="Writes the report of a run as HTML.")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_RECORDS", help="folder of a run, metrics.csv, or records")
+    parser.add_argument("--metric", help="name of the metric, such as val_loss; default: the first loss")
+    parser.add_argument("--output", type=Path, help="default: report.html beside what it is about")
+    options = parser.parse_args(arguments)
+    folder = options.source if options.source.is_dir() else options.source.parent
+    output = options.output or folder / "report.html"
+    try:
+        output.write_text(page(find(options.source, options.metric)))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"merge-callback-report: {error}\n")
+    sys.stdout.write(f"{output}\n")
+
+
+def _summary_table(cases: Sequence[Case], assessed: Mapping[str, Sequence[Assessed]]) -> str:
+    rows = []
+    kinds = groupby(sorted(cases, key=lambda c: (c.shape, c.span)), key=lambda c: (c.shape, round(c.span, 2)))
+    for (shape, span), several in kinds:
+        of_kind = list(several)
+        shares = [recovered_share(case.comparison) for case in of_kind]
+        row = [f"{shape}, {span:.0%}", str(len(of_kind)), f"{sum(shares) / len(shares):.2f}"]
+        for label, all_assessed in assessed.items():
+            summary = summarise([each for each in all_assessed if each.case in of_kind])
+            if summary.num_cases:
+                numbers = f"{summary.mean_absolute:.4f}", f"{summary.bias:+.4f}", f"{summary.worst:.4f}"
+                rows.append([*row, label, str(summary.num_cases), *numbers, f"{summary.inside:.0%}"])
+        if not any(line[0] == row[0] for line in rows):
+            rows.append([*row, "uncalibrated", *["-"] * 5])
+    header = ["decay", "anneals", "recovered", "predicted", "times", "MAE", "bias", "worst", "inside the interval"]
+    return _table(header, rows)
+
+
+def _anneal_table(records: Sequence[AnnealRecord], metric: str, assessed: Mapping[str, Sequence[Assessed]]) -> str:
+    predictions = {
+        (label, each.case.run, each.case.step, each.case.span, each.case.shape): each
+        for label, several in assessed.items()
+        for each in several
+    }
+    rows = []
+    for record in sorted(records, key=lambda r: (r.run, r.step, r.span_steps, r.shape)):
+        if metric not in record.annealed:
+            continue
+        known = record.comparison(metric)
+        trunk = [f"{known.live:.4f}", f"{known.merged:.4f}"] if known is not None else ["-", "-"]
+        row = [record.run, str(record.step), str(record.span_steps), record.shape, *trunk]
+        for label in assessed:
+            each = predictions.get((label, record.run, record.step, record.span, record.shape))
+            row += [f"{each.prediction.value:.4f}", f"{each.error:+.4f}"] if each else ["-", "-"]
+        rows.append([*row, f"{record.annealed[metric]:.4f}"])
+    header = ["run", "step", "steps of decay", "shape", "live", "merged"]
+    return _table([*header, *(name for label in assessed for name in (label, "error")), "annealed"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="table"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+
+
+def _image(draw: Callable[[], "Figure"], what: str) -> str:
+    """The figure inside the page, in the page's colours."""
+    from merge_callback.apps.figures import light_and_dark
+
+    light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in light_and_dark(draw))
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<picture>{source}<img alt="{escape(what)}" src="{light}"></picture>'
+
+
+_EXPLAINED = """<p>recovered: share of the decay's gain that the merge had, on average; predicted: what taught the
+predictions; times: how many; MAE, bias, worst: mean absolute error, mean error (predicted minus annealed) and largest
+absolute error, in the metric's unit; inside the interval: share of anneals that their 90 % interval held.</p>"""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<style>
+:root {{ --page: #fff; --text: #222; --line: #ddd; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #14171a; --text: #e4e4e4; --line: #3a3f45; }} }}
+body {{ font-family: sans-serif; max-width: 70rem; margin: 1rem auto; padding: 0 1rem; }}
+body {{ background: var(--page); color: var(--text); overflow-wrap: anywhere; }}
+.table {{ overflow-x: auto; margin: 1rem 0; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+td, th {{ padding: 0.2rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; }}
+img {{ max-width: 100%; height: auto; display: block; margin: 1rem 0; }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A Hydra app for any config with ``model``, ``data`` and ``trainer``: trains it, or anneals a branch of such a run.
+
+    python -m merge_callback.apps.train --config-dir conf --config-name train \\
+        +anneal.from=step-9000.ckpt +anneal.span=0.1
+
+The entries are those of a common Lightning template, each with a ``_target_``: ``model``, ``data`` (or
+``datamodule``), ``trainer``, mappings ``callbacks`` and ``logger``, and maybe ``seed`` and ``resume_from``. What stands
+under ``anneal`` goes to `AnnealBranch`, but for ``from``, the trunk's checkpoint.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from merge_callback.callbacks.anneal_branch import AnnealBranch
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a fit needs."""
+
+    trainer: Trainer
+    model: LightningModule
+    data: Any
+    checkpoint: str | Path | None
+
+    def fit(self) -> None:
+        """Trains to the end."""
+        self.trainer.fit(self.model, self.data, ckpt_path=self.checkpoint)
+
+
+def prepare(
+    config: DictConfig,
+    callbacks: Sequence[Callback] = (),
+    *,
+    loggers: Sequence[Logger] | None = None,
+    checkpoint: str | Path | None = None,
+    **trainer_options: Any,
+) -> Run:
+    """Makes a run out of the config's entries.
+
+    Args:
+        config: As described above.
+        callbacks: More callbacks than the config's.
+        loggers: Instead of the config's.
+        checkpoint: To go on from; None takes the config's ``resume_from``.
+        **trainer_options: Instead of the config's for the trainer.
+
+    Raises:
+        ValueError: If an entry is missing, a group is mistyped, or ``anneal.from`` is no file.
+    """
+    if missing := [name for name in ("model", "trainer") if name not in config]:
+        raise ValueError(f"the config has no entry {missing[0]!r}; give one with --config-dir and --config-name")
+    if mistyped := [name for name in config if "/" in str(name)]:
+        # Hydra takes a group that it does not know for a key, when it is asked to add it.
+        raise ValueError(f"there is no config group {mistyped[0]!r}; the one of MergeCallback is callbacks/merge")
+    if config.get("seed") is not None:
+        seed_everything(config.seed, verbose=False)
+    data = instantiate(config.data if "data" in config else config.datamodule)
+    model = instantiate(config.model)
+    # Entries without a target, such as overrides of a callback that is switched off, are left out.
+    listed = _instantiated(config.get("callbacks"))
+    checkpoint = checkpoint or config.get("resume_from")
+    anneal = dict(config.get("anneal") or {})
+    if (start := anneal.pop("from", None)) is not None:
+        if not Path(start).exists():
+            raise ValueError(f"anneal.from must be a checkpoint of a run, got {start!r}")
+        if anneal.get("span") is None and anneal.get("span_steps") is None:
+            raise ValueError("anneal.from needs anneal.span, a share of the steps, or anneal.span_steps")
+        listed.append(AnnealBranch(**anneal))
+        # The branch stops by itself.
+        checkpoint, trainer_options = start, {"max_steps": -1, "max_epochs": -1, **trainer_options}
+    elif any(anneal.get(name) is not None for name in ("span", "span_steps")):
+        raise ValueError("anneal.span and anneal.span_steps need anneal.from, the checkpoint to branch from")
+    if loggers is None:
+        loggers = _instantiated(config.get("logger"))
+    trainer = instantiate(config.trainer, callbacks=[*listed, *callbacks], logger=list(loggers), **trainer_options)
+    return Run(trainer, model, data, checkpoint)
+
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(config: DictConfig) -> None:
+    """Trains to the end, or to the end of the branch."""
+    prepare(config).fit()
+
+
+def _instantiated(entries: DictConfig | None) -> list[Any]:
+    return [
+        instantiate(entry) for entry in (entries or {}).values() if OmegaConf.is_dict(entry) and "_target_" in entry
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`MergedCheckpoint`: Lightning's `ModelCheckpoint`, with the merge in its files."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from merge_callback.callbacks.merge_callback import MergeCallback
+
+
+class MergedCheckpoint(ModelCheckpoint):
+    """A `ModelCheckpoint` whose files hold merged weights, kept by a merged metric.
+
+    Its files are those of `MergeCallback.save_merged`: weights with provenance, no optimizer. A run's own checkpoints,
+    to resume from, stay the business of a plain `ModelCheckpoint` beside it. Nothing is saved, and nothing is wrong,
+    while there is no merge yet; a file that cannot be written is named in a warning, and training goes on.
+
+    List it after its `MergeCallback`; `lightning.pytorch` puts it there by itself, `pytorch_lightning` does not.
+
+    Args:
+        merge_callback: Whose merge is saved.
+        merge: Which of its merges; None is the primary one.
+        **arguments: As `ModelCheckpoint` takes them, ``monitor="merged/val_loss"``, ``save_top_k=3`` and so on.
+
+    Raises:
+        TypeError: If it is given something else than a `MergeCallback`.
+        ValueError: If that has no merge of the name.
+
+    Examples:
+        >>> from merge_callback import MergeCallback, MergedCheckpoint
+        >>> merging = MergeCallback()
+        >>> callbacks = [merging, MergedCheckpoint(merging, monitor="merged/val_loss", filename="merged-{step}")]
+    """
+
+    # A name of its own: `ckpt_path="last"` must never find a merge.
+    CHECKPOINT_NAME_LAST = "merged-last"
+
+    def __init__(self, merge_callback: MergeCallback, merge: str | None = None, **arguments: Any) -> None:
+        if not isinstance(merge_callback, MergeCallback):
+            raise TypeError(f"merge_callback must be a MergeCallback, got {merge_callback!r}")
+        if merge is not None and merge not in merge_callback.merges:
+            raise ValueError(f"there is no merge called {merge!r}; there are: {', '.join(merge_callback.merges)}")
+        super().__init__(**({"filename": "merged-{epoch}-{step}"} | arguments))
+        self.merge_callback = merge_callback
+        self.merge = merge
+
+    @property
+    def state_key(self) -> str:
+        return f"{super().state_key}[{self.merge_callback.state_key}{self.merge or ''}]"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.merge_callback not in trainer.callbacks:  # type: ignore[attr-defined]
+            raise ValueError(
+                "the MergeCallback that MergedCheckpoint was given has to stand in the Trainer's callbacks"
+            )
+        if stage == "fit" and all(isinstance(callback, MergedCheckpoint) for callback in trainer.checkpoint_callbacks):
+            rank_zero_warn(
+                "MergedCheckpoint saves merges, which no run can be resumed from; add a ModelCheckpoint() for that."
+            )
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        # A value of an earlier validation says nothing about the merge of now.
+        if self.monitor is None or (self.monitor in monitor_candidates and self.merge_callback.is_evaluated):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if not self.merge_callback.is_captured(self.merge):
+            return
+        try:
+            self.merge_callback.save_merged(filepath, self.merge)
+        except (OSError, ValueError) as error:
+            rank_zero_warn(f"MergedCheckpoint: {error}. Training goes on.")
+            return
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        return set()

@@ -1,0 +1,176 @@
+"""Merged checkpoints with provenance: written whole or not at all."""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import LightningModule
+from omegaconf import Container
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+
+from merge_callback.live.sharding import rank, united, whole
+from merge_callback.merging.rules import decay_from_coefficients
+from merge_callback.utilities.files import complete_or_absent, write_safetensors
+
+# Under this key a `.ckpt` holds its provenance; a `.safetensors` holds the same entries as metadata.
+PROVENANCE_KEY = "merge_callback"
+
+
+def provenance(rule: str, coefficients: Mapping[int, float] | None = None, step: int | None = None) -> dict[str, Any]:
+    """Where a merge comes from: package version, rule, snapshot steps, coefficients and implied decay.
+
+    An average over every step has its last step instead of coefficients.
+    """
+    origin: dict[str, Any] = {"version": version("merge-callback"), "rule": rule}
+    if coefficients is None:
+        return {**origin, "steps": [step]}
+    values = list(coefficients.values())
+    decay = decay_from_coefficients(values)
+    return {**origin, "steps": list(coefficients), "coefficients": values, "implied_decay": decay}
+
+
+def started_anew(step: int) -> dict[str, Any]:
+    """What Lightning wants to find in a checkpoint beside weights, for a run that begins with them."""
+    return {
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": 0,
+        "global_step": step,
+        # Both have to be there before a fit, and as many are restored as there are.
+        "optimizer_states": [],
+        "lr_schedulers": [],
+    }
+
+
+def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: int) -> dict[str, Any]:
+    """A Lightning checkpoint of weights alone, from which a new fit starts as from any initialisation."""
+    checkpoint: dict[str, Any] = {"state_dict": state, **started_anew(step)}
+    if module.hparams:
+        # As Lightning writes them: the name of the argument that took them all, and the class of a config object.
+        if hasattr(module, "_hparams_name"):
+            checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module._hparams_name
+        if isinstance(module.hparams, Container):
+            checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = module.hparams
+            checkpoint[module.CHECKPOINT_HYPER_PARAMS_TYPE] = type(module.hparams)
+        else:
+            checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The provenance of a file that `save` wrote.
+
+    Raises:
+        ValueError: If the file is no ``.ckpt`` or ``.safetensors``, or holds no merge.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        with _safetensors().safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        found = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+    else:
+        check_suffix(path)
+        found = torch.load(path, weights_only=True, map_location="meta").get(PROVENANCE_KEY, {})
+    if "rule" not in found:
+        raise ValueError(f"{path} holds no merge")
+    return found
+
+
+def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    """Writes merged weights to a ``.ckpt`` or a ``.safetensors`` file.
+
+    The file appears under its name when it is complete; before that, or after an error, what was there stays.
+
+    Args:
+        path: Ends in ``.ckpt`` (the whole checkpoint, for Lightning) or ``.safetensors`` (its ``state_dict`` alone).
+            Missing folders are made.
+        checkpoint: A Lightning checkpoint whose ``state_dict`` holds the merge, a tensor of its own for every name.
+        origin: As `provenance` makes it.
+
+    Raises:
+        ValueError: If the path ends otherwise, or the state dict holds what the format does not take.
+        OSError: If it cannot be written; the message says what was not saved.
+    """
+    path = Path(path)
+    check_suffix(path)
+    others = [key for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
+    if others and path.suffix == ".safetensors":
+        raise ValueError(f"a .safetensors file takes tensors only, and {others[0]} is none; save the merge as .ckpt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with complete_or_absent(path) as unfinished:
+            if path.suffix == ".ckpt":
+                torch.save({**checkpoint, PROVENANCE_KEY: dict(origin)}, unfinished)
+            else:
+                # The format takes contiguous tensors that share nothing; a merged state dict is made of copies already.
+                tensors = {key: value.contiguous() for key, value in checkpoint["state_dict"].items()}
+                metadata = {key: json.dumps(value) for key, value in origin.items()}
+                # Loaders of pre-trained models look for this format.
+                _safetensors().torch.save_file(tensors, unfinished, metadata | {"format": "pt"})
+    # A full disk is a RuntimeError to torch, and to safetensors an error of its own.
+    except (OSError, RuntimeError, _safetensors_error()) as error:
+        raise OSError(f"the merge of steps {origin['steps']} was not saved to {path}: {error}") from error
+
+
+def save_sharded(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    """As `save`, for a sharded model: all ranks call it, and none has more than one whole tensor at a time.
+
+    A ``.safetensors`` file is written by rank 0 as the tensors come in; for a ``.ckpt`` rank 0 keeps them all in host
+    memory. A path without an ending becomes a directory of `torch.distributed.checkpoint`, with the provenance in
+    ``merge.json``, and nothing is gathered.
+
+    Raises:
+        ValueError: If the path ends otherwise, or the state dict holds what the format does not take.
+        OSError: If it cannot be written, on all ranks; the message says what was not saved.
+    """
+    path, state = Path(path), checkpoint["state_dict"]
+    if not path.suffix:
+        dcp.save({"state_dict": state}, checkpoint_id=path)
+        if rank() == 0:
+            (path / "merge.json").write_text(json.dumps(dict(origin)))
+        return
+    check_suffix(path)
+    gathered = ((name, whole(tensor)) for name, tensor in state.items())
+    problem = None
+    try:
+        if path.suffix == ".ckpt":
+            kept = {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
+            if rank() == 0:
+                save(path, {**checkpoint, "state_dict": kept}, origin)
+        elif rank() == 0:
+            metadata = {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with complete_or_absent(path) as unfinished:
+                write_safetensors(unfinished, state, (tensor for _, tensor in gathered), metadata)
+    except OSError as error:
+        problem = f"the merge of steps {origin['steps']} was not saved to {path}: {error}"
+    # Whatever happened to the file, the others wait for this rank's part of each tensor.
+    for _ in gathered:
+        pass
+    if found := united({} if problem is None else {rank(): problem}):
+        raise OSError(next(iter(found.values())))
+
+
+def check_suffix(path: Path) -> None:
+    """Raises unless a merge can be saved under that name."""
+    if path.suffix not in (".ckpt", ".safetensors"):
+        raise ValueError(f"a merge is saved as .ckpt or .safetensors, got {path.name!r}")
+
+
+def _safetensors_error() -> type[Exception]:
+    return _safetensors().SafetensorError if find_spec("safetensors") else OSError
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a .safetensors file needs: pip install 'merge-callback[export]'") from error
+    return safetensors

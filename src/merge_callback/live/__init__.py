@@ -1,0 +1,1 @@
+"""The run under training: read, swapped, put back, evaluated."""

@@ -1,0 +1,143 @@
+"""Calls an observer around every validation of a fit."""
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+from lightning.pytorch import LightningModule, Trainer
+
+from merge_callback.live.evaluate import LoggedValue, _epoch_values, _replaced
+from merge_callback.live.swap import live_weights
+
+
+class ValidationObserver(Protocol):
+    """What `observe_validations` calls around every validation of a fit, the sanity check excepted."""
+
+    def before_validation(self, trainer: Trainer) -> None:
+        """Called before the live validation; the place for `evaluate`.
+
+        Other weights may be swapped in: who saves a checkpoint meanwhile, as a signal handler may, saves the live ones.
+        """
+
+    def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> Mapping[str, LoggedValue]:
+        """Called with the live values once their epoch has ended; returns what to log beside them.
+
+        What is to stand in the progress bar stands there under the first part of its name, ``merged``.
+        """
+
+
+def observe_validations(trainer: Trainer, observer: ValidationObserver) -> None:
+    """Calls the observer around every validation of the running fit, until `stop_observing_validations`."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if not isinstance(loop.run, _ObservedRun):
+        loop.run = _ObservedRun(trainer)  # type: ignore[method-assign]
+    loop.run.observers.append(observer)
+
+
+def stop_observing_validations(trainer: Trainer, observer: ValidationObserver) -> None:
+    """Undoes `observe_validations`; does nothing where there is nothing to undo."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if isinstance(loop.run, _ObservedRun) and observer in loop.run.observers:
+        loop.run.observers.remove(observer)
+        if not loop.run.observers:
+            del loop.run
+
+
+class _ObservedRun:
+    """Stands in for the ``run`` of the fit's validation loop."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.observers: list[ValidationObserver] = []
+        # Lightning's results keep a name from one validation to the next.
+        self.published: set[str] = set()
+
+    def __call__(self) -> Any:
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        run = types.MethodType(type(loop).run, loop)
+        loop.setup_data()
+        if loop.skip:
+            return run()
+        with _saving_live_weights(self.trainer):
+            for observer in self.observers:
+                observer.before_validation(self.trainer)
+        with _called_after_epoch_end(self.trainer.lightning_module, self._publish):
+            return run()
+
+    def _publish(self) -> None:
+        results = self.trainer.fit_loop.epoch_loop.val_loop._results
+        logged = _epoch_values(results, self.trainer.callback_metrics)
+        live = {name: value for name, value in logged.items() if name not in self.published}
+        now: set[str] = set()
+        for observer in self.observers:
+            for name, value in observer.after_validation(self.trainer, live).items():
+                if name in now or name in live:
+                    # Lightning would log the mean of both.
+                    raise ValueError(f"{name} is logged twice; give the callback, or its merge, another name")
+                now.add(name)
+                self.published.add(name)
+                # Not through `self.log`, which refuses the names of values that belong to one of several loaders. The
+                # values are reduced over ranks already: asking for a reduction that does nothing keeps them so.
+                results.log(
+                    "on_validation_epoch_end", name, value.value, logger=value.logger, sync_dist=True, batch_size=1
+                )
+                if value.prog_bar:
+                    # Under a short name, which leaves the line its place, and which nothing else has to know.
+                    shown = {name.partition("/")[0]: value.value.item()}
+                    self.trainer._logger_connector._progress_bar_metrics.update(shown)
+
+
+@contextmanager
+def _called_after_epoch_end(module: LightningModule, function: Callable[[], None]) -> Iterator[None]:
+    """Calls the function right after the module's own ``on_validation_epoch_end``.
+
+    The hook of the same name that callbacks have runs before the module's, too early to see what the module logs there.
+    """
+    with ExitStack() as replaced:
+        own_hook = module.on_validation_epoch_end
+
+        def hook() -> None:
+            # Gone before anyone could copy or pickle the module with it.
+            replaced.close()
+            own_hook()
+            function()
+
+        replaced.enter_context(_replaced(module, on_validation_epoch_end=hook))
+        yield
+
+
+@contextmanager
+def _saving_live_weights(trainer: Trainer) -> Iterator[None]:
+    """Inside the context, whoever saves a checkpoint saves the live weights, whatever is swapped."""
+    save = trainer.save_checkpoint
+
+    def save_live_checkpoint(*arguments: Any, **options: Any) -> None:
+        with live_weights():
+            save(*arguments, **options)
+
+    with _replaced(trainer, save_checkpoint=save_live_checkpoint):
+        yield
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether a validation follows the training batch that has just ended; for ``on_train_batch_end``.
+
+    A count of validations that is kept in checkpoints has to go up here. Lightning saves some checkpoints before the
+    validation that is due at their step, and passes over that validation when it resumes from them.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def is_last_validation(trainer: Trainer) -> bool:
+    """Whether the fit ends with the validation that runs now."""
+    is_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+    is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    has_all_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return trainer.should_stop or has_all_steps or (is_last_epoch and is_last_batch)
+
+
+def logged_step(trainer: Trainer, live: Mapping[str, LoggedValue]) -> int:
+    """The step under which Lightning hands the values of a validation to its loggers; ``step`` if the user logs it."""
+    return int(live["step"].value) if "step" in live else trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,0 +1,230 @@
+"""Rules: the steps of some snapshots in, one merge coefficient per snapshot out.
+
+A merge is ``sum_j c_j x_j`` over the snapshots ``x_1 .. x_N``, oldest first, with coefficients that sum to one. At a
+constant learning rate every snapshot is the first one minus the updates made since, so the merge equals a run whose
+updates between snapshot ``i - 1`` and snapshot ``i`` were multiplied by ``w_i = c_i + c_(i+1) + ... + c_N``
+(arXiv 2507.17634): merging *is* a learning-rate decay that needs no training.
+
+**How a window maps to a decay.** ``N`` snapshots, ``V`` steps apart, span ``N - 1`` gaps of ``V`` steps, and stand for
+a decay over ``N * V`` steps: each snapshot answers for the ``V`` steps around it, half of them before and half after.
+The updates in the ``i``-th gap get the shape's value at the middle of that gap, which is ``i / N`` of the way down. So
+ten snapshots 100 steps apart, averaged uniformly, are a linear decay over 1,000 steps, in nine stairs of 0.9 to 0.1.
+
+Two families share this frame. The paper's rules (``sma``, ``wma``, ``ema``; arXiv 2505.12082) give each snapshot its
+weight by rank, whatever the spacing. The decay-equivalent rules (``linear``, ``1-sqrt``, ``cosine``) weight a snapshot
+by the steps it stands for, so they keep their meaning when the spacing is uneven.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+
+class Rule(Protocol):
+    """Anything that turns snapshot steps, oldest first, into as many coefficients; any function of that form is one."""
+
+    def __call__(self, steps: Sequence[int], /) -> Sequence[float]: ...
+
+
+def sma(steps: Sequence[int]) -> list[float]:
+    """Simple moving average: the same weight for every snapshot (arXiv 2505.12082, the paper's default).
+
+    Examples:
+        >>> sma([100, 200, 300, 400])
+        [0.25, 0.25, 0.25, 0.25]
+    """
+    return [1 / len(steps)] * len(steps)
+
+
+def wma(steps: Sequence[int]) -> list[float]:
+    """Weighted moving average: weights proportional to 1, 2, ... N, newest heaviest (arXiv 2505.12082).
+
+    Examples:
+        >>> wma([100, 200, 300])
+        [0.16666666666666666, 0.3333333333333333, 0.5]
+    """
+    total = len(steps) * (len(steps) + 1) / 2
+    return [rank / total for rank in range(1, len(steps) + 1)]
+
+
+def ema(alpha: float = 0.2) -> Rule:
+    """A rule that averages snapshots exponentially: ``m_i = alpha x_i + (1 - alpha) m_(i-1)``, ``m_1 = x_1``.
+
+    This is the average over *snapshots* of arXiv 2505.12082 (alpha 0.1 or 0.2), not an average over every step. Its
+    closed form is started by the oldest snapshot, which therefore gets ``(1 - alpha)^(N-1)`` and makes the sum one.
+
+    Args:
+        alpha: Weight of the newest snapshot, in (0, 1].
+
+    Raises:
+        ValueError: If ``alpha`` lies outside (0, 1].
+
+    Examples:
+        >>> ema(0.5)([10, 20, 30])
+        [0.25, 0.25, 0.5]
+    """
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha must lie in (0, 1], got {alpha}")
+
+    def ema_rule(steps: Sequence[int]) -> list[float]:
+        newer = [alpha * (1 - alpha) ** age for age in range(len(steps) - 2, -1, -1)]
+        return [(1 - alpha) ** (len(steps) - 1), *newer]
+
+    return ema_rule
+
+
+# Multiplier of the learning rate as a function of the share of the decay that is done: 1 at 0, 0 at 1.
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: 1 - share,
+    "1-sqrt": lambda share: 1 - math.sqrt(share),
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+}
+
+
+def decay(shape: str) -> Rule:
+    """A rule whose merge stands for a decay of the given shape over the window.
+
+    The window reaches from half a gap before the oldest snapshot to half a gap after the newest; the updates between
+    two snapshots are multiplied by the shape's value at the middle of their gap (arXiv 2507.17634, theorem 1; even
+    spacing gives its coefficients). The oldest snapshot is the heaviest under ``1-sqrt``, which decays fastest first.
+
+    Args:
+        shape: ``"linear"``, ``"1-sqrt"`` or ``"cosine"``.
+
+    Raises:
+        ValueError: If the shape is unknown.
+
+    Examples:
+        >>> [round(c, 3) for c in decay("linear")([100, 200, 400])]  # they stand for 100, 150 and 200 steps
+        [0.222, 0.333, 0.444]
+        >>> [round(c, 3) for c in decay("1-sqrt")(range(10))]
+        [0.316, 0.131, 0.101, 0.085, 0.075, 0.067, 0.062, 0.058, 0.054, 0.051]
+    """
+    if shape not in DECAY_SHAPES:
+        raise ValueError(f"unknown decay shape {shape!r}; {_nearest(shape, DECAY_SHAPES)}")
+    multiplier = DECAY_SHAPES[shape]
+
+    def decay_rule(steps: Sequence[int]) -> list[float]:
+        if len(steps) == 1:
+            return [1.0]
+        middles = [(older + newer) / 2 for older, newer in pairwise(steps)]
+        start = steps[0] - (middles[0] - steps[0])
+        end = steps[-1] + (steps[-1] - middles[-1])
+        multipliers = [1.0, *(multiplier((middle - start) / (end - start)) for middle in middles)]
+        return coefficients_from_decay(multipliers)
+
+    return decay_rule
+
+
+RULES: dict[str, Rule] = {"sma": sma, "wma": wma, "ema": ema(), **{shape: decay(shape) for shape in DECAY_SHAPES}}
+
+
+def in_steps(num_steps: float | None, share: float | None, step: int) -> float:
+    """A length that is given in steps, or as a share of the steps so far."""
+    return num_steps if num_steps is not None else (share or 0.0) * step
+
+
+def required_span(rule: str | Rule, step: int) -> float:
+    """Steps behind ``step`` that the buffer has to cover for a rule; zero if the rule takes what there is."""
+    method: Callable[[int], float] | None = getattr(rule, "required_span", None)
+    return method(step) if method is not None else 0.0
+
+
+def resolve_rule(rule: str | Rule) -> Rule:
+    """The rule of that name, or the rule itself.
+
+    Raises:
+        ValueError: If the name is unknown; the message suggests the nearest one.
+        TypeError: If it is neither a name nor callable.
+    """
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(f"unknown merge rule {rule!r}; {_nearest(rule, RULES)}")
+        return RULES[rule]
+    if not callable(rule):
+        raise TypeError(f"a merge rule is a name or a function of the snapshots' steps, got {rule!r}")
+    return rule
+
+
+def rule_label(rule: str | Rule) -> str:
+    """What to call a rule: its name, also when it is given as a function.
+
+    Examples:
+        >>> rule_label(sma), rule_label("1-sqrt")
+        ('sma', '1-sqrt')
+    """
+    if isinstance(rule, str):
+        return rule
+    names = [name for name, known in RULES.items() if known is rule]
+    return names[0] if names else getattr(rule, "__name__", repr(rule))
+
+
+def merge_coefficients(rule: str | Rule, steps: Sequence[int]) -> list[float]:
+    """Coefficients of the merge, one per snapshot, checked and summing to one.
+
+    Args:
+        rule: Name of a rule, or a rule. A function's weights are divided by their sum.
+        steps: Optimizer steps of the snapshots, ascending, at least one.
+
+    Returns:
+        As many coefficients as steps, oldest first; they may be zero or negative.
+
+    Raises:
+        ValueError: If a rule fails, or gives another number of weights, a NaN or infinity, or weights that sum to
+            zero; the message names the rule and the steps.
+
+    Examples:
+        >>> merge_coefficients(lambda steps: steps, [100, 300])
+        [0.25, 0.75]
+    """
+    label = rule_label(rule)
+    try:
+        weights = [float(weight) for weight in resolve_rule(rule)(steps)]
+    except Exception as error:
+        raise ValueError(f"merge rule {label} failed for steps {list(steps)}: {error!r}") from error
+    if len(weights) != len(steps):
+        raise ValueError(f"merge rule {label} gave {len(weights)} weights for {len(steps)} snapshots")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"merge rule {label} gave a weight that is not finite for steps {list(steps)}: {weights}")
+    total = math.fsum(weights)
+    if abs(total) <= 1e-12 * max(map(abs, weights)):
+        raise ValueError(f"merge rule {label} gave weights that sum to zero for steps {list(steps)}: {weights}")
+    # Weights that sum to one up to rounding stay as the rule wrote them.
+    return weights if abs(total - 1) < 1e-12 else [weight / total for weight in weights]
+
+
+def decay_from_coefficients(coefficients: Sequence[float]) -> list[float]:
+    """Learning-rate multipliers that a merge stands for: ``w_i = c_i + ... + c_N`` (arXiv 2507.17634).
+
+    Args:
+        coefficients: One per snapshot, oldest first, summing to one.
+
+    Returns:
+        As many multipliers: the ``i``-th applies to the updates that led up to snapshot ``i`` from the one before. The
+        first is one: all that happened before the window counts in full.
+
+    Examples:
+        >>> decay_from_coefficients([0.25, 0.25, 0.25, 0.25])
+        [1.0, 0.75, 0.5, 0.25]
+    """
+    return list(accumulate(reversed(coefficients)))[::-1]
+
+
+def coefficients_from_decay(multipliers: Sequence[float]) -> list[float]:
+    """Coefficients of the merge that stands for a decay: ``c_j = w_j - w_(j+1)``; undoes `decay_from_coefficients`.
+
+    Args:
+        multipliers: One per snapshot, oldest first, starting at one.
+
+    Examples:
+        >>> coefficients_from_decay([1.0, 0.75, 0.5, 0.25])
+        [0.25, 0.25, 0.25, 0.25]
+    """
+    return [older - newer for older, newer in pairwise([*multipliers, 0.0])]
+
+
+def _nearest(name: str, names: Mapping[str, object]) -> str:
+    matches = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+    return (f"did you mean {matches[0]!r}? " if matches else "") + f"Known: {', '.join(names)}"

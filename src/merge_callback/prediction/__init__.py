@@ -1,0 +1,1 @@
+"""From merges and real anneals to annealed values."""

@@ -1,0 +1,1 @@
+"""Merges validated beside the live model, and logged."""

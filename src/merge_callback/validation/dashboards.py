@@ -1,0 +1,215 @@
+"""What loggers and the terminal are shown beyond plain metrics: logged values in, charts and a closing table out.
+
+TensorBoard gives a run one colour, so live and merged values of one run look alike there. They are therefore written
+once more as runs of their own below the log folder, ``merged`` and ``annealed``, under the live metric's name: one
+chart, a colour for each, without a click. The layout of the Custom Scalars page lies there too, beside one that a user
+may have written for the run itself: TensorBoard shows both, and neither replaces the other. Weights & Biases is told
+which value of a metric is its best. Other loggers need nothing but the metrics, whose names all of them take.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from merge_callback.live.evaluate import LoggedValue
+from merge_callback.utilities.tables import NOTHING, number, text_table
+from merge_callback.validation.logged import BOUNDS, LoggedName
+
+# Everything that is logged of a merge itself.
+DIAGNOSTICS = ("num_snapshots", "span_steps", "spread", "seconds", "num_skipped")
+
+
+@dataclass(frozen=True)
+class MergeNow:
+    """A merge as it was at a validation.
+
+    Args:
+        name: Its name.
+        coefficients: By snapshot step; none of an average over every step.
+        span_steps: Steps that the average counts, if it is one.
+    """
+
+    name: str
+    coefficients: Mapping[int, float]
+    span_steps: float = 0.0
+
+    def __str__(self) -> str:
+        used = [step for step, value in self.coefficients.items() if value != 0]
+        if not used:
+            return f"{self.name}: every step, about {self.span_steps:.0f}"
+        plural = "s" if len(used) > 1 else ""
+        return f"{self.name}: {len(used)} snapshot{plural}, {used[-1] - used[0]} steps"
+
+
+def scalar_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's layout of custom scalars: category -> chart -> kind of chart and patterns of tags.
+
+    Args:
+        metrics: Live metrics that have merged values.
+        label: Of the callback.
+
+    Examples:
+        >>> scalar_layout(["loss"])["Live, merged, annealed"]
+        {'loss': ['Multiline', ['^loss$']]}
+    """
+    metrics = list(metrics)
+    return {
+        # Every run has the live metric's name: the live one, the merged one, the annealed one.
+        f"Live, merged, annealed{label}": {metric: ["Multiline", [f"^{re.escape(metric)}$"]] for metric in metrics},
+        # Of all merges, also those that come later.
+        f"Gain of the merge{label}": {
+            metric: ["Multiline", [f"^merge_gain{label}(_[^/]*)?/{re.escape(metric)}$"]] for metric in metrics
+        },
+        f"Merge{label}": {name: ["Multiline", [f"^merge{label}/{name}$"]] for name in DIAGNOSTICS},
+    }
+
+
+def prediction_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str, list[Any]]]:
+    """The part of the layout that comes with the first predictions; of these charts TensorBoard takes no patterns."""
+    charts = {
+        metric: ["Margin", [str(LoggedName("annealed", label, metric, end)) for end in ("", *BOUNDS)]]
+        for metric in metrics
+    }
+    return {f"Predicted, with interval{label}": charts}
+
+
+class Dashboards:
+    """What a callback shows in a run's loggers and at its end; used on the rank that logs.
+
+    Args:
+        title: Of the closing table.
+        label: Of the callback, in logged names.
+    """
+
+    def __init__(self, title: str, label: str = "") -> None:
+        self.title = title
+        self.label = label
+        self._begin()
+
+    def _begin(self) -> None:
+        self._num_shown = 0
+        self._runs: dict[str, Any] = {}
+        # Parts of TensorBoard's layout that are written, names that Weights & Biases was told of.
+        self._laid_out: set[tuple[str, str]] = set()
+        self._defined: set[str] = set()
+        self._is_without_figures = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies open files of their own."""
+        return self.__dict__ | {"_runs": {}}
+
+    def show(
+        self,
+        loggers: Iterable[Any],
+        logged: Mapping[LoggedName, LoggedValue],
+        step: int,
+        coefficients: Mapping[int, float] | None = None,
+    ) -> None:
+        """Brings the charts up to date with a validation.
+
+        Args:
+            loggers: The Trainer's.
+            logged: What the callback logs there.
+            step: Under which Lightning logs it.
+            coefficients: Of the primary merge, by snapshot step; drawn at the first, second, fourth, eighth ... call.
+        """
+        self._num_shown += 1
+        is_drawn = self._num_shown & (self._num_shown - 1) == 0
+        written = {name: value for name, value in logged.items() if value.logger}
+        for logger in loggers:
+            kinds = {base.__name__ for base in type(logger).__mro__}
+            if "TensorBoardLogger" in kinds:
+                self._show_in_tensorboard(logger, written, step)
+                if coefficients and is_drawn:
+                    self._draw(logger, coefficients, step)
+            elif "WandbLogger" in kinds:
+                self._define_in_wandb(logger, written)
+
+    def close(self) -> None:
+        """Writes what is still to be written; for the end of a run."""
+        for run in self._runs.values():
+            run.close()
+        self._begin()
+
+    def _show_in_tensorboard(self, logger: Any, logged: Mapping[LoggedName, LoggedValue], step: int) -> None:
+        layouts = {"merged": scalar_layout, "annealed": prediction_layout}
+        for name, value in logged.items():
+            if name.kind not in layouts or name.end:
+                continue
+            run = self._run(logger, f"{name.kind}{name.label}")
+            run.add_scalar(name.metric, float(value.value), step)
+            if (part := (logger.log_dir, name.kind)) not in self._laid_out:
+                self._laid_out.add(part)
+                metrics = dict.fromkeys(each.metric for each in logged if each.kind == name.kind)
+                run.add_custom_scalars(layouts[name.kind](metrics, self.label))
+        for run in self._runs.values():
+            run.flush()
+
+    def _run(self, logger: Any, name: str) -> Any:
+        folder = os.path.join(logger.log_dir, name)  # noqa: PTH118 (it may be a remote one)
+        if folder not in self._runs:
+            # Of the same kind as the logger's own: torch's or tensorboardX's.
+            self._runs[folder] = type(logger.experiment)(folder)
+        return self._runs[folder]
+
+    def _draw(self, logger: Any, coefficients: Mapping[int, float], step: int) -> None:
+        try:
+            from merge_callback.validation.figures import pixels, plot_merge
+        except ModuleNotFoundError as error:
+            if not self._is_without_figures:
+                rank_zero_info(
+                    f"no figure of the merge in TensorBoard, since {error.name} is not installed:"
+                    " pip install 'merge-callback[dashboards]'"
+                )
+            self._is_without_figures = True
+            return
+        image = pixels(plot_merge(coefficients))
+        logger.experiment.add_image(f"merge{self.label}/coefficients", image, step, dataformats="HWC")
+
+    def _define_in_wandb(self, logger: Any, logged: Mapping[LoggedName, LoggedValue]) -> None:
+        for name, value in logged.items():
+            if str(name) in self._defined or name.kind not in ("merged", "merge_gain"):
+                continue
+            self._defined.add(str(name))
+            best = "max" if name.kind == "merge_gain" or value.higher_is_better else "min"
+            # By its whole name: a pattern would compete with the one that Lightning defines for all metrics. A dot
+            # would be taken for the way into an entry.
+            whole = str(name).replace(".", r"\.")
+            logger.experiment.define_metric(whole, step_metric="trainer/global_step", summary=f"{best},last")
+
+    def closing_table(
+        self,
+        step: int,
+        live: Mapping[str, LoggedValue],
+        logged: Mapping[LoggedName, LoggedValue],
+        merges: Mapping[str, MergeNow],
+    ) -> str:
+        """Live and merged values, gains and predictions of a validation as a table of text that fits 80 columns.
+
+        Args:
+            step: Optimizer steps then.
+            live: Metric -> live value, on the batches that the merges were evaluated on.
+            logged: What the callback logged there.
+            merges: By label.
+        """
+        rows = []
+        for name, merged in logged.items():
+            gain = logged.get(LoggedName("merge_gain", name.label, name.metric))
+            if name.kind == "merged" and gain is not None:
+                numbers = [number(value.value) for value in (live[name.metric], merged)]
+                numbers += [number(gain.value, "+"), _predicted(logged, name)]
+                rows.append([name.metric, str(merges[name.label]), *numbers])
+        header = ["metric", "merge", "live", "merged", "gain", "predicted"]
+        return text_table(header, rows, title=f"{self.title} at step {step}", num_left=2)
+
+
+def _predicted(logged: Mapping[LoggedName, LoggedValue], name: LoggedName) -> str:
+    ends = [logged.get(LoggedName("annealed", name.label, name.metric, end)) for end in ("", *BOUNDS)]
+    found = [float(end.value) for end in ends if end is not None]
+    if len(found) < len(ends):
+        return NOTHING
+    return f"{number(found[0])} ± {number(max(abs(end - found[0]) for end in found))}"

@@ -1,0 +1,114 @@
+"""What is logged beside the live metrics of a validation, and under which names: merged values and gains."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from merge_callback.live.evaluate import LoggedValue
+from merge_callback.live.names import fits
+from merge_callback.prediction.bias import gain
+
+
+def safe_name(name: str) -> str:
+    """A name as it stands in logged names, where every logger takes it: letters, digits, ``_``, ``.`` and ``-`` stay.
+
+    Examples:
+        >>> safe_name("ema (0.2)")
+        'ema__0.2_'
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+
+
+# Ends of a prediction's interval.
+BOUNDS = ("/low", "/high")
+
+
+@dataclass(frozen=True)
+class LoggedName:
+    """The name of something that the callback logs.
+
+    Args:
+        kind: ``"merged"``, ``"merge_gain"``, ``"annealed"``, ``"annealed_error"``, or ``"merge"`` for a diagnostic.
+        label: Tells callbacks and further merges apart; begins with ``_``, or is empty.
+        metric: The live metric, or the diagnostic.
+        end: Of a prediction's interval, one of ``BOUNDS``.
+
+    Examples:
+        >>> str(LoggedName("merge_gain", "_late", "val_loss"))
+        'merge_gain_late/val_loss'
+    """
+
+    kind: str
+    label: str
+    metric: str
+    end: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.label}/{self.metric}{self.end}"
+
+
+@dataclass(frozen=True)
+class Names:
+    """What one callback calls what it logs.
+
+    Args:
+        callback: Its name.
+        primary: The name of its primary merge.
+        higher_is_better: Patterns of metrics where more is better.
+
+    Examples:
+        >>> names = Names("merge", primary="sma")
+        >>> str(names("merged", "val_loss")), str(names("merged", "val_loss", "late"))
+        ('merged/val_loss', 'merged_late/val_loss')
+    """
+
+    callback: str
+    primary: str
+    higher_is_better: tuple[str, ...] = ()
+
+    def __call__(self, kind: str, metric: str, merge: str | None = None) -> LoggedName:
+        """The name of a value of a metric under a merge; None is the primary one."""
+        return LoggedName(kind, self.label(merge), metric)
+
+    def label(self, merge: str | None = None) -> str:
+        """What is added to names: the callback's unless it is the default, the merge's unless it is the primary one."""
+        own = self.callback if self.callback != "merge" else None
+        parts = [own, merge if merge != self.primary else None]
+        return "".join(f"_{safe_name(part)}" for part in parts if part)
+
+    def is_higher_better(self, metric: str, value: LoggedValue) -> bool:
+        """Whether more is better: by a pattern, or since a torchmetrics object that was logged says so."""
+        return self.fits(metric, self.higher_is_better) or bool(value.higher_is_better)
+
+    @staticmethod
+    def fits(metric: str, patterns: str | Iterable[str]) -> bool:
+        """Whether a metric fits one pattern, or any of several.
+
+        A pattern for ``acc`` also means what Lightning makes of it: ``acc_epoch``, ``acc/dataloader_idx_0``.
+        """
+        plain = metric.partition("/dataloader_idx_")[0].removesuffix("_epoch")
+        return any(fits(name, patterns) for name in (metric, plain))
+
+
+def merged_and_gains(
+    names: Names, merged: Mapping[str, Mapping[str, LoggedValue]], live: Mapping[str, LoggedValue]
+) -> dict[LoggedName, LoggedValue]:
+    """Values of merges, and how much better than the live ones they are.
+
+    Args:
+        names: What they are called.
+        merged: By merge and metric.
+        live: By metric, on the same batches.
+    """
+    logged = {}
+    in_bar = next((metric for metric, value in live.items() if value.prog_bar), None)
+    for merge, values in merged.items():
+        for metric, value in values.items():
+            is_better_higher = names.is_higher_better(metric, value)
+            logged[names("merged", metric, merge)] = replace(
+                value, prog_bar=merge == names.primary and metric == in_bar, higher_is_better=is_better_higher
+            )
+            if metric in live:
+                better = gain(live[metric].value, value.value, is_better_higher)
+                logged[names("merge_gain", metric, merge)] = LoggedValue(better, logger=value.logger)
+    return logged

@@ -1,0 +1,270 @@
+"""Merges validated beside the live model, at each of its validations, and what is logged of them."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from merge_callback.capture.merges import CapturedMerges
+from merge_callback.live.evaluate import LoggedValue, evaluate, num_limited_batches
+from merge_callback.live.learning_rates import optimizer_step
+from merge_callback.live.observe import is_last_validation, logged_step, observe_validations, stop_observing_validations
+from merge_callback.merging.averages import is_average
+from merge_callback.merging.rules import rule_label
+from merge_callback.prediction.bias import gain
+from merge_callback.prediction.records import TrunkValues
+from merge_callback.utilities.background import wait_for_device
+from merge_callback.utilities.messages import Messages
+from merge_callback.validation.budget import Budget
+from merge_callback.validation.dashboards import Dashboards, MergeNow
+from merge_callback.validation.logged import LoggedName, Names, merged_and_gains
+from merge_callback.validation.routers import Choices, Routers
+from merge_callback.validation.trunk import Trunk
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What the evaluation before a live validation found, kept until the live values are there to compare with."""
+
+    step: int
+    merged: dict[str, dict[str, LoggedValue]]
+    # By merge: coefficient by snapshot step; none of an average.
+    coefficients: dict[str, dict[int, float]]
+    live: dict[str, LoggedValue] | None
+    diagnostics: dict[str, float]
+
+
+class MergedValidation:
+    """A `ValidationObserver` that validates merges over the batches of each live validation, and logs both beside.
+
+    Args:
+        merges: What is validated.
+        names: Of what is logged.
+        trunk: What the run's validations have found so far.
+        budget: Of wall time.
+        messages: For the user.
+        every_n_validations: Validates the merges at every n-th validation.
+        limit_batches: As for `evaluate.evaluate`; with a limit the live model is evaluated on the same batches again.
+        routers: What is compared between merge and live model.
+    """
+
+    def __init__(
+        self,
+        merges: CapturedMerges,
+        names: Names,
+        trunk: Trunk,
+        budget: Budget,
+        messages: Messages,
+        *,
+        every_n_validations: int = 1,
+        limit_batches: int | float | None = None,
+        routers: Routers | None = None,
+    ) -> None:
+        self.merges = merges
+        self.trunk = trunk
+        self.budget = budget
+        # How many validations there were, this one included.
+        self.num_validations = 0
+        self._names = names
+        self._messages = messages
+        self._every_n_validations = every_n_validations
+        self._limit_batches = limit_batches
+        self._routers = routers
+        # When the fit began; None between fits.
+        self._began: float | None = None
+        self._evaluation: _Evaluation | None = None
+        self._dashboards = Dashboards(f"MergeCallback({names.callback!r})", names.label())
+        # Makes the closing table; only at the end of a fit is it needed.
+        self._closing: Callable[[], str] | None = None
+
+    def begin(self, trainer: Trainer) -> None:
+        """From here on the fit's validations are observed, until `close`."""
+        self._began, self._closing = time.perf_counter(), None
+        if trainer.barebones:
+            self._messages.say(
+                "a barebones trainer logs nothing, so merges are kept for export but not evaluated", "barebones"
+            )
+        elif trainer.enable_validation:
+            observe_validations(trainer, self)
+            self._warn_of_early_stops(trainer)
+        else:
+            self._messages.say(
+                "there is no validation, so merges are kept for export but not evaluated", "no validation"
+            )
+
+    def _warn_of_early_stops(self, trainer: Trainer) -> None:
+        if self._every_n_validations == 1 and self.budget.share is None:
+            return
+        for stopping in trainer.early_stopping_callbacks:
+            if str(stopping.monitor).startswith(("merged", "merge_gain", "annealed")):
+                self._messages.warn(
+                    f"where a merged validation is left out, EarlyStopping(monitor={stopping.monitor!r}) sees the value"
+                    " of the one before again and counts that as no improvement: its patience has to cover those",
+                    "stopping",
+                )
+
+    def close(self, trainer: Trainer) -> None:
+        """The fit is over: tells what the last validation found, and what all of it took."""
+        stop_observing_validations(trainer, self)
+        self._dashboards.close()
+        self.budget.elapsed, self._began = self._elapsed(), None
+        if self._closing is not None:
+            spent = self.budget.spent
+            cost = f"merges took {spent:.1f} s, {spent / self.budget.elapsed:.1%} of the run"
+            self._messages.say(f"{cost}\n{self._closing()}", "closing")
+            self._closing = None
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the latest validation has evaluated the primary merge."""
+        return self._evaluation is not None and self.merges.primary in self._evaluation.merged
+
+    def before_validation(self, trainer: Trainer) -> None:
+        """Validates every merge, and the live weights on the same batches where these are fewer."""
+        self._evaluation = None
+        if self.num_validations % self._every_n_validations or not self._fits_budget(trainer):
+            return
+        step, merges = optimizer_step(trainer), self.merges
+        merges.drop_unusable()
+        merges.drop_nonfinite(step)
+        captured = [name for name in merges.rules if merges.is_captured(name)]
+        if not captured:
+            return
+        device = trainer.lightning_module.device
+        wait_for_device(device)
+        began = time.perf_counter()
+        num_batches, num_live_batches = num_limited_batches(trainer, self._limit_batches)
+        merged, diagnostics, used = {}, {}, {}
+        choices: dict[str, Choices] = {}
+        for name, coefficients, row in merges.rows(captured, step):
+            if name == merges.primary:
+                diagnostics = merges.diagnostics(coefficients, row, step)
+            with merges.swapped_in(trainer.lightning_module, row, merges.buffers(name)):
+                merged[name] = evaluate(trainer, self._limit_batches)
+                if name == merges.primary:
+                    choices = self._choices(trainer)
+            used[name] = coefficients
+            # Otherwise the next merge would be made while this one still takes its memory.
+            del row
+        live = evaluate(trainer, self._limit_batches) if num_batches < num_live_batches else None
+        if self._routers is not None and choices:
+            diagnostics |= self._routers.compare(choices, self._choices(trainer))
+        wait_for_device(device)
+        diagnostics["seconds"] = time.perf_counter() - began
+        self.budget.spend(diagnostics["seconds"], is_costly=True)
+        self._evaluation = _Evaluation(step, merged, used, live, diagnostics)
+
+    def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
+        """What to log beside the live values: merged values, gains, predictions and diagnostics."""
+        logged = self._learned(trainer, live)
+        if self.budget.share is not None:
+            logged[self._names("merge", "num_skipped")] = LoggedValue(torch.tensor(float(self.budget.num_skipped)))
+        if (evaluation := self._evaluation) is not None:
+            step = logged_step(trainer, live)
+            live = evaluation.live or live
+            logged |= merged_and_gains(self._names, evaluation.merged, live)
+            self._check_names(live)
+            device = trainer.lightning_module.device
+            for key, diagnostic in (evaluation.diagnostics | self._curvature_gain(evaluation)).items():
+                logged[self._names("merge", key)] = LoggedValue(torch.tensor(diagnostic, device=device))
+            if trainer.is_global_zero:
+                self._show(trainer, evaluation, live, logged, step)
+        return {str(name): value for name, value in logged.items()}
+
+    def _check_names(self, live: Mapping[str, LoggedValue]) -> None:
+        """Whether every pattern fits a metric: one that was mistyped would turn the sign of gains."""
+        for pattern in self._names.higher_is_better:
+            if not any(self._names.fits(name, pattern) for name in live):
+                self._messages.warn(
+                    f"higher_is_better={pattern!r} fits none of the metrics {', '.join(live)}", f"pattern {pattern}"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        budget = asdict(replace(self.budget, elapsed=self._elapsed()))
+        return {"num_validations": self.num_validations, "budget": budget, **self.trunk.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave, but for the share of time, which may be another one now."""
+        self.num_validations = state["num_validations"]
+        self.budget = replace(Budget(**state["budget"]), share=self.budget.share)
+        self.trunk.load_state_dict(state)
+
+    def _elapsed(self) -> float:
+        """Seconds of this fit and of those that it goes on from."""
+        return self.budget.elapsed + (time.perf_counter() - self._began if self._began is not None else 0.0)
+
+    def _fits_budget(self, trainer: Trainer) -> bool:
+        if self.budget.share is None:
+            return True
+        # Clocks of ranks differ, and all have to validate or none.
+        is_allowed: bool = trainer.strategy.broadcast(self.budget.allows(self._elapsed()))
+        self.budget.num_skipped += not is_allowed
+        return is_allowed
+
+    def _choices(self, trainer: Trainer) -> dict[str, Choices]:
+        """Of the routers, as the module is now."""
+        if (routers := self._routers) is None:
+            return {}
+        return routers.choices(trainer.lightning_module, lambda: evaluate(trainer, routers.num_batches))
+
+    def _learned(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[LoggedName, LoggedValue]:
+        """Adds this validation to the trunk's, where merge and live model can be compared; returns its predictions."""
+        capture = self.merges.capture
+        if self.is_evaluated and capture.is_comparable:
+            assert self._evaluation is not None
+            self.trunk.learn(
+                self._trunk_values(self._evaluation, live), self._losses(self._evaluation), trainer.is_global_zero
+            )
+        if not capture.phase.is_stable:
+            return self.trunk.predicted(live, is_end_of_decay=is_last_validation(trainer))
+        if self._evaluation is None or not capture.is_comparable:
+            return {}
+        return self.trunk.predicted(live, is_end_of_decay=False)
+
+    def _trunk_values(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue]) -> TrunkValues:
+        primary, rule = evaluation.merged[self.merges.primary], self.merges.rule()
+        values = {name: float(live[name].value) for name in primary if name in live}
+        merged = {name: float(primary[name].value) for name in values}
+        if evaluation.live is not None:
+            # The merge was evaluated on fewer batches, and there it is the difference that counts.
+            gains = {name: gain(float(evaluation.live[name].value), merged[name]) for name in values}
+            merged = {name: values[name] - gains[name] for name in values}
+        span_steps = round(evaluation.diagnostics["span_steps"])
+        label = repr(rule) if is_average(rule) else rule_label(rule)
+        return TrunkValues(evaluation.step, span_steps, values, merged, label)
+
+    def _losses(self, evaluation: _Evaluation) -> list[str]:
+        """Metrics of the primary merge where less is better, in the order in which they are logged."""
+        values = evaluation.merged[self.merges.primary]
+        return [name for name, value in values.items() if not self._names.is_higher_better(name, value)]
+
+    def _curvature_gain(self, evaluation: _Evaluation) -> dict[str, float]:
+        """Of the first loss."""
+        if self.merges.primary not in evaluation.merged or not (losses := self._losses(evaluation)):
+            return {}
+        coefficients = evaluation.coefficients[self.merges.primary]
+        found = self.trunk.curvature_gain(losses[0], coefficients, evaluation.step)
+        return {} if found is None else {"curvature_gain": found}
+
+    def _show(
+        self,
+        trainer: Trainer,
+        evaluation: _Evaluation,
+        live: Mapping[str, LoggedValue],
+        logged: Mapping[LoggedName, LoggedValue],
+        step: int,
+    ) -> None:
+        """Brings dashboards, and what is said at the end, up to date; on one rank."""
+        began = time.perf_counter()
+        self._dashboards.show(trainer.loggers, logged, step, evaluation.coefficients.get(self.merges.primary))
+        now = {}
+        for name, coefficients in evaluation.coefficients.items():
+            rule = self.merges.rule(name)
+            span_steps = rule.span_steps(evaluation.step) if is_average(rule) else 0.0
+            now[self._names.label(name)] = MergeNow(name, coefficients, span_steps)
+        self._closing = partial(self._dashboards.closing_table, evaluation.step, live, logged, now)
+        self.budget.spend(time.perf_counter() - began)

@@ -1,0 +1,209 @@
+"""The report: what is read back, what the figures show, and a page that needs nothing else."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from merge_callback.apps.demo.__main__ import closing_table
+from merge_callback.apps.figures import plot_errors, plot_predicted_against_actual, plot_validations
+from merge_callback.apps.report import find, main, page
+from merge_callback.apps.runs import Validation, read_validations
+from merge_callback.prediction.assessment import (
+    Assessed,
+    Case,
+    cases_of,
+    from_earlier,
+    from_earlier_and_others,
+    from_other_runs,
+    summarise,
+)
+from merge_callback.prediction.bias import Comparison, Prediction
+from merge_callback.prediction.records import AnnealRecord, TrunkValues, append_record
+
+PREDICTED = Prediction(2.0, 1.875, 2.25)
+ROWS = [Validation(75, 2.5, None, None), Validation(150, 2.25, 2.125, 0.125, PREDICTED)]
+CSV = (
+    "step,train_loss,val_loss,merged/val_loss,merge_gain/val_loss,"
+    "annealed/val_loss,annealed/val_loss/low,annealed/val_loss/high\n"
+    "74,,2.5,,,,,\n99,2.4,,,,,,\n149,,2.25,2.125,0.125,2.0,1.875,2.25\n"
+)
+
+
+def record(step, annealed, run="a", shape="linear"):
+    span_steps = step // 10
+    matched = TrunkValues(step, span_steps, {"val_loss": 2.25}, {"val_loss": 2.125})
+    return AnnealRecord(run, step - span_steps, step, span_steps, shape, {"val_loss": annealed}, matched=matched)
+
+
+# Gain ratios of 1, 1.5 and 2 in the one run, of 1.2 twice in the other.
+RECORDS = [
+    record(100, 2.125),
+    record(200, 2.0625),
+    record(300, 2.0),
+    record(100, 2.1, run="b"),
+    record(200, 2.1, run="b"),
+    record(200, 1.5, run="b", shape="cosine"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run" / "csv").mkdir(parents=True)
+    (tmp_path / "run" / "csv" / "metrics.csv").write_text(CSV)
+    for each in RECORDS:
+        append_record(tmp_path / "run" / "anneals.jsonl", each)
+    return tmp_path / "run"
+
+
+def test_validations_are_read_back_with_the_number_of_steps_done(folder):
+    file = folder / "csv" / "metrics.csv"
+    assert read_validations(file, "val_loss") == ROWS
+    with pytest.raises(ValueError, match="has no metric 'val/loss'; it has: step, train_loss, val_loss"):
+        read_validations(file, "val/loss")
+
+
+def test_the_figure_shows_live_merged_predicted_and_annealed_values():
+    upper, lower = plot_validations(ROWS, "val_loss (nats)", "a run", [record(150, 2.0)]).axes
+    values = {line.get_label(): line.get_xydata().tolist() for line in upper.lines}
+    assert values == {
+        "live": [[75, 2.5], [150, 2.25]],
+        "merged": [[150, 2.125]],
+        "annealed, predicted": [[150, 2.0]],
+        "annealed for real": [[150, 2.0]],
+    }
+    below = [line.get_xydata().tolist() for line in lower.lines]
+    assert below[:3] == [[[150, 0.125]], [[150, 0.25]], [[150, 0.25]]]
+
+
+def test_the_table_leaves_open_what_was_not_evaluated():
+    cells = [list(column.cells) for column in closing_table(ROWS).columns]
+    assert cells == [["75", "150"], ["2.5000", "2.2500"], ["-", "2.1250"], ["-", "+0.1250"], ["-", "2.0000"]]
+
+
+def test_a_case_is_predicted_from_earlier_ones_of_its_run_and_kind():
+    cases = cases_of(RECORDS, "val_loss")
+    (assessed,) = from_earlier(cases)
+    assert (assessed.case.run, assessed.case.step) == ("a", 300)
+    # Ratios of 1 and 1.5 before, of which the later counts four times as much; 2 now: predicted 2.25 - 1.4 / 8.
+    assert assessed.prediction.value == pytest.approx(2.075)
+    assert assessed.error == pytest.approx(0.075)
+    (plain,) = from_earlier(cases, weighted=False)
+    assert plain.prediction.value == pytest.approx(2.09375)
+
+
+def test_a_case_is_predicted_from_other_runs_of_its_kind():
+    assessed = from_other_runs(cases_of(RECORDS, "val_loss"))
+    predicted = {(each.case.run, each.case.step): round(each.prediction.value, 6) for each in assessed}
+    assert predicted == {("a", step): 2.1 for step in (100, 200, 300)} | {("b", step): 2.0625 for step in (100, 200)}
+    late = from_other_runs(cases_of(RECORDS, "val_loss"), lambda case: case.step > 100)
+    assert {each.case.run for each in late} == {"b"}
+
+
+def test_a_case_is_predicted_from_its_run_and_from_others_that_together_count_as_two():
+    (assessed,) = from_earlier_and_others(cases_of(RECORDS, "val_loss"))
+    assert (assessed.case.run, assessed.case.step) == ("a", 300)
+    ratios = {"own": [(1.0, 1 / 9), (1.5, 4 / 9)], "others": [(1.2, 1.0), (1.2, 1.0)]}
+    pairs = [pair for each in ratios.values() for pair in each]
+    ratio = sum(r * w for r, w in pairs) / sum(w for _, w in pairs)
+    comparison = assessed.case.comparison
+    expected = comparison.live - ratio * (comparison.live - comparison.merged)
+    assert assessed.prediction.value == pytest.approx(expected)
+
+
+def test_a_summary_is_of_absolute_and_signed_errors():
+    def off(error, half):
+        case = Case("a", 1, 0.1, "linear", Comparison(2.0, 1.5, 1.0))
+        return Assessed(case, Prediction(1 + error, 1 + error - half, 1 + error + half))
+
+    summary = summarise([off(0.25, 0.5), off(-0.5, 0.25)])
+    assert (summary.num_cases, summary.mean_absolute, summary.bias, summary.worst, summary.inside) == (
+        2,
+        0.375,
+        -0.125,
+        0.5,
+        0.5,
+    )
+    assert summarise([]).num_cases == 0
+
+
+def test_predictions_lie_against_what_came_and_errors_in_their_groups():
+    assessed = from_other_runs(cases_of(RECORDS, "val_loss"))
+    axes = plot_predicted_against_actual({"others": assessed}, "val_loss").axes[0]
+    points = axes.lines[0].get_xydata().tolist()
+    assert points == [[each.case.comparison.annealed, each.prediction.value] for each in assessed]
+    axes = plot_errors({"10%": {"one": [0.25, -0.75]}, "20%": {"two": [0.5]}}, "nats", "span").axes[0]
+    assert [sorted(line.get_ydata()) for line in axes.lines] == [[0.25, 0.75], [0.5], [0.5], [0.5]]
+
+
+def test_the_page_holds_its_pictures_tables_and_numbers_and_needs_nothing_else(folder):
+    html = page(find(folder))
+    assert html.count("data:image/png;base64,") == 2 * 3
+    assert not re.search(r'(?:src|srcset|href)="(?!data:)', html)
+    for cell in ("2.0750", "+0.0750", "2.2500", "linear, 10%", "cosine, 10%", "uncalibrated"):
+        assert f"<td>{cell}</td>" in html, cell
+
+
+def test_records_alone_and_a_run_without_anneals_have_a_page_too(folder):
+    (folder / "csv" / "metrics.csv").rename(folder.parent / "metrics.csv")
+    assert page(find(folder / "anneals.jsonl")).count("data:image") == 2 * 2
+    found = find(folder.parent / "metrics.csv")
+    assert (found.metric, found.records) == ("val_loss", [])
+    assert page(found).count("data:image") == 2 * 1
+
+
+def test_the_command_writes_the_page_where_it_is_told(folder, capsys):
+    main([str(folder), "--metric", "val_loss", "--output", str(folder / "own.html")])
+    assert capsys.readouterr().out.strip() == str(folder / "own.html")
+    assert "<h2>Every anneal</h2>" in (folder / "own.html").read_text()
+    main([str(folder / "anneals.jsonl")])
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "nothing holds nothing to report on: neither records of anneals nor a merged metric"),
+        (["run", "--metric", "acc"], "run holds nothing to report on; there are: val_loss"),
+        (["run/broken.jsonl"], "line 1, is no record of an anneal"),
+    ],
+)
+def test_what_cannot_be_reported_on_is_said_in_one_line(folder, arguments, message):
+    (folder.parent / "nothing").mkdir()
+    (folder / "broken.jsonl").write_text("nonsense\n")
+    if arguments[0] == "run":
+        (folder / "broken.jsonl").unlink()
+    command = [sys.executable, "-m", "merge_callback.apps.report", *arguments]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"merge-callback-report: .*{re.escape(message)}.*\n", done.stderr)
+
+
+def test_where_more_is_better_the_lower_panel_shows_gains_all_the_same():
+    rows = [Validation(10, 0.5, 0.75, 0.25), Validation(20, 0.75, 0.5, -0.25, Prediction(0.875, 0.75, 1.0))]
+    _, lower = plot_validations(rows, "val_accuracy", "a run").axes
+    merged, predicted, *_ = [line.get_xydata().tolist() for line in lower.lines]
+    assert merged == [[10, 0.25], [20, -0.25]]
+    assert predicted == [[20, 0.125]]
+
+
+def test_the_report_is_about_the_first_loss_and_names_the_other_metrics(tmp_path):
+    header = "step,val/acc,val/loss,merged/val/acc,merged/val/loss,merge_gain/val/acc,merge_gain/val/loss\n"
+    (tmp_path / "metrics.csv").write_text(header + "9,0.5,2.5,0.75,2.25,0.25,0.25\n")
+    found = find(tmp_path)
+    assert (found.metric, found.other_metrics) == ("val/loss", ["val/acc"])
+    assert "There are also val/acc" in page(found)
+    assert find(tmp_path, "val/acc").metric == "val/acc"
+
+
+def test_intervals_are_drawn_whole_unless_they_are_much_wider_than_what_came():
+    def assessed(*pairs):
+        cases = [Case("a", 100, 0.1, "linear", Comparison(2.0, 1.75, annealed)) for annealed, _ in pairs]
+        return {"all": [Assessed(case, Prediction(c, c - w, c + w)) for case, (c, w) in zip(cases, pairs, strict=True)]}
+
+    (narrow,) = plot_predicted_against_actual(assessed((1.0, 0.25), (2.0, 0.25)), "val_loss").axes
+    assert narrow.get_ylim()[0] < 0.75
+    assert narrow.get_ylim()[1] > 2.25
+    (wide,) = plot_predicted_against_actual(assessed((1.0, 100.0), (2.0, 0.25)), "val_loss").axes
+    assert wide.get_ylim()[1] < 4

@@ -1,0 +1,108 @@
+"""Would the tests notice? Puts the faults of `faults.py` in, one at a time, and runs the tests that should notice.
+
+Statistic: for each fault, whether its test fails once it is in.
+Pass rule: every fault is noticed, and without a fault the same tests pass.
+
+    python -m tests.faults.run            # all of them, in 15 minutes; writes record.json
+    python -m tests.faults.run average    # only faults in whose description the word occurs
+
+Code and tests are found by their text, so that neither has to stay in its file.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.faults.faults import FAULTS
+
+ROOT = Path(__file__).parents[2]
+RECORD = Path(__file__).with_name("record.json")
+
+
+def file_of_code(source: Path, code: str) -> Path:
+    """The only file of the source that holds the code, once.
+
+    Raises:
+        LookupError: If there is no such file, or the code stands in several places.
+    """
+    counts = {
+        file: file.read_text().count(code) for file in sorted(source.rglob("*")) if file.suffix in (".py", ".yaml")
+    }
+    found = [file for file, count in counts.items() if count]
+    if len(found) != 1 or counts[found[0]] != 1:
+        raise LookupError(f"the code must stand in one place, but stands in {[str(file) for file in found]}: {code!r}")
+    return found[0]
+
+
+def test_path(tests: Path, name: str) -> str:
+    """What pytest takes to run the test of that name.
+
+    Raises:
+        LookupError: If there is no such test, or there are several.
+    """
+    found = [file for file in tests.rglob("test_*.py") if re.search(rf"^def {name}\(", file.read_text(), re.MULTILINE)]
+    if len(found) != 1:
+        raise LookupError(f"there must be one test called {name}, but there are {len(found)}")
+    return f"{found[0].relative_to(tests.parent)}::{name}"
+
+
+def passes(folder: Path, tests: list[str]) -> bool:
+    """Whether these tests pass in a copy of the repository."""
+    # Of files that are slow as a whole all cases are run, of others those that are not.
+    slow = [test for test in tests if "sharded" in test]
+    if slow and len(slow) < len(tests):
+        return passes(folder, slow) and passes(folder, [test for test in tests if test not in slow])
+    which = [] if slow else ["-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *which, "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"the tests did not run: {done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> None:
+    """Puts faults in, one at a time, and records which were noticed.
+
+    Args:
+        words: Only faults that one of these occurs in; the others keep what was recorded. None at all: every fault.
+    """
+    chosen = [fault for fault in FAULTS if not words or any(word in fault[0] for word in words)]
+    known = {result["fault"]: result for result in json.loads(RECORD.read_text())["faults"]} if words else {}
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "copy"
+        shutil.copytree(
+            ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", ".*cache")
+        )
+        source = folder / "src"
+        # Before an hour is spent: whether all of them can be put in.
+        places = {
+            what: (file_of_code(source, code), test_path(folder / "tests", test)) for what, code, _, test in chosen
+        }
+        if not passes(folder, sorted({test for _, test in places.values()})):
+            sys.exit("the tests fail without any fault")
+        for what, code, fault, name in chosen:
+            path, test = places[what]
+            original = path.read_text()
+            path.write_text(original.replace(code, fault))
+            caught = not passes(folder, [test])
+            path.write_text(original)
+            known[what] = {"fault": what, "test": name, "caught": caught, "commit": commit}
+            sys.stdout.write(f"{'caught' if caught else 'NOT CAUGHT'}: {what}\n")
+            sys.stdout.flush()
+    results = [known[fault[0]] for fault in FAULTS if fault[0] in known]
+    versions = {name: version(name) for name in ("torch", "lightning")}
+    RECORD.write_text(json.dumps({"versions": versions, "faults": results}, indent=1) + "\n")
+    if not all(result["caught"] for result in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

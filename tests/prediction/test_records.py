@@ -1,0 +1,115 @@
+"""Records of anneals: written by many at once, read while they grow, completed by the trunk."""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from merge_callback.prediction.records import (
+    AnnealRecord,
+    TrunkValues,
+    append_record,
+    completed,
+    read_records,
+    run_identity,
+    trunk_at,
+)
+
+
+def record(start=90, step=100, run="a", shape="linear", **more):
+    return AnnealRecord(run, start, step, step - start, shape, {"val_loss": 1.25}, **more)
+
+
+def values(step, live=1.5, merged=1.375, span_steps=10):
+    return TrunkValues(step, span_steps, {"val_loss": live}, {"val_loss": merged}, "sma")
+
+
+def append_many(path, writer):
+    for index in range(200):
+        append_record(path, record(run=f"{writer}", start=index, step=index + 10))
+
+
+def test_concurrent_writers_lose_nothing(tmp_path):
+    path = tmp_path / "anneals.jsonl"
+    with ProcessPoolExecutor(4) as pool:
+        list(pool.map(append_many, [path] * 4, range(4)))
+    found = read_records(path)
+    assert {r.identity for r in found} == {(str(w), i, i + 10, "linear") for w in range(4) for i in range(200)}
+    # A writer that looks while another one writes may begin a new line too many.
+    assert sum(bool(line) for line in path.read_text().splitlines()) == 800
+
+
+def test_what_is_written_is_read(tmp_path):
+    whole = record(forecast=values(90), matched=values(100))
+    append_record(tmp_path / "new" / "anneals.jsonl", whole)
+    append_record(tmp_path / "new" / "anneals.jsonl", record(step=110))
+    assert read_records(tmp_path / "new" / "anneals.jsonl") == [whole, record(step=110)]
+
+
+def test_a_line_says_what_a_record_is(tmp_path):
+    append_record(tmp_path / "anneals.jsonl", record(matched=values(100)))
+    line = json.loads((tmp_path / "anneals.jsonl").read_text())
+    assert (line["run"], line["start_step"], line["step"], line["span_steps"]) == ("a", 90, 100, 10)
+    assert (line["shape"], line["annealed"], line["forecast"]) == ("linear", {"val_loss": 1.25}, None)
+    assert (line["matched"]["live"], line["matched"]["merged"]) == ({"val_loss": 1.5}, {"val_loss": 1.375})
+
+
+def test_of_two_records_of_a_branch_the_later_counts(tmp_path):
+    append_record(tmp_path / "anneals.jsonl", record())
+    append_record(tmp_path / "anneals.jsonl", record(shape="cosine"))
+    append_record(tmp_path / "anneals.jsonl", record(matched=values(100)))
+    assert read_records(tmp_path / "anneals.jsonl") == [record(matched=values(100)), record(shape="cosine")]
+
+
+def test_no_file_holds_no_records_and_half_a_line_waits(tmp_path):
+    path = tmp_path / "anneals.jsonl"
+    assert read_records(path) == []
+    append_record(path, record())
+    whole = path.read_text()
+    path.write_text(whole + "\n" + whole[:20])
+    assert read_records(path) == [record()]
+
+
+def test_a_writer_that_died_in_its_line_costs_no_later_record(tmp_path):
+    path = tmp_path / "anneals.jsonl"
+    append_record(path, record())
+    path.write_text(path.read_text() + '{"run": "b", "sta')
+    append_record(path, record(step=110))
+    assert read_records(path) == [record(), record(step=110)]
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[]", '{"run": "a"}', '{"forecast": null, "matched": null, "other": 1}'])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    path = tmp_path / "anneals.jsonl"
+    append_record(path, record())
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=r"anneals.jsonl, line 2, is no record of an anneal"):
+        read_records(path)
+
+
+def test_what_cannot_be_written_is_in_the_error(tmp_path):
+    with pytest.raises(OSError, match=r'was not added to .*It says: {"run": "a"'):
+        append_record(tmp_path, record())
+
+
+def test_the_trunk_at_a_step_is_its_validation_or_lies_between_two():
+    history = [values(80, 2.0, 1.0, 8), values(100, 3.0, 2.0, 10), values(200, 4.0, 3.0, 20)]
+    assert trunk_at(history, 100, 0) == history[1]
+    assert trunk_at(history, 85, 20) == TrunkValues(85, 8, {"val_loss": 2.25}, {"val_loss": 1.25}, "sma")
+    for step, max_gap_steps in ((85, 19), (150, 50), (70, 100), (210, 100)):
+        assert trunk_at(history, step, max_gap_steps) is None
+    assert trunk_at([], 100, 100) is None
+
+
+def test_a_record_is_completed_with_what_the_trunk_knows():
+    history = [values(90), values(98), values(102)]
+    whole = completed(record(), history)
+    assert (whole.forecast, whole.matched) == (values(90), values(100))
+    assert completed(record(), history[:2]).matched is None
+    assert completed(record(matched=values(100, 9.0)), history).matched == values(100, 9.0)
+
+
+def test_a_run_is_known_by_its_first_validation():
+    assert run_identity([]) is None
+    assert run_identity([values(10)]) == run_identity([values(10), values(20)])
+    assert run_identity([values(10)]) != run_identity([values(10, live=1.5000000000000002)])
