@@ -39,7 +39,7 @@ counts by the square of its step. The trunks other than those four tell whether 
 the fit without weights, offsets, means of ratios, and both shapes together.
 
 **Both.** Added when all trunks but ``larger`` and ``sgd`` were done: what a run that is given other runs' records does,
-its own earlier branches by weight, and those of all other runs as if they were two (`prediction.teachers`). Not what
+its own earlier branches by weight, and those of all other runs as if they were two (`bias.pooled_branches`). Not what
 (a) or (b) ask for, but what a user gets; the same limits are applied to it.
 """
 

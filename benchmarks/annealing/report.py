@@ -27,7 +27,7 @@ from merge_callback.prediction.assessment import (
     from_other_runs,
     summarise,
 )
-from merge_callback.prediction.bias import Comparison, calibrate, gain_ratio, recovered_share
+from merge_callback.prediction.bias import BranchOutcome, calibrate, gain_ratio, recovered_share
 from merge_callback.prediction.records import AnnealRecord, read_records
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -77,8 +77,8 @@ class Trunk:
             if of_span != span or proxy not in found[alignment]:
                 continue
             live = self.points[step]["live"] if alignment == "matched" else found["live_at_start"]
-            comparison = Comparison(live, found[alignment][proxy], record.annealed[METRIC])
-            cases.append(Case(self.name, step, span, shape, comparison))
+            outcome = BranchOutcome(live, found[alignment][proxy], record.annealed[METRIC])
+            cases.append(Case(self.name, step, span, shape, outcome))
         return cases
 
 
@@ -216,7 +216,7 @@ def section_adamw(benchmark: Benchmark) -> str:
         name: [case for case in benchmark.cases(0.1, 0.1, "sma N=10") if case.run == name] for name in OTHER_OPTIMIZERS
     }
     curves = [
-        f"{name}: " + ", ".join(f"{c.comparison.live:.2f} at step {c.step}" for c in cases if c.shape == "linear")
+        f"{name}: " + ", ".join(f"{c.outcome.live:.2f} at step {c.step}" for c in cases if c.shape == "linear")
         for name, cases in others.items()
         if cases
     ]
@@ -257,7 +257,7 @@ def section_bias(benchmark: Benchmark) -> str:
         row = [name]
         for span in SPANS:
             linear = [case for case in benchmark.cases(span, span, name) if case.shape == "linear"]
-            late = [case.comparison for case in linear if benchmark.is_late(case)]
+            late = [case.outcome for case in linear if benchmark.is_late(case)]
             corrected = summarise(benchmark.late(benchmark.assess(linear, "others")))
             row += [
                 f"{statistics.mean(c.merged - c.annealed for c in late):+.4f}",
@@ -269,7 +269,7 @@ def section_bias(benchmark: Benchmark) -> str:
     baseline = ["live model, minus a constant"]
     for span in SPANS:
         assessed = benchmark.late(live_minus_constant(benchmark, span))
-        gains = [each.case.comparison.live - each.case.comparison.annealed for each in assessed]
+        gains = [each.case.outcome.live - each.case.outcome.annealed for each in assessed]
         corrected = summarise(assessed)
         baseline += [f"{statistics.mean(gains):+.4f}", "0.00"]
         baseline += [number(corrected.mean_absolute), number(corrected.worst)]
@@ -283,7 +283,7 @@ def section_bias(benchmark: Benchmark) -> str:
 def live_minus_constant(benchmark: Benchmark, span: float) -> list[Assessed]:
     """The baseline: the live loss minus the mean gain of anneals in other runs."""
     cases = [
-        Case(c.run, c.step, c.span, c.shape, Comparison(c.comparison.live, c.comparison.live, c.comparison.annealed))
+        Case(c.run, c.step, c.span, c.shape, BranchOutcome(c.outcome.live, c.outcome.live, c.outcome.annealed))
         for c in benchmark.cases(span, span, "sma N=10")
         if c.shape == "linear"
     ]
@@ -329,9 +329,9 @@ def pooled(cases: list[Case]) -> list[Assessed]:
     """From earlier branches of the run of whatever shape."""
     assessed = []
     for case in cases:
-        known = [other.comparison for other in cases if other.run == case.run and other.step < case.step]
+        known = [other.outcome for other in cases if other.run == case.run and other.step < case.step]
         if (calibration := calibrate(known)) is not None:
-            assessed.append(Assessed(case, calibration.predict(case.comparison.live, case.comparison.merged)))
+            assessed.append(Assessed(case, calibration.predict(case.outcome.live, case.outcome.merged)))
     return assessed
 
 
@@ -343,7 +343,7 @@ def section_transfer(benchmark: Benchmark) -> str:
         for span in SPANS:
             window, proxy = PROXIES["SMA, 10 snapshots"][span]
             own = [c for c in trunk.cases(span, window, proxy) if benchmark.is_late(c) and c.shape == "linear"]
-            ratios = [gain_ratio(case.comparison) for case in own]
+            ratios = [gain_ratio(case.outcome) for case in own]
             taught = [
                 each
                 for each in benchmark.late(benchmark.assess(benchmark.cases(span, window, proxy), "others"))
@@ -488,7 +488,7 @@ def prior() -> dict[str, object]:
     for span in SPANS:
         for shape in SHAPES:
             cases = benchmark.cases(span, *PROXIES["SMA, 10 snapshots"][span])
-            late = [case.comparison for case in cases if case.shape == shape and benchmark.is_late(case)]
+            late = [case.outcome for case in cases if case.shape == shape and benchmark.is_late(case)]
             calibration = calibrate([replace(c, weight=(c.live - c.merged) ** 2) for c in late], "relative")
             assert calibration is not None
             fields = {key: value for key, value in asdict(calibration).items() if key != "form"}
@@ -540,7 +540,7 @@ def quick() -> str:
         cases = [case for case in trunk.cases(0.1, 0.1, "sma N=10") if case.shape == "linear"]
         predicted = {each.case.step: each for each in from_earlier(cases)}
         for case in sorted(cases, key=lambda case: case.step):
-            values = case.comparison.live, case.comparison.merged, case.comparison.annealed
+            values = case.outcome.live, case.outcome.merged, case.outcome.annealed
             each = predicted.get(case.step)
             prediction = [f"{each.prediction.value:.4f}", f"{each.error:+.4f}"] if each else ["-", "-"]
             rows.append([name, str(case.step), *(f"{value:.4f}" for value in values), *prediction])

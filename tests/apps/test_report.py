@@ -19,8 +19,8 @@ from merge_callback.prediction.assessment import (
     from_other_runs,
     summarise,
 )
-from merge_callback.prediction.bias import Comparison, Prediction
-from merge_callback.prediction.records import AnnealRecord, TrunkValues, append_record
+from merge_callback.prediction.bias import BranchOutcome, Prediction
+from merge_callback.prediction.records import AnnealRecord, StableValidation, append_record
 
 PREDICTED = Prediction(2.0, 1.875, 2.25)
 ROWS = [Validation(75, 2.5, None, None), Validation(150, 2.25, 2.125, 0.125, PREDICTED)]
@@ -33,7 +33,7 @@ CSV = (
 
 def record(step, annealed, run="a", shape="linear"):
     span_steps = step // 10
-    matched = TrunkValues(step, span_steps, {"val_loss": 2.25}, {"val_loss": 2.125})
+    matched = StableValidation(step, span_steps, {"val_loss": 2.25}, {"val_loss": 2.125})
     return AnnealRecord(run, step - span_steps, step, span_steps, shape, {"val_loss": annealed}, matched=matched)
 
 
@@ -107,14 +107,14 @@ def test_a_case_is_predicted_from_its_run_and_from_others_that_together_count_as
     ratios = {"own": [(1.0, 1 / 9), (1.5, 4 / 9)], "others": [(1.2, 1.0), (1.2, 1.0)]}
     pairs = [pair for each in ratios.values() for pair in each]
     ratio = sum(r * w for r, w in pairs) / sum(w for _, w in pairs)
-    comparison = assessed.case.comparison
-    expected = comparison.live - ratio * (comparison.live - comparison.merged)
+    outcome = assessed.case.outcome
+    expected = outcome.live - ratio * (outcome.live - outcome.merged)
     assert assessed.prediction.value == pytest.approx(expected)
 
 
 def test_a_summary_is_of_absolute_and_signed_errors():
     def off(error, half):
-        case = Case("a", 1, 0.1, "linear", Comparison(2.0, 1.5, 1.0))
+        case = Case("a", 1, 0.1, "linear", BranchOutcome(2.0, 1.5, 1.0))
         return Assessed(case, Prediction(1 + error, 1 + error - half, 1 + error + half))
 
     summary = summarise([off(0.25, 0.5), off(-0.5, 0.25)])
@@ -132,7 +132,7 @@ def test_predictions_lie_against_what_came_and_errors_in_their_groups():
     assessed = from_other_runs(cases_of(RECORDS, "val_loss"))
     axes = plot_predicted_against_actual({"others": assessed}, "val_loss").axes[0]
     points = axes.lines[0].get_xydata().tolist()
-    assert points == [[each.case.comparison.annealed, each.prediction.value] for each in assessed]
+    assert points == [[each.case.outcome.annealed, each.prediction.value] for each in assessed]
     axes = plot_errors({"10%": {"one": [0.25, -0.75]}, "20%": {"two": [0.5]}}, "nats", "span").axes[0]
     assert [sorted(line.get_ydata()) for line in axes.lines] == [[0.25, 0.75], [0.5], [0.5], [0.5]]
 
@@ -199,7 +199,7 @@ def test_the_report_is_about_the_first_loss_and_names_the_other_metrics(tmp_path
 
 def test_intervals_are_drawn_whole_unless_they_are_much_wider_than_what_came():
     def assessed(*pairs):
-        cases = [Case("a", 100, 0.1, "linear", Comparison(2.0, 1.75, annealed)) for annealed, _ in pairs]
+        cases = [Case("a", 100, 0.1, "linear", BranchOutcome(2.0, 1.75, annealed)) for annealed, _ in pairs]
         return {"all": [Assessed(case, Prediction(c, c - w, c + w)) for case, (c, w) in zip(cases, pairs, strict=True)]}
 
     (narrow,) = plot_predicted_against_actual(assessed((1.0, 0.25), (2.0, 0.25)), "val_loss").axes

@@ -462,7 +462,7 @@ FAULTS = [
     ),
     (
         "an average with NaN on one rank is dropped there alone",
-        "list(united(bad) if self.sharding.is_sharded else bad)",
+        "list(all_gather_dict(bad) if self.sharding.is_sharded else bad)",
         "list(bad)",
         "test_an_average_with_nan_on_one_rank_begins_anew_on_all",
     ),
@@ -648,7 +648,7 @@ FAULTS = [
     ),
     (
         "recalibration writes to the live buffers",
-        "swapped_weights(buffers, copies(buffers)):",
+        "swapped_weights(buffers, local_clones(buffers)):",
         "swapped_weights({}, {}):",
         "test_training_is_bit_identical_whatever_the_forward_pass_does",
     ),
@@ -672,7 +672,7 @@ FAULTS = [
     ),
     (
         "the merge keeps the buffers of a spike",
-        "            self._capture.buffers = copies(buffers)\n",
+        "            self._capture.buffers = local_clones(buffers)\n",
         "            pass\n",
         "test_the_merge_has_no_buffers_of_the_spike",
     ),

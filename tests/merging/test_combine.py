@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_callback.merging.combine import CHUNK_NUMEL, combine_, parts
+from merge_callback.merging.combine import CHUNK_NUMEL, combine_, flat_chunks
 
 
 @given(st.integers(1, 12), st.lists(st.floats(-1, 1), min_size=1, max_size=12), st.integers(0, 2**16))
@@ -87,9 +87,11 @@ def test_sums_made_together_are_those_made_alone_to_the_bit(raw, dtype, stored):
 @pytest.mark.parametrize("shape", [(2 * CHUNK_NUMEL + 1,), (3, CHUNK_NUMEL), (), (0, 3)])
 def test_two_tensors_are_gone_through_in_matching_parts(shape):
     first, second = torch.zeros(shape), torch.arange(torch.Size(shape).numel()).float().reshape(shape)
-    for part, other in parts(first, second):
+    for part, other in flat_chunks(first, second):
         assert part.numel() <= CHUNK_NUMEL * torch.get_num_threads()
         part.copy_(other)
     assert torch.equal(first, second)
-    for part, other in parts(first.t() if first.dim() == 2 else first, second.t() if second.dim() == 2 else second):
+    for part, other in flat_chunks(
+        first.t() if first.dim() == 2 else first, second.t() if second.dim() == 2 else second
+    ):
         assert torch.equal(part, other)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_callback.prediction.bias import Comparison, calibrate, forecast, gain, gain_ratio, recovered_share, teachers
+from merge_callback.prediction.bias import (
+    BranchOutcome,
+    calibrate,
+    forecast,
+    gain,
+    gain_ratio,
+    pooled_branches,
+    recovered_share,
+)
 
 values = st.floats(0.5, 3.0)
 gains = st.floats(0.01, 0.3)
@@ -15,9 +23,9 @@ gains = st.floats(0.01, 0.3)
 
 def test_the_first_measurement_of_the_field_recovers_nine_tenths():
     # Live 1.5056, merged 1.4081, annealed 1.3967.
-    comparison = Comparison(1.5056, 1.4081, 1.3967)
-    assert round(recovered_share(comparison), 2) == 0.90
-    assert gain_ratio(comparison) == pytest.approx(0.1089 / 0.0975)
+    outcome = BranchOutcome(1.5056, 1.4081, 1.3967)
+    assert round(recovered_share(outcome), 2) == 0.90
+    assert gain_ratio(outcome) == pytest.approx(0.1089 / 0.0975)
 
 
 def test_a_gain_has_the_sign_of_better():
@@ -27,13 +35,13 @@ def test_a_gain_has_the_sign_of_better():
 
 
 def test_without_a_change_there_is_no_ratio():
-    assert math.isnan(recovered_share(Comparison(1.0, 1.0, 1.0)))
-    assert math.isnan(gain_ratio(Comparison(1.0, 1.0, 0.5)))
+    assert math.isnan(recovered_share(BranchOutcome(1.0, 1.0, 1.0)))
+    assert math.isnan(gain_ratio(BranchOutcome(1.0, 1.0, 0.5)))
 
 
 @given(st.lists(st.tuples(values, gains), min_size=2, max_size=8), st.floats(0.5, 2.0), values, gains)
 def test_a_bias_that_is_a_ratio_is_found_and_predicted_exactly(branches, ratio, live, gain):
-    calibration = calibrate([Comparison(value, value - g, value - ratio * g) for value, g in branches])
+    calibration = calibrate([BranchOutcome(value, value - g, value - ratio * g) for value, g in branches])
     prediction = calibration.predict(live, live - gain)
     assert calibration.coefficient == pytest.approx(ratio)
     assert prediction.value == pytest.approx(live - ratio * gain)
@@ -42,32 +50,32 @@ def test_a_bias_that_is_a_ratio_is_found_and_predicted_exactly(branches, ratio, 
 
 @given(st.lists(st.tuples(values, gains), min_size=2, max_size=8), st.floats(-0.1, 0.1))
 def test_a_bias_that_is_an_offset_is_found_and_predicted_exactly(branches, offset):
-    calibration = calibrate([Comparison(v, v - g, v - g - offset) for v, g in branches], "offset")
+    calibration = calibrate([BranchOutcome(v, v - g, v - g - offset) for v, g in branches], "offset")
     assert calibration.coefficient == pytest.approx(offset)
     assert calibration.predict(9.0, 1.0).value == pytest.approx(1 - offset)
 
 
 def test_where_more_is_better_the_same_fit_holds():
-    losses = [Comparison(1.5, 1.4, 1.38), Comparison(1.3, 1.25, 1.23)]
-    scores = [Comparison(-c.live, -c.merged, -c.annealed) for c in losses]
+    losses = [BranchOutcome(1.5, 1.4, 1.38), BranchOutcome(1.3, 1.25, 1.23)]
+    scores = [BranchOutcome(-c.live, -c.merged, -c.annealed) for c in losses]
     below, above = calibrate(losses).predict(1.2, 1.1), calibrate(scores).predict(-1.2, -1.1)
     assert (above.value, above.low, above.high) == pytest.approx((-below.value, -below.high, -below.low))
 
 
 @pytest.mark.parametrize("form", ["ratio", "offset", "relative"])
-@pytest.mark.parametrize("comparisons", [[], [Comparison(1.5, 1.4, 1.3)], [Comparison(1.5, 1.4, math.nan)] * 3])
-def test_below_two_branches_it_is_uncalibrated(form, comparisons):
-    assert calibrate(comparisons, form) is None
+@pytest.mark.parametrize("outcomes", [[], [BranchOutcome(1.5, 1.4, 1.3)], [BranchOutcome(1.5, 1.4, math.nan)] * 3])
+def test_below_two_branches_it_is_uncalibrated(form, outcomes):
+    assert calibrate(outcomes, form) is None
 
 
 def test_merges_that_changed_nothing_calibrate_nothing():
-    assert calibrate([Comparison(1.5, 1.5, 1.4)] * 3) is None
-    assert calibrate([Comparison(1.5, 1.5, 1.4)] * 3, "relative") is None
+    assert calibrate([BranchOutcome(1.5, 1.5, 1.4)] * 3) is None
+    assert calibrate([BranchOutcome(1.5, 1.5, 1.4)] * 3, "relative") is None
 
 
 def test_the_interval_is_students_around_the_fit():
     # Gains of one, ratios of 1 and 3: a ratio of 2, residuals of 1, deviation sqrt(2); t(0.95, 1) = 6.3138.
-    calibration = calibrate([Comparison(2.0, 1.0, 1.0), Comparison(4.0, 3.0, 1.0)])
+    calibration = calibrate([BranchOutcome(2.0, 1.0, 1.0), BranchOutcome(4.0, 3.0, 1.0)])
     prediction = calibration.predict(2.0, 1.0)
     assert prediction.value == 0.0
     assert prediction.high == pytest.approx(6.3138 * math.sqrt(2) * math.sqrt(1.5), rel=1e-4)
@@ -84,7 +92,7 @@ def test_nine_intervals_of_ten_hold_the_real_value(form, num_branches):
         errors = random.normal(0, 0.01, num_branches + 1) * (steps if form == "relative" else 1)
         bias = 0.01 if form == "offset" else 0.1 * steps
         *earlier, last = [
-            Comparison(1.5, 1.5 - g, 1.5 - g - b + e)
+            BranchOutcome(1.5, 1.5 - g, 1.5 - g - b + e)
             for g, b, e in zip(steps, np.broadcast_to(bias, steps.shape), errors, strict=True)
         ]
         prediction = calibrate(earlier, form).predict(last.live, last.merged)
@@ -93,7 +101,9 @@ def test_nine_intervals_of_ten_hold_the_real_value(form, num_branches):
 
 
 def test_a_wider_level_gives_a_wider_interval():
-    calibration = calibrate([Comparison(1.5, 1.4, 1.38), Comparison(1.3, 1.25, 1.24), Comparison(1.2, 1.1, 1.09)])
+    calibration = calibrate(
+        [BranchOutcome(1.5, 1.4, 1.38), BranchOutcome(1.3, 1.25, 1.24), BranchOutcome(1.2, 1.1, 1.09)]
+    )
     narrow, wide = (calibration.predict(1.0, 0.9, level) for level in (0.5, 0.99))
     assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
 
@@ -103,7 +113,7 @@ def test_a_wider_level_gives_a_wider_interval():
 def test_a_curve_of_the_stated_form_is_forecast_exactly(a, b, span_steps):
     steps = list(range(100, 1100, 100))
     merged = [a + b * math.log(step) for step in steps]
-    bias = calibrate([Comparison(2.0, 1.5, 1.49)] * 2, "offset")
+    bias = calibrate([BranchOutcome(2.0, 1.5, 1.49)] * 2, "offset")
     prediction = forecast(steps, merged, bias, 1000 + span_steps)
     assert prediction.value == pytest.approx(a + b * math.log(1000 + span_steps) - 0.01)
 
@@ -111,7 +121,7 @@ def test_a_curve_of_the_stated_form_is_forecast_exactly(a, b, span_steps):
 def test_a_forecast_looks_at_the_last_half_of_the_steps_only():
     steps = list(range(100, 1100, 100))
     merged = [99.0 if step < 500 else 2 - 0.1 * math.log(step) for step in steps]
-    bias = calibrate([Comparison(2.0, 1.5, 1.5)] * 2, "offset")
+    bias = calibrate([BranchOutcome(2.0, 1.5, 1.5)] * 2, "offset")
     assert forecast(steps, merged, bias, 1100).value == pytest.approx(2 - 0.1 * math.log(1100))
     assert forecast(steps[:5], merged[:5], bias, 600) is None
 
@@ -120,20 +130,20 @@ def test_a_forecast_further_ahead_is_less_certain():
     random = np.random.default_rng(0)
     steps = list(range(100, 2100, 100))
     merged = [2 - 0.1 * math.log(step) + random.normal(0, 0.01) for step in steps]
-    bias = calibrate([Comparison(2.0, 1.5, 1.49), Comparison(2.0, 1.5, 1.48)], "offset")
+    bias = calibrate([BranchOutcome(2.0, 1.5, 1.49), BranchOutcome(2.0, 1.5, 1.48)], "offset")
     near, far = (forecast(steps, merged, bias, step) for step in (2100, 4000))
     assert far.high - far.low > near.high - near.low > 0
 
 
 def test_a_forecast_takes_off_an_offset_and_nothing_else():
     with pytest.raises(ValueError, match="form 'offset', got 'ratio'"):
-        forecast([1, 2], [1.0, 1.0], calibrate([Comparison(2.0, 1.5, 1.4)] * 2), 3)
+        forecast([1, 2], [1.0, 1.0], calibrate([BranchOutcome(2.0, 1.5, 1.4)] * 2), 3)
 
 
 def test_a_branch_that_counts_twice_is_one_that_is_there_twice_but_for_the_number_of_branches():
-    one, other = Comparison(1.5, 1.4, 1.38), Comparison(1.3, 1.25, 1.22)
+    one, other = BranchOutcome(1.5, 1.4, 1.38), BranchOutcome(1.3, 1.25, 1.22)
     twice = calibrate([one, other, other])
-    weighted = calibrate([one, Comparison(1.3, 1.25, 1.22, weight=2.0)])
+    weighted = calibrate([one, BranchOutcome(1.3, 1.25, 1.22, weight=2.0)])
     assert weighted.coefficient == pytest.approx(twice.coefficient)
     assert weighted.num_branches == 2
     # The same mean squared residual, with one degree of freedom of two instead of two of three.
@@ -147,9 +157,9 @@ def test_intervals_hold_where_branches_count_differently_but_err_alike():
     held = []
     for _ in range(2000):
         gains, errors = random.uniform(0.05, 0.15, 9), random.normal(0, 0.01, 9)
-        all_of_them = [Comparison(1.5, 1.5 - g, 1.5 - 1.1 * g + e) for g, e in zip(gains, errors, strict=True)]
+        all_of_them = [BranchOutcome(1.5, 1.5 - g, 1.5 - 1.1 * g + e) for g, e in zip(gains, errors, strict=True)]
         *earlier, last = all_of_them
-        known = teachers(earlier[:4], earlier[4:])
+        known = pooled_branches(earlier[:4], earlier[4:])
         assert [each.weight for each in known] == [1.0] * 4 + [0.5] * 4
         prediction = calibrate(known).predict(last.live, last.merged)
         held.append(prediction.low <= last.annealed <= prediction.high)

@@ -7,16 +7,16 @@ import torch
 from lightning.pytorch import Callback
 
 from merge_callback import AnnealBranch, Ema, MergeCallback, Window
-from merge_callback.prediction.bias import Comparison, calibrate, forecast
+from merge_callback.prediction.bias import BranchOutcome, calibrate, forecast
 from merge_callback.prediction.calibration import AnnealCalibration
-from merge_callback.prediction.records import AnnealRecord, TrunkValues, append_record, read_records, run_identity
+from merge_callback.prediction.records import AnnealRecord, StableValidation, append_record, read_records, run_identity
 from tests.helpers.toys import ResumableBatches, Toy, fit, make
 
 METRIC = "val_loss"
 
 
 def values(step, live=1.5, merged=1.4, rule="sma", span_steps=None):
-    return TrunkValues(step, span_steps or step // 10, {METRIC: live}, {METRIC: merged}, rule)
+    return StableValidation(step, span_steps or step // 10, {METRIC: live}, {METRIC: merged}, rule)
 
 
 def record(step, annealed, run="other", span=0.1, shape="linear", **matched):
@@ -111,7 +111,7 @@ def prefilled(path, rule="sma"):
 def test_predictions_are_logged_beside_the_live_values_with_their_interval(tmp_path):
     path = prefilled(tmp_path / "anneals.jsonl")
     run = fit(make(Toy), tmp_path, MergeCallback(1, 4, calibration=path))
-    bias = calibrate([Comparison(1.5, 1.4, 1.375), Comparison(1.5, 1.4, 1.370)])
+    bias = calibrate([BranchOutcome(1.5, 1.4, 1.375), BranchOutcome(1.5, 1.4, 1.370)])
     assert [step for step, _ in run.logged(f"annealed/{METRIC}")] == [step for step, _ in run.logged(METRIC)]
     for metrics in run.epoch_metrics:
         prediction = bias.predict(float(metrics[METRIC]), float(metrics[f"merged/{METRIC}"]))
@@ -145,7 +145,7 @@ class Growing(Callback):
         self.path, self.callback = path, callback
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        history = [TrunkValues(**known) for known in self.callback.state_dict()["history"]]
+        history = [StableValidation(**known) for known in self.callback.state_dict()["history"]]
         if trainer.global_step in (9, 13):
             end = trainer.global_step + 3
             append_record(self.path, AnnealRecord(run_identity(history), end - 2, end, 2, "linear", {METRIC: 1.0}))
@@ -234,7 +234,7 @@ def test_a_forecast_extrapolates_the_merges_and_takes_off_the_offset(tmp_path):
         callback.forecast(METRIC, 10)
     fit(make(Toy), tmp_path, callback)
     history = callback.state_dict()["history"]
-    offset = calibrate([Comparison(1.5, 1.4, 1.375), Comparison(1.5, 1.4, 1.370)], "offset")
+    offset = calibrate([BranchOutcome(1.5, 1.4, 1.375), BranchOutcome(1.5, 1.4, 1.370)], "offset")
     steps, merged = [known["step"] for known in history], [known["merged"][METRIC] for known in history]
     assert callback.forecast(METRIC, 10) == forecast(steps, merged, offset, 34)
     with pytest.raises(RuntimeError, match="no forecast of 'other'"):
@@ -263,7 +263,7 @@ def test_branches_of_a_real_trunk_calibrate_the_rest_of_it(tmp_path):
     assert [each.forecast.step for each in found] == [8, 12]
     bias = calibrate(
         [
-            Comparison(r.matched.live[METRIC], r.matched.merged[METRIC], r.annealed[METRIC], (r.step / 24) ** 2)
+            BranchOutcome(r.matched.live[METRIC], r.matched.merged[METRIC], r.annealed[METRIC], (r.step / 24) ** 2)
             for r in found
         ]
     )
@@ -281,7 +281,7 @@ def test_branches_matched_under_another_rule_say_nothing_of_this_run_either(tmp_
 def test_callbacks_with_other_rules_know_one_run(tmp_path):
     callbacks = MergeCallback(1, 4), MergeCallback(merges=Ema(half_life_steps=3), name="ema")
     fit(make(Toy), tmp_path, *callbacks)
-    histories = [[TrunkValues(**known) for known in each.state_dict()["history"]] for each in callbacks]
+    histories = [[StableValidation(**known) for known in each.state_dict()["history"]] for each in callbacks]
     assert run_identity(histories[0]) == run_identity(histories[1])
     assert histories[0][0].rule != histories[1][0].rule
 

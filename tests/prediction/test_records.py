@@ -7,7 +7,7 @@ import pytest
 
 from merge_callback.prediction.records import (
     AnnealRecord,
-    TrunkValues,
+    StableValidation,
     append_record,
     completed,
     read_records,
@@ -21,7 +21,7 @@ def record(start=90, step=100, run="a", shape="linear", **more):
 
 
 def values(step, live=1.5, merged=1.375, span_steps=10):
-    return TrunkValues(step, span_steps, {"val_loss": live}, {"val_loss": merged}, "sma")
+    return StableValidation(step, span_steps, {"val_loss": live}, {"val_loss": merged}, "sma")
 
 
 def append_many(path, writer):
@@ -95,7 +95,7 @@ def test_what_cannot_be_written_is_in_the_error(tmp_path):
 def test_the_trunk_at_a_step_is_its_validation_or_lies_between_two():
     history = [values(80, 2.0, 1.0, 8), values(100, 3.0, 2.0, 10), values(200, 4.0, 3.0, 20)]
     assert trunk_at(history, 100, 0) == history[1]
-    assert trunk_at(history, 85, 20) == TrunkValues(85, 8, {"val_loss": 2.25}, {"val_loss": 1.25}, "sma")
+    assert trunk_at(history, 85, 20) == StableValidation(85, 8, {"val_loss": 2.25}, {"val_loss": 1.25}, "sma")
     for step, max_gap_steps in ((85, 19), (150, 50), (70, 100), (210, 100)):
         assert trunk_at(history, step, max_gap_steps) is None
     assert trunk_at([], 100, 100) is None

@@ -274,7 +274,7 @@ def stored_in_place(folder: Path) -> dict[str, Any]:
     read = distribute_tensor(torch.zeros(5, 3), live.device_mesh, live.placements)
     part = torch.rand_like(live.to_local())
     with CommDebugMode() as mode:
-        stored = Sharding({"weight": live}).in_place("weight", part)
+        stored = Sharding({"weight": live}).as_dtensor("weight", part)
     dcp.save({"weight": stored}, checkpoint_id=folder / "stored")
     dcp.load({"weight": read}, checkpoint_id=folder / "stored")
     assert isinstance(stored, DTensor)

@@ -68,9 +68,9 @@ def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], me
     """
     figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    actual = [each.case.comparison.annealed for each in itertools.chain(*assessed.values())]
+    actual = [each.case.outcome.annealed for each in itertools.chain(*assessed.values())]
     for marker, (label, several) in zip(itertools.cycle("osD^v"), assessed.items(), strict=False):
-        x = [each.case.comparison.annealed for each in several]
+        x = [each.case.outcome.annealed for each in several]
         half = [
             [each.prediction.value - each.prediction.low for each in several],
             [each.prediction.high - each.prediction.value for each in several],

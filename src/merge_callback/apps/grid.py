@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merge_callback.merging.rules import Rule, merge_coefficients
 from merge_callback.utilities.checks import check_count, check_optional_count
-from merge_callback.utilities.files import complete_or_absent
+from merge_callback.utilities.files import atomic_write
 
 # What is asked for, and the steps that this comes to; the last one tells whether values are still those of the files.
 CELL_COLUMNS = ("end", "rule", "num_snapshots", "every", "span_steps", "steps", "fingerprint")
@@ -151,7 +151,7 @@ class CellFile:
         self._rows.append(self._columns(cell) | {name: repr(value) for name, value in metrics.items()})
         names = dict.fromkeys([*CELL_COLUMNS, *(name for row in self._rows for name in row)])
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with complete_or_absent(self.path) as unfinished, unfinished.open("w", newline="") as file:
+        with atomic_write(self.path) as unfinished, unfinished.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(names), restval="")
             writer.writeheader()
             writer.writerows(self._rows)

@@ -27,7 +27,7 @@ from merge_callback.checkpoints.read import StoredCheckpoint, open_checkpoint
 from merge_callback.live.names import fits
 from merge_callback.merging.combine import CHUNK_NUMEL
 from merge_callback.utilities.checks import check_count, check_installed
-from merge_callback.utilities.files import complete_or_absent
+from merge_callback.utilities.files import atomic_write
 from merge_callback.utilities.tables import number
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def main(config: DictConfig) -> None:
         "limit_batches": asked.limit_batches,
         "points": [asdict(place) | {"metrics": _finite(of)} for place, of in zip(places, found, strict=True)],
     }
-    with complete_or_absent(folder / f"{asked.kind}.json") as unfinished:
+    with atomic_write(folder / f"{asked.kind}.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     choose = min if asked.mode == "min" else max
     finite = [point for point in record["points"] if point["metrics"][metric] is not None]

@@ -134,7 +134,7 @@ def _summary_table(cases: Sequence[Case], assessed: Mapping[str, Sequence[Assess
     kinds = groupby(sorted(cases, key=lambda c: (c.shape, c.span)), key=lambda c: (c.shape, round(c.span, 2)))
     for (shape, span), several in kinds:
         of_kind = list(several)
-        shares = [recovered_share(case.comparison) for case in of_kind]
+        shares = [recovered_share(case.outcome) for case in of_kind]
         row = [f"{shape}, {span:.0%}", str(len(of_kind)), f"{sum(shares) / len(shares):.2f}"]
         for label, all_assessed in assessed.items():
             summary = summarise([each for each in all_assessed if each.case in of_kind])
@@ -157,7 +157,7 @@ def _anneal_table(records: Sequence[AnnealRecord], metric: str, assessed: Mappin
     for record in sorted(records, key=lambda r: (r.run, r.step, r.span_steps, r.shape)):
         if metric not in record.annealed:
             continue
-        known = record.comparison(metric)
+        known = record.outcome(metric)
         trunk = [f"{known.live:.4f}", f"{known.merged:.4f}"] if known is not None else ["-", "-"]
         row = [record.run, str(record.step), str(record.span_steps), record.shape, *trunk]
         for label in assessed:

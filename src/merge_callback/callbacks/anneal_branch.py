@@ -14,7 +14,13 @@ from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.learning_rates import RateOverlay, learning_rates, optimizer_step
 from merge_callback.live.observe import observe_validations, stop_observing_validations
 from merge_callback.merging.rules import DECAY_SHAPES
-from merge_callback.prediction.records import AnnealRecord, TrunkValues, append_record, completed, trunk_in_checkpoint
+from merge_callback.prediction.records import (
+    AnnealRecord,
+    StableValidation,
+    append_record,
+    completed,
+    trunk_in_checkpoint,
+)
 from merge_callback.utilities.checks import check_count
 
 # A checkpoint of shards is a folder, in which Lightning gives this name to what is no shard.
@@ -82,7 +88,7 @@ class AnnealBranch(Callback):
         self._end_step = 0
         self._loaded_start: int | None = None
         self._run: str | None = None
-        self._history: list[TrunkValues] = []
+        self._history: list[StableValidation] = []
         self._overlay: RateOverlay | None = None
         self._first_rates: list[float] = []
         self._annealed: dict[str, float] | None = None
@@ -228,7 +234,7 @@ class AnnealBranch(Callback):
         if optimizer_step(trainer) >= end:
             raise ValueError(f"{planned}, where this checkpoint is already: the branch has ended")
 
-    def _later_trunk(self, path: str | os.PathLike[str]) -> tuple[str | None, list[TrunkValues]]:
+    def _later_trunk(self, path: str | os.PathLike[str]) -> tuple[str | None, list[StableValidation]]:
         run, history = _trunk_in_file(path)
         is_same = run is not None and self._run in (None, run)
         if not is_same or len(history) < len(self._history):
@@ -251,7 +257,7 @@ def _span_steps(start: int, span: float) -> int:
     return max(1, round(start * span / (1 - span)))
 
 
-def _trunk_in_file(path: str | os.PathLike[str]) -> tuple[str | None, list[TrunkValues]]:
+def _trunk_in_file(path: str | os.PathLike[str]) -> tuple[str | None, list[StableValidation]]:
     file = Path(path, _METADATA) if Path(path).is_dir() else Path(path)
     try:
         return trunk_in_checkpoint(torch.load(file, map_location="cpu", weights_only=True, mmap=True))

@@ -29,7 +29,7 @@ from merge_callback.live.batch_norm import Recalibration
 from merge_callback.live.learning_rates import learning_rates, optimizer_step
 from merge_callback.live.names import check_patterns
 from merge_callback.live.observe import validation_follows
-from merge_callback.live.sharding import copies, rank, reshard
+from merge_callback.live.sharding import local_clones, rank, reshard
 from merge_callback.live.swap import overwrite_
 from merge_callback.live.weights import tensors_by_name
 from merge_callback.merging.averages import Average, is_average
@@ -306,11 +306,11 @@ class MergeCallback(Callback):
         """
         self._capture.forget_since(step)
         if buffers:
-            self._capture.buffers = copies(buffers)
+            self._capture.buffers = local_clones(buffers)
         self._recalibration.inputs.clear()
         self._validation.trunk.forget_since(step)
 
-    def put_into(
+    def put_into_(
         self, pl_module: torch.nn.Module, coefficients: Mapping[int, float], buffers: Mapping[str, Tensor]
     ) -> None:
         """Writes a merge into the live model, for good: training goes on from it.
@@ -340,7 +340,7 @@ class MergeCallback(Callback):
             "step": self._step,
             "inputs": self._recalibration.inputs.state_dict() if self.save_state == "full" else None,
             "rates": self._rates,
-            "worked": sorted(self._merges.worked),
+            "proven_rules": sorted(self._merges.proven_rules),
             **self._validation.state_dict(),
         }
 
@@ -393,7 +393,7 @@ class MergeCallback(Callback):
                 self._messages.warn(f"resumed, but {'; '.join(changes)}", "resumed")
             if self._loaded_state["inputs"] is not None:
                 self._recalibration.inputs.load_state_dict(self._loaded_state["inputs"], pl_module.device)
-            self._merges.worked = set(self._loaded_state["worked"])
+            self._merges.proven_rules = set(self._loaded_state["proven_rules"])
             self._validation.load_state_dict(self._loaded_state)
             if self._loaded_state["step"] < step:
                 # Saved by a callback earlier in the list, before this one had seen the step.

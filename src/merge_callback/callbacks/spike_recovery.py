@@ -13,7 +13,7 @@ from torch import Tensor
 from merge_callback.callbacks.merge_callback import MergeCallback
 from merge_callback.callbacks.spike_detector import SpikeDetector
 from merge_callback.live.learning_rates import RateOverlay, is_overlaid, optimizer_step
-from merge_callback.live.sharding import copies, local
+from merge_callback.live.sharding import local, local_clones
 from merge_callback.live.weights import nonfinite_names, snapshot_buffers
 from merge_callback.merging.averages import is_average
 from merge_callback.merging.rules import sma
@@ -153,7 +153,7 @@ class SpikeRecovery(Callback):
             self._loaded_state = None
         # It may have come later than the callback.
         if kept and kept[-1] not in self._buffers:
-            self._buffers[kept[-1]] = copies(self.merge_callback.newest_buffers)
+            self._buffers[kept[-1]] = local_clones(self.merge_callback.newest_buffers)
         self._lower_rates(trainer)
         rank_zero_info(
             f"SpikeRecovery: {self.detector}; up to {self.max_recoveries} times back to a merge of {self.num_snapshots}"
@@ -231,7 +231,7 @@ class SpikeRecovery(Callback):
         if not merged:
             raise RuntimeError(f"{what}, and there is no snapshot from before to go back to")
         coefficients = dict(zip(merged, sma(merged), strict=True))
-        self.merge_callback.put_into(pl_module, coefficients, self._buffers_near(merged[-1]))
+        self.merge_callback.put_into_(pl_module, coefficients, self._buffers_near(merged[-1]))
         if self.optimizer_state == "reset":
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
@@ -255,7 +255,7 @@ class SpikeRecovery(Callback):
         steps = self.merge_callback.snapshot_steps
         self._buffers = {step: buffers for step, buffers in self._buffers.items() if step in steps}
         if steps and steps[-1] == self._step:
-            self._buffers[self._step] = copies(snapshot_buffers(pl_module))
+            self._buffers[self._step] = local_clones(snapshot_buffers(pl_module))
 
     def _lower_rates(self, trainer: Trainer) -> None:
         # Under a decay they are on their way down anyhow.

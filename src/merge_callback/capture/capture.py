@@ -18,7 +18,7 @@ from merge_callback.capture.running_averages import HostShadows, Shadow, shadow_
 from merge_callback.capture.state import ShardReader
 from merge_callback.capture.storage import HOST, DeviceStorage, HostStorage, SnapshotStorage, host_row, new_slots
 from merge_callback.live.names import EVERYTHING, Selection
-from merge_callback.live.sharding import Sharding, added_up, copies, local_tensors, rank, united
+from merge_callback.live.sharding import Sharding, all_gather_dict, all_reduce_sum, local_clones, local_tensors, rank
 from merge_callback.live.weights import (
     LiveTensors,
     has_lazy_parameters,
@@ -250,7 +250,7 @@ class SnapshotCapture:
             self._fitting = found
         if self._shadows:
             self._update_shadows(step, parameters)
-            self.shadow_buffers = copies(self._live.buffers())
+            self.shadow_buffers = local_clones(self._live.buffers())
         return is_due and self._take_snapshot(parameters, self._live.buffers(), step)
 
     def _follow(self, step: int, used: Sequence[float], following: Sequence[float]) -> bool:
@@ -281,7 +281,7 @@ class SnapshotCapture:
         """Raises `ValueError` if the average of that name holds NaN or inf on any rank; ranks call it together."""
         shadow = self.shadows[name]
         bad = {} if shadow.is_finite else {rank(): None}
-        if united(bad) if self.sharding.is_sharded else bad:
+        if all_gather_dict(bad) if self.sharding.is_sharded else bad:
             raise ValueError(f"the average over every step, {shadow.average}, holds NaN or inf")
 
     def shadow_row(self, name: str) -> list[Tensor]:
@@ -297,7 +297,7 @@ class SnapshotCapture:
         """
         bad = {name: None for name, shadow in self.shadows.items() if shadow.tensors and not shadow.is_finite}
         # What one rank drops all have to drop, or they would validate other merges.
-        dropped = list(united(bad) if self.sharding.is_sharded else bad)
+        dropped = list(all_gather_dict(bad) if self.sharding.is_sharded else bad)
         for name in dropped:
             self.shadows[name].clear()
         return dropped
@@ -310,7 +310,7 @@ class SnapshotCapture:
         """
         if self.ring is None or not (self.sharding.is_sharded or isinstance(self.storage, SnapshotDirectory)):
             return []
-        problems = united(self.ring.problems())
+        problems = all_gather_dict(self.ring.problems())
         if problems and isinstance(self.storage, SnapshotDirectory) and self.storage.strict:
             raise OSError(next(iter(problems.values())))
         self.ring.drop(problems)
@@ -322,7 +322,7 @@ class SnapshotCapture:
         assert self.layout is not None
         if not self.sharding.is_sharded:
             return self.ring.spread(coefficients, row)
-        return self.ring.spread(coefficients, row, self.sharding.copies(self.layout.places), added_up)
+        return self.ring.spread(coefficients, row, self.sharding.num_replicas(self.layout.places), all_reduce_sum)
 
     def _drop_spurious_window(self) -> None:
         self._window_phase = self.phase.num_begun
@@ -356,7 +356,7 @@ class SnapshotCapture:
             self.ring.leave_open(step, problem)
             return False
         self.ring.append(step, parameters)
-        self.buffers = copies(buffers)
+        self.buffers = local_clones(buffers)
         return True
 
     def _fit_to(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> None:
@@ -505,4 +505,4 @@ class SnapshotCapture:
 
     def _read(self, read: ShardReader, prefix: str, tensors: Mapping[str, Tensor]) -> None:
         """Fills what this process holds of tensors that `shards` gave."""
-        read({f"{prefix}.{name}": self.sharding.in_place(name, tensor) for name, tensor in tensors.items()})
+        read({f"{prefix}.{name}": self.sharding.as_dtensor(name, tensor) for name, tensor in tensors.items()})

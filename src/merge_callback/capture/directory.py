@@ -15,7 +15,7 @@ from merge_callback.capture.layout import RowLayout
 from merge_callback.capture.storage import HostStorage, host_row
 from merge_callback.merging.combine import CHUNK_NUMEL, Row
 from merge_callback.utilities.background import Background
-from merge_callback.utilities.files import FlatTensor, complete_or_absent, read_header, write_safetensors
+from merge_callback.utilities.files import FlatTensor, atomic_write, read_header, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class DirectoryStorage:
         told = {"owner": self._owner, "step": step, "checksums": [_checksum(row) for row in rows.values()]}
         path = self.path(slot)
         try:
-            with complete_or_absent(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 write_safetensors(unfinished, rows, rows.values(), {"snapshot": json.dumps(told)})
         except OSError as error:
             self._failed[slot] = f"{path} could not be written: {error}"

@@ -36,7 +36,7 @@ class CapturedMerges:
         self.rules = rules
         self.capture = capture
         # Merges whose rule has given proper coefficients once.
-        self.worked: set[str] = set()
+        self.proven_rules: set[str] = set()
         self._recalibration = recalibration
         self._messages = messages
 
@@ -111,7 +111,7 @@ class CapturedMerges:
         rows = self.capture.ring.merges(over_snapshots) if self.capture.ring is not None else iter(())
         for name, values in usable.items():
             yield name, values, next(rows) if values else self.capture.shadow_row(name)
-            self.worked.add(name)
+            self.proven_rules.add(name)
 
     @contextmanager
     def swapped_in(self, module: nn.Module, row: list[Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
@@ -165,7 +165,7 @@ class CapturedMerges:
             return {} if is_average(self.rule(name)) else self.coefficients(name)
         except ValueError as error:
             # A rule that never worked is a mistake to mend; one that worked before must not end a long run.
-            if name not in self.worked:
+            if name not in self.proven_rules:
                 raise
             self._messages.warn(f"no merge {name!r} at step {step}: {error}")
             return None

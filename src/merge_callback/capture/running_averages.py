@@ -22,7 +22,7 @@ from merge_callback.capture.layout import RowLayout
 from merge_callback.capture.storage import HostStorage
 from merge_callback.live.weights import nonfinite_names
 from merge_callback.merging.averages import Average
-from merge_callback.merging.combine import Room, parts
+from merge_callback.merging.combine import ScratchBuffer, flat_chunks
 from merge_callback.utilities.background import Background
 
 
@@ -61,11 +61,11 @@ class Shadow:
         # Tensors of the shadow's own dtype, nearly all of them, are read where they are.
         if same := list(compress(pairs, alike)):
             torch._foreach_lerp_([shadow for shadow, _ in same], [now for _, now in same], share)
-        rooms: dict[tuple[torch.dtype, torch.device], Room] = {}
+        scratches: dict[tuple[torch.dtype, torch.device], ScratchBuffer] = {}
         for shadow, now in compress(pairs, map(not_, alike)):
-            room = rooms.setdefault((shadow.dtype, shadow.device), Room(shadow.dtype))
-            for moved, part in parts(shadow, now):
-                moved.lerp_(room.like(part).copy_(part), share)
+            scratch = scratches.setdefault((shadow.dtype, shadow.device), ScratchBuffer(shadow.dtype))
+            for moved, part in flat_chunks(shadow, now):
+                moved.lerp_(scratch.like(part).copy_(part), share)
 
     def write_row_(self, out: list[Tensor], layout: RowLayout) -> list[Tensor]:
         """Writes the average, in the live tensors' dtypes, into a row of the layout; returns the row."""

@@ -30,10 +30,10 @@ def put_shards(
         What `shard_reader` finds them by, to be kept in the checkpoint.
     """
     if any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values()):
-        checkpoint["optimizer_states"].append({name: sharding.in_place(like, part) for name, like, part in shards})
+        checkpoint["optimizer_states"].append({name: sharding.as_dtensor(like, part) for name, like, part in shards})
         return f"optimizer_{len(checkpoint['optimizer_states']) - 1}"
     # Tensor by tensor: no rank has more than one whole tensor at a time beside what rank 0 keeps.
-    gathered = ((name, sharding.whole(like, part)) for name, like, part in shards)
+    gathered = ((name, sharding.full_tensor(like, part)) for name, like, part in shards)
     return {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
 
 

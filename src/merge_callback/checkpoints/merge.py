@@ -19,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from merge_callback.checkpoints.read import StoredCheckpoint, open_checkpoint
-from merge_callback.checkpoints.write import check_suffix, provenance, save, started_anew
+from merge_callback.checkpoints.write import check_suffix, fresh_run_entries, provenance, save
 from merge_callback.live.names import fits
 from merge_callback.merging.combine import combine_
 from merge_callback.merging.rules import Rule, merge_coefficients, resolve_rule, rule_label
 from merge_callback.utilities.checks import check_count, patterns
-from merge_callback.utilities.files import SAFETENSORS_DTYPES, complete_or_absent, write_safetensors
+from merge_callback.utilities.files import SAFETENSORS_DTYPES, atomic_write, write_safetensors
 
 # Statistics and counters of batch norm layers are those of the newest checkpoint, as in a run.
 TAKEN_FROM_NEWEST = ("*running_mean", "*running_var", "*num_batches_tracked")
@@ -94,7 +94,7 @@ def merge_checkpoints(
     if output.suffix == ".safetensors":
         like = {name: tensor.like("meta") for name, tensor in opened[-1].tensors.items()}
         metadata = {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
-        with complete_or_absent(output) as unfinished:
+        with atomic_write(output) as unfinished:
             write_safetensors(unfinished, like, (tensor for _, tensor in merged), metadata)
     else:
         save(output, _lightning_checkpoint(opened, dict(merged), newest, max(told)), origin)
@@ -247,4 +247,4 @@ def _lightning_checkpoint(
         if all(each.tensors[name].pieces == each.tensors[first].pieces for each in opened):
             state[name] = state[first]
     kept = {key: last.beside[key] for key in _KEPT if key in last.beside}
-    return {"state_dict": state, **started_anew(step), **kept}
+    return {"state_dict": state, **fresh_run_entries(step), **kept}

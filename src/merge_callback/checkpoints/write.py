@@ -15,9 +15,9 @@ from omegaconf import Container
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from merge_callback.live.sharding import rank, united, whole
+from merge_callback.live.sharding import all_gather_dict, full_tensor, rank
 from merge_callback.merging.rules import decay_from_coefficients
-from merge_callback.utilities.files import complete_or_absent, write_safetensors
+from merge_callback.utilities.files import atomic_write, write_safetensors
 
 # Under this key a `.ckpt` holds its provenance; a `.safetensors` holds the same entries as metadata.
 PROVENANCE_KEY = "merge_callback"
@@ -36,7 +36,7 @@ def provenance(rule: str, coefficients: Mapping[int, float] | None = None, step:
     return {**origin, "steps": list(coefficients), "coefficients": values, "implied_decay": decay}
 
 
-def started_anew(step: int) -> dict[str, Any]:
+def fresh_run_entries(step: int) -> dict[str, Any]:
     """What Lightning wants to find in a checkpoint beside weights, for a run that begins with them."""
     return {
         "pytorch-lightning_version": lightning.__version__,
@@ -50,7 +50,7 @@ def started_anew(step: int) -> dict[str, Any]:
 
 def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: int) -> dict[str, Any]:
     """A Lightning checkpoint of weights alone, from which a new fit starts as from any initialisation."""
-    checkpoint: dict[str, Any] = {"state_dict": state, **started_anew(step)}
+    checkpoint: dict[str, Any] = {"state_dict": state, **fresh_run_entries(step)}
     if module.hparams:
         # As Lightning writes them: the name of the argument that took them all, and the class of a config object.
         if hasattr(module, "_hparams_name"):
@@ -105,7 +105,7 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
         raise ValueError(f"a .safetensors file takes tensors only, and {others[0]} is none; save the merge as .ckpt")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with complete_or_absent(path) as unfinished:
+        with atomic_write(path) as unfinished:
             if path.suffix == ".ckpt":
                 torch.save({**checkpoint, PROVENANCE_KEY: dict(origin)}, unfinished)
             else:
@@ -137,7 +137,7 @@ def save_sharded(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], or
             (path / "merge.json").write_text(json.dumps(dict(origin)))
         return
     check_suffix(path)
-    gathered = ((name, whole(tensor)) for name, tensor in state.items())
+    gathered = ((name, full_tensor(tensor)) for name, tensor in state.items())
     problem = None
     try:
         if path.suffix == ".ckpt":
@@ -147,14 +147,14 @@ def save_sharded(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], or
         elif rank() == 0:
             metadata = {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
             path.parent.mkdir(parents=True, exist_ok=True)
-            with complete_or_absent(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 write_safetensors(unfinished, state, (tensor for _, tensor in gathered), metadata)
     except OSError as error:
         problem = f"the merge of steps {origin['steps']} was not saved to {path}: {error}"
     # Whatever happened to the file, the others wait for this rank's part of each tensor.
     for _ in gathered:
         pass
-    if found := united({} if problem is None else {rank(): problem}):
+    if found := all_gather_dict({} if problem is None else {rank(): problem}):
         raise OSError(next(iter(found.values())))
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from merge_callback.live.names import clean_name
 from merge_callback.live.preserve import preserved_attributes, preserved_rng
-from merge_callback.live.sharding import added_up, copies, is_shard
+from merge_callback.live.sharding import all_reduce_sum, is_shard, local_clones
 from merge_callback.live.swap import swapped_weights
 from merge_callback.live.weights import has_lazy_parameters
 from merge_callback.utilities.messages import Messages
@@ -178,7 +178,7 @@ def batch_statistics(
     communicates = any(map(is_shard, module.parameters())) or any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     buffers = dict(module.named_buffers())
     # A checkpoint that a signal handler saves meanwhile has all live buffers.
-    with preserved_rng(), preserved_attributes(module), swapped_weights(buffers, copies(buffers)):
+    with preserved_rng(), preserved_attributes(module), swapped_weights(buffers, local_clones(buffers)):
         # Attributes of the instance, which do not outlast this block.
         module.log = module.log_dict = _log_nothing  # type: ignore[assignment]
         try:
@@ -192,7 +192,7 @@ def batch_statistics(
                 own = apply_to_collection(move_data_to_device(batch, device), Tensor, torch.clone)
                 is_bad = not _is_finite(own)
                 # Where a forward pass communicates, all ranks have to make it, or none.
-                if bool(added_up(torch.tensor(float(is_bad)))) if communicates else is_bad:
+                if bool(all_reduce_sum(torch.tensor(float(is_bad)))) if communicates else is_bad:
                     continue
                 with step_context():
                     _call(module, own)

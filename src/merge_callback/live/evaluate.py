@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from merge_callback.live.preserve import preserved_attributes, preserved_loaders, preserved_rng, preserved_trainer
-from merge_callback.live.sharding import copies
+from merge_callback.live.sharding import local_clones
 from merge_callback.live.swap import swapped_weights
 
 
@@ -120,7 +120,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         stack.enter_context(preserved_trainer(trainer))
         stack.enter_context(preserved_attributes(module))
         buffers = dict(module.named_buffers())
-        stack.enter_context(swapped_weights(buffers, copies(buffers)))
+        stack.enter_context(swapped_weights(buffers, local_clones(buffers)))
         if isinstance(wrapper := trainer.model, DistributedDataParallel):
             # DDP takes over rank 0's buffers at the first evaluation after a training step; that is still to come.
             is_due = wrapper.require_forward_param_sync

@@ -46,7 +46,7 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def added_up(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all ranks of a job."""
     if torch.distributed.is_initialized():
         # NCCL knows tensors of a GPU only.
@@ -56,12 +56,12 @@ def added_up(tensor: Tensor) -> Tensor:
     return tensor.cpu()
 
 
-def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def local_clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of what this process holds of each tensor."""
     return {name: local(tensor).clone() for name, tensor in tensors.items()}
 
 
-def united(found: Mapping[Any, Any]) -> dict[Any, Any]:
+def all_gather_dict(found: Mapping[Any, Any]) -> dict[Any, Any]:
     """The entries of all ranks, in an order that is the same everywhere."""
     if not torch.distributed.is_initialized():
         return dict(found)
@@ -71,7 +71,7 @@ def united(found: Mapping[Any, Any]) -> dict[Any, Any]:
     return {key: together[key] for key in sorted(together)}
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all ranks if it is sharded, on the device where they communicate."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -112,7 +112,7 @@ class Sharding:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._specs = {name: _Spec.of(tensor) for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-        # By the model's mesh and a kind of device: see `in_place`.
+        # By the model's mesh and a kind of device: see `as_dtensor`.
         self._meshes: dict[tuple[DeviceMesh, str], DeviceMesh] = {}
 
     @property
@@ -120,13 +120,13 @@ class Sharding:
         """Whether any tensor is."""
         return bool(self._specs)
 
-    def copies(self, names: Iterable[str]) -> dict[str, int]:
+    def num_replicas(self, names: Iterable[str]) -> dict[str, int]:
         """How many ranks hold the same elements of each tensor; of a model that is not sharded, one."""
         if not self.is_sharded:
             return dict.fromkeys(names, 1)
-        return {name: self._num_copies(name) for name in names}
+        return {name: self._num_replicas_of(name) for name in names}
 
-    def _num_copies(self, name: str) -> int:
+    def _num_replicas_of(self, name: str) -> int:
         num_ranks = torch.distributed.get_world_size()
         if (spec := self._specs.get(name)) is None:
             return num_ranks
@@ -139,11 +139,11 @@ class Sharding:
             name: list(self._specs[name].shape if name in self._specs else shape) for name, shape in locals_.items()
         }
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def full_tensor(self, name: str, part: Tensor) -> Tensor:
         """The tensor of which every rank holds its part, gathered where the live one of that name is sharded."""
         return self._specs[name].join(part).full_tensor() if name in self._specs else part
 
-    def in_place(self, name: str, part: Tensor) -> Tensor:
+    def as_dtensor(self, name: str, part: Tensor) -> Tensor:
         """A part of a distributed tensor where the live one is: left where it is, to be written or read, not gathered.
 
         Args:

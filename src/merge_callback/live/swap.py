@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.live.sharding import is_shard, local
-from merge_callback.merging.combine import Room, parts
+from merge_callback.merging.combine import ScratchBuffer, flat_chunks
 
 # What is swapped at the moment, outermost first.
 _swaps: list["_Exchange"] = []
@@ -123,7 +123,7 @@ class _Exchange:
         # Live tensor, its own values, the others.
         self._pointers: list[tuple[Tensor, Tensor, Tensor]] = []
         self._contents: list[_Contents] = []
-        rooms: dict[tuple[torch.dtype, torch.device], Room] = {}
+        scratches: dict[tuple[torch.dtype, torch.device], ScratchBuffer] = {}
         for name, tensor in live.items():
             if (values := other.get(name)) is None:
                 raise ValueError(f"no tensor to put in the place of {name}")
@@ -133,8 +133,8 @@ class _Exchange:
             if own.shape != values.shape or own.dtype != values.dtype or own.is_meta != values.is_meta:
                 raise ValueError(_misfit(name, own, values))
             if in_place or is_part or own.device != values.device:
-                room = rooms.setdefault((own.dtype, own.device), Room(own.dtype))
-                self._contents += [_Contents(part, other, room) for part, other in parts(own, values)]
+                scratch = scratches.setdefault((own.dtype, own.device), ScratchBuffer(own.dtype))
+                self._contents += [_Contents(part, other, scratch) for part, other in flat_chunks(own, values)]
             else:
                 self._pointers.append((tensor, own, values))
 
@@ -151,7 +151,7 @@ class _Exchange:
         self._settle()
         for tensor, own, _ in self._pointers:
             tensor.data = own
-        # The one that an interrupt came upon has its live values in the room of all: it comes first.
+        # The one that an interrupt came upon has its live values in the scratch buffer of all: it comes first.
         for contents in reversed(self._contents):
             contents.put_back(for_good=for_good)
 
@@ -168,10 +168,10 @@ def _misfit(name: str, own: Tensor, values: Tensor) -> str:
 
 
 class _Contents:
-    """Two tensors that exchange their contents through room that others use in between."""
+    """Two tensors that exchange their contents through a scratch buffer that others use in between."""
 
-    def __init__(self, live: Tensor, other: Tensor, room: Room) -> None:
-        self._live, self._other, self._room = live, other, room
+    def __init__(self, live: Tensor, other: Tensor, scratch: ScratchBuffer) -> None:
+        self._live, self._other, self._scratch = live, other, scratch
         self._is_in = False
         # The live values, while they are nowhere else.
         self._own: Tensor | None = None
@@ -179,7 +179,7 @@ class _Contents:
     def put_in(self) -> None:
         if self._is_in:
             return
-        own = self._room.like(self._live).copy_(self._live)
+        own = self._scratch.like(self._live).copy_(self._live)
         # A signal handler runs when a copy has ended, and may have done all of it.
         if self._is_in:
             return
@@ -201,7 +201,7 @@ class _Contents:
             self._live.copy_(self._other)
             self._is_in = False
         elif self._is_in:
-            values = self._room.like(self._live).copy_(self._live)
+            values = self._scratch.like(self._live).copy_(self._live)
             self._live.copy_(self._other)
             self._is_in = False
             self._other.copy_(values)

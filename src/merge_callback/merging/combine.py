@@ -34,7 +34,7 @@ def chunks(start: int, stop: int, device: torch.device) -> Iterator[slice]:
         yield slice(first, min(first + numel, stop))
 
 
-def parts(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def flat_chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Two tensors of one shape in flat pieces that suit the first one's device; whole if their memory is not flat."""
     cuts = list(chunks(0, first.numel(), first.device))
     if len(cuts) > 1 and first.is_contiguous() and second.is_contiguous():
@@ -63,7 +63,7 @@ def combine_(outs: Sequence[Tensor], rows: Sequence[Row], coefficients: Sequence
         order = sorted(range(len(rows)), key=is_negative.__getitem__)
         used = [position for position in order if any(values[position] for _, values in pairs)]
         sums = [_Sum(out, _shares(values, order)) for out, values in pairs]
-        cast = Room(sums[0].dtype)
+        cast = ScratchBuffer(sums[0].dtype)
         for chunk in chunks(0, outs[0].numel(), outs[0].device):
             for each in sums:
                 each.begin(chunk)
@@ -88,18 +88,18 @@ def _shares(coefficients: Sequence[float], order: Sequence[int]) -> dict[int, fl
     return shares
 
 
-class Room:
+class ScratchBuffer:
     """Room for parts in another dtype, taken once: touching fresh memory would cost more than summing."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._room: Tensor | None = None
+        self._scratch: Tensor | None = None
 
     def like(self, part: Tensor) -> Tensor:
         """Uninitialised, of the same shape; the same memory at each call."""
-        if self._room is None or self._room.numel() < part.numel():
-            self._room = part.new_empty(part.numel(), dtype=self.dtype)
-        return self._room[: part.numel()].view(part.shape)
+        if self._scratch is None or self._room.numel() < part.numel():
+            self._scratch = part.new_empty(part.numel(), dtype=self.dtype)
+        return self._scratch[: part.numel()].view(part.shape)
 
 
 class _Sum:
@@ -109,11 +109,11 @@ class _Sum:
         self.dtype = torch.promote_types(out.dtype, torch.float32)
         self._out = out
         self._shares = shares
-        self._room = Room(self.dtype)
+        self._scratch = ScratchBuffer(self.dtype)
 
     def begin(self, chunk: slice) -> None:
         self._target = self._out[chunk]
-        self._accumulator = self._target if self._out.dtype == self.dtype else self._room.like(self._target)
+        self._accumulator = self._target if self._out.dtype == self.dtype else self._scratch.like(self._target)
         self._so_far: Tensor | None = None
 
     def add(self, position: int, part: Tensor, *, is_kept: bool) -> None:

@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from merge_callback.prediction.bias import MIN_BRANCHES, Comparison, Prediction, age_weight, calibrate, teachers
+from merge_callback.prediction.bias import (
+    MIN_BRANCHES,
+    BranchOutcome,
+    Prediction,
+    age_weight,
+    calibrate,
+    pooled_branches,
+)
 from merge_callback.prediction.calibration import is_same_span
 from merge_callback.prediction.records import AnnealRecord
 
@@ -20,7 +27,7 @@ class Case:
     step: int
     span: float
     shape: str
-    comparison: Comparison
+    outcome: BranchOutcome
 
     def is_like(self, other: "Case") -> bool:
         """Whether both decays are of one kind: the same shape, over about the same share of the steps."""
@@ -37,12 +44,12 @@ class Assessed:
     @property
     def error(self) -> float:
         """Predicted minus annealed."""
-        return self.prediction.value - self.case.comparison.annealed
+        return self.prediction.value - self.case.outcome.annealed
 
     @property
     def is_inside(self) -> bool:
         """Whether the interval held the annealed value."""
-        return self.prediction.low <= self.case.comparison.annealed <= self.prediction.high
+        return self.prediction.low <= self.case.outcome.annealed <= self.prediction.high
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,9 @@ class Summary:
 def cases_of(records: Iterable[AnnealRecord], metric: str) -> list[Case]:
     """The matched cases among some records that have the metric."""
     return [
-        Case(record.run, record.step, record.span, record.shape, comparison)
+        Case(record.run, record.step, record.span, record.shape, outcome)
         for record in records
-        if (comparison := record.comparison(metric)) is not None
+        if (outcome := record.outcome(metric)) is not None
     ]
 
 
@@ -96,7 +103,7 @@ def from_other_runs(
 
 
 def from_earlier_and_others(cases: Sequence[Case], form: Form = "ratio") -> list[Assessed]:
-    """Predicts every case as a run does that is given the records of other runs too: see `prediction.teachers`.
+    """Predicts every case as a run does that is given the records of other runs too: see `bias.pooled_branches`.
 
     Cases with fewer than two earlier ones in their own run are left out, as by `from_earlier`.
 
@@ -108,9 +115,9 @@ def from_earlier_and_others(cases: Sequence[Case], form: Form = "ratio") -> list
     for case in cases:
         alike = [other for other in cases if other.is_like(case)]
         earlier = [other for other in alike if other.run == case.run and other.step < case.step]
-        own = [replace(other.comparison, weight=age_weight(other.step, case.step)) for other in earlier]
+        own = [replace(other.outcome, weight=age_weight(other.step, case.step)) for other in earlier]
         if len(own) >= MIN_BRANCHES:
-            known = teachers(own, [other.comparison for other in alike if other.run != case.run])
+            known = pooled_branches(own, [other.outcome for other in alike if other.run != case.run])
             assessed += _assessed(case, known, form)
     return assessed
 
@@ -130,14 +137,14 @@ def _assess(cases: Sequence[Case], weight: Callable[[Case, Case], float], form: 
     assessed = []
     for case in cases:
         weighed = [(other, weight(case, other)) for other in cases if other.is_like(case)]
-        known = [replace(other.comparison, weight=counts) for other, counts in weighed if counts]
+        known = [replace(other.outcome, weight=counts) for other, counts in weighed if counts]
         assessed += _assessed(case, known, form)
     return assessed
 
 
-def _assessed(case: Case, known: Sequence[Comparison], form: Form) -> list[Assessed]:
+def _assessed(case: Case, known: Sequence[BranchOutcome], form: Form) -> list[Assessed]:
     """The case with its prediction; nothing while that is uncalibrated."""
     calibration = calibrate(known, form)
     if calibration is None:
         return []
-    return [Assessed(case, calibration.predict(case.comparison.live, case.comparison.merged))]
+    return [Assessed(case, calibration.predict(case.outcome.live, case.outcome.merged))]

@@ -10,7 +10,7 @@ more is better too.
 distribution, of the same size in the metric's own unit, and the next error as another draw; the interval is then
 Student's, and wide after two branches. Within one run the bias changes as training goes on, so that earlier branches
 count less (`age_weight`), in the fit and in what is expected of the next error; branches of other runs add what a few
-of the run's own would (`teachers`). An interval knows nothing of a training that changes its character.
+of the run's own would (`pooled_branches`). An interval knows nothing of a training that changes its character.
 
 *Matched* values belong to a window that ends with the decay, *forecast* values to one that ends where it begins. A fit
 on the one says nothing about the other; nothing here mixes them.
@@ -32,7 +32,7 @@ LEVEL = 0.9
 # Fewer branches say nothing about the size of the error.
 MIN_BRANCHES = 2
 # How many branches of its own a run's neighbours are worth to it, all together.
-OTHERS_WORTH = 2.0
+OTHER_RUNS_WEIGHT = 2.0
 # A forecast looks at merges of this last share of the steps, and needs so many of them.
 FORECAST_SHARE = 0.5
 MIN_FORECAST_POINTS = 4
@@ -42,7 +42,7 @@ Value = TypeVar("Value", float, "Tensor")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BranchOutcome:
     """One metric of one branch: values of the live model, the merge and the real decay, and how much they count."""
 
     live: float
@@ -97,26 +97,26 @@ def curvature_gain(coefficients: Mapping[int, float], losses: Mapping[int, float
     return sum(value * losses[step] for step, value in used.items()) - merged
 
 
-def recovered_share(comparison: Comparison) -> float:
+def recovered_share(outcome: BranchOutcome) -> float:
     """Share of a decay's gain that the merge has; NaN where the decay changed nothing.
 
     Examples:
-        >>> recovered_share(Comparison(live=1.5, merged=1.125, annealed=1.0))
+        >>> recovered_share(BranchOutcome(live=1.5, merged=1.125, annealed=1.0))
         0.75
     """
-    change = comparison.live - comparison.annealed
-    return (comparison.live - comparison.merged) / change if change else math.nan
+    change = outcome.live - outcome.annealed
+    return (outcome.live - outcome.merged) / change if change else math.nan
 
 
-def gain_ratio(comparison: Comparison) -> float:
+def gain_ratio(outcome: BranchOutcome) -> float:
     """``rho``: the decay's gain over the merge's; NaN where the merge changed nothing.
 
     Examples:
-        >>> gain_ratio(Comparison(live=1.5, merged=1.25, annealed=1.0))
+        >>> gain_ratio(BranchOutcome(live=1.5, merged=1.25, annealed=1.0))
         2.0
     """
-    change = comparison.live - comparison.merged
-    return (comparison.live - comparison.annealed) / change if change else math.nan
+    change = outcome.live - outcome.merged
+    return (outcome.live - outcome.annealed) / change if change else math.nan
 
 
 def age_weight(step: int, now: int) -> float:
@@ -132,20 +132,20 @@ def age_weight(step: int, now: int) -> float:
     return (step / now) ** 2
 
 
-def teachers(own: Sequence[Comparison], others: Sequence[Comparison]) -> list[Comparison]:
+def pooled_branches(own: Sequence[BranchOutcome], others: Sequence[BranchOutcome]) -> list[BranchOutcome]:
     """What a prediction is fitted on: a run's own earlier branches, and with less weight those of other runs.
 
     A run's own branches are few; in the benchmark both together did better than either alone. Below two of its own the
     others stand alone.
 
     Examples:
-        >>> branch = Comparison(1.5, 1.4, 1.39)
-        >>> [each.weight for each in teachers([branch] * 2, [branch] * 8)]
+        >>> branch = BranchOutcome(1.5, 1.4, 1.39)
+        >>> [each.weight for each in pooled_branches([branch] * 2, [branch] * 8)]
         [1.0, 1.0, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25]
     """
     if len(own) < MIN_BRANCHES:
         return list(others)
-    return [*own, *(replace(other, weight=OTHERS_WORTH / len(others)) for other in others)]
+    return [*own, *(replace(other, weight=OTHER_RUNS_WEIGHT / len(others)) for other in others)]
 
 
 @dataclass(frozen=True)
@@ -181,26 +181,26 @@ class Calibration:
 
 
 def calibrate(
-    comparisons: Iterable[Comparison], form: Literal["ratio", "offset", "relative"] = "ratio"
+    outcomes: Iterable[BranchOutcome], form: Literal["ratio", "offset", "relative"] = "ratio"
 ) -> Calibration | None:
     """Fits the bias of the merge on earlier branches, by weighted least squares.
 
     Args:
-        comparisons: One metric of each branch, all of one alignment, span and shape. Those with a NaN are left out.
+        outcomes: One metric of each branch, all of one alignment, span and shape. Those with a NaN are left out.
         form: As in `Calibration`.
 
     Returns:
         None below two branches, or if no merge differs from its live model: uncalibrated.
 
     Examples:
-        >>> branches = [Comparison(1.50, 1.40, 1.39), Comparison(1.40, 1.32, 1.31)]
+        >>> branches = [BranchOutcome(1.50, 1.40, 1.39), BranchOutcome(1.40, 1.32, 1.31)]
         >>> calibration = calibrate(branches)
         >>> round(calibration.coefficient, 2), round(calibration.predict(live=1.3, merged=1.2).value, 2)
         (1.11, 1.19)
         >>> calibrate(branches[:1]) is None
         True
     """
-    used = [comparison for comparison in comparisons if comparison.is_finite]
+    used = [outcome for outcome in outcomes if outcome.is_finite]
     targets = np.array([c.merged - c.annealed if form == "offset" else c.live - c.annealed for c in used])
     regressors = np.array([1.0 if form == "offset" else c.live - c.merged for c in used])
     weights = np.array([c.weight for c in used])

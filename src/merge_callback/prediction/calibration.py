@@ -10,17 +10,17 @@ from importlib.resources import files
 
 from merge_callback.prediction.bias import (
     MIN_BRANCHES,
+    BranchOutcome,
     Calibration,
-    Comparison,
     Prediction,
     age_weight,
     calibrate,
     forecast,
-    teachers,
+    pooled_branches,
 )
 from merge_callback.prediction.records import (
     AnnealRecord,
-    TrunkValues,
+    StableValidation,
     append_record,
     completed,
     read_records,
@@ -33,7 +33,7 @@ SAME_SPAN_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
-class Basis:
+class AnnealFit:
     """What a prediction stands on: decays of one kind, by a few words."""
 
     span: float
@@ -42,7 +42,7 @@ class Basis:
     calibration: Calibration
     offset: Calibration | None
 
-    def predict(self, now: TrunkValues, metric: str) -> Prediction:
+    def predict(self, now: StableValidation, metric: str) -> Prediction:
         """The annealed value for what the trunk knows now."""
         return self.calibration.predict(now.live[metric], now.merged[metric])
 
@@ -76,7 +76,7 @@ class AnnealCalibration:
         if self.source != PRIOR:
             self.records = read_records(self.source)
 
-    def update(self, history: Sequence[TrunkValues], may_write: bool) -> str | None:
+    def update(self, history: Sequence[StableValidation], may_write: bool) -> str | None:
         """Reads the file again, and adds to the records of this run's branches what its validations know by now.
 
         Args:
@@ -98,27 +98,27 @@ class AnnealCalibration:
             return str(error)
         return None
 
-    def basis(self, history: Sequence[TrunkValues], metric: str) -> Basis | None:
+    def basis(self, history: Sequence[StableValidation], metric: str) -> AnnealFit | None:
         """What a prediction at the newest validation can stand on; None while uncalibrated."""
         now, run = history[-1], run_identity(history)
         if self.source == PRIOR:
             return _nearest(_prior(), now)
         alike = [record for record in self.records if record.matched is not None and record.matched.rule == now.rule]
         known = [record for record in alike if record.run != run or record.step <= now.step]
-        stood_on: dict[bool, list[Basis]] = {True: [], False: []}
+        stood_on: dict[bool, list[AnnealFit]] = {True: [], False: []}
         for kind in _kinds(known):
-            own = _comparisons((record for record in kind if record.run == run), metric, now.step)
-            others = _comparisons((record for record in kind if record.run != run), metric, None)
+            own = _outcomes((record for record in kind if record.run == run), metric, now.step)
+            others = _outcomes((record for record in kind if record.run != run), metric, None)
             if (basis := _basis(own, others, kind)) is not None:
                 stood_on[len(own) >= MIN_BRANCHES].append(basis)
         return _nearest(stood_on[True], now) or _nearest(stood_on[False], now)
 
-    def predict(self, history: Sequence[TrunkValues], metric: str) -> Prediction | None:
+    def predict(self, history: Sequence[StableValidation], metric: str) -> Prediction | None:
         """The annealed value at the newest validation, matched; None while uncalibrated."""
         basis = self.basis(history, metric)
         return basis.predict(history[-1], metric) if basis is not None and metric in history[-1].merged else None
 
-    def forecast(self, history: Sequence[TrunkValues], metric: str, span_steps: int) -> Prediction | None:
+    def forecast(self, history: Sequence[StableValidation], metric: str, span_steps: int) -> Prediction | None:
         """The value at the end of a decay over so many steps that begins now; None while there is too little to go by.
 
         Stands on the offset between merge and anneal of earlier branches, and on merges of the last half of the run.
@@ -143,33 +143,33 @@ def _kinds(records: Iterable[AnnealRecord]) -> list[list[AnnealRecord]]:
     return kinds
 
 
-def _basis(own: list[Comparison], others: list[Comparison], kind: Sequence[AnnealRecord]) -> Basis | None:
-    comparisons = teachers(own, others)
-    calibration = calibrate(comparisons)
+def _basis(own: list[BranchOutcome], others: list[BranchOutcome], kind: Sequence[AnnealRecord]) -> AnnealFit | None:
+    outcomes = pooled_branches(own, others)
+    calibration = calibrate(outcomes)
     if calibration is None:
         return None
     counted = {"of this run": len(own) if len(own) >= MIN_BRANCHES else 0, "of other runs": len(others)}
     sources = [f"{number} real anneals {whose}" for whose, number in counted.items() if number]
     span = math.exp(math.fsum(math.log(record.span) for record in kind) / len(kind))
-    return Basis(
+    return AnnealFit(
         span,
         kind[0].shape,
         " and ".join(sources),
         calibration,
-        calibrate(comparisons, "offset"),
+        calibrate(outcomes, "offset"),
     )
 
 
-def _comparisons(records: Iterable[AnnealRecord], metric: str, now: int | None) -> list[Comparison]:
+def _outcomes(records: Iterable[AnnealRecord], metric: str, now: int | None) -> list[BranchOutcome]:
     """With the weights of their age, if they are of one run that is now at a step."""
     return [
-        replace(comparison, weight=1.0 if now is None else age_weight(record.step, now))
+        replace(outcome, weight=1.0 if now is None else age_weight(record.step, now))
         for record in records
-        if (comparison := record.comparison(metric)) is not None
+        if (outcome := record.outcome(metric)) is not None
     ]
 
 
-def _nearest(bases: Sequence[Basis], now: TrunkValues) -> Basis | None:
+def _nearest(bases: Sequence[AnnealFit], now: StableValidation) -> AnnealFit | None:
     """By span, on a scale of factors; among shapes the linear one, which is what a uniform merge stands for."""
     share = max(now.span_steps, 1) / now.step
     return min(bases, key=lambda b: (round(abs(math.log(b.span / share)), 1), b.shape != "linear"), default=None)
@@ -181,9 +181,9 @@ def is_same_span(span: float, other: float) -> bool:
 
 
 @cache
-def _prior() -> list[Basis]:
+def _prior() -> list[AnnealFit]:
     kinds = json.loads((files("merge_callback.prediction") / "prior.json").read_text())["kinds"]
     return [
-        Basis(kind["span"], kind["shape"], "the prior", Calibration(form="relative", **kind["relative"]), None)
+        AnnealFit(kind["span"], kind["shape"], "the prior", Calibration(form="relative", **kind["relative"]), None)
         for kind in kinds
     ]

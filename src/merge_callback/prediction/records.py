@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_callback.prediction.bias import Comparison
+from merge_callback.prediction.bias import BranchOutcome
 
 
 @dataclass(frozen=True)
-class TrunkValues:
+class StableValidation:
     """What a trunk, a run at a constant rate, knew at one validation.
 
     Args:
@@ -53,8 +53,8 @@ class AnnealRecord:
     span_steps: int
     shape: str
     annealed: dict[str, float]
-    forecast: TrunkValues | None = None
-    matched: TrunkValues | None = None
+    forecast: StableValidation | None = None
+    matched: StableValidation | None = None
 
     @property
     def identity(self) -> tuple[str, int, int, str]:
@@ -66,11 +66,11 @@ class AnnealRecord:
         """Length of the decay as a share of all steps up to its end."""
         return self.span_steps / self.step
 
-    def comparison(self, metric: str) -> Comparison | None:
+    def outcome(self, metric: str) -> BranchOutcome | None:
         """One metric beside the trunk's values of the matched window; None if that is not known of it."""
         if self.matched is None or metric not in self.matched.merged or metric not in self.annealed:
             return None
-        return Comparison(self.matched.live[metric], self.matched.merged[metric], self.annealed[metric])
+        return BranchOutcome(self.matched.live[metric], self.matched.merged[metric], self.annealed[metric])
 
 
 def append_record(path: str | os.PathLike[str], record: AnnealRecord) -> None:
@@ -121,7 +121,7 @@ def read_records(path: str | os.PathLike[str]) -> list[AnnealRecord]:
     return list(records.values())
 
 
-def trunk_at(history: Sequence[TrunkValues], step: int, max_gap_steps: int) -> TrunkValues | None:
+def trunk_at(history: Sequence[StableValidation], step: int, max_gap_steps: int) -> StableValidation | None:
     """The trunk at a step: as it was validated there, or between the two validations around it.
 
     Args:
@@ -145,10 +145,10 @@ def trunk_at(history: Sequence[TrunkValues], step: int, max_gap_steps: int) -> T
 
     span_steps = round(before.span_steps + share * (after.span_steps - before.span_steps))
     live, merged = between(before.live, after.live), between(before.merged, after.merged)
-    return TrunkValues(step, span_steps, live, merged, after.rule)
+    return StableValidation(step, span_steps, live, merged, after.rule)
 
 
-def completed(record: AnnealRecord, history: Sequence[TrunkValues]) -> AnnealRecord:
+def completed(record: AnnealRecord, history: Sequence[StableValidation]) -> AnnealRecord:
     """The record with what the trunk's validations add to it.
 
     The forecast takes a validation at the very start of the decay; the match one at its end, or two close around it.
@@ -160,7 +160,7 @@ def completed(record: AnnealRecord, history: Sequence[TrunkValues]) -> AnnealRec
     )
 
 
-def run_identity(history: Sequence[TrunkValues]) -> str | None:
+def run_identity(history: Sequence[StableValidation]) -> str | None:
     """A name for the run that was validated so: what its first validation found is as good as a fingerprint.
 
     None before the first validation. A run that is resumed, or repeated bit for bit, keeps its name.
@@ -171,11 +171,11 @@ def run_identity(history: Sequence[TrunkValues]) -> str | None:
     return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def trunk_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str | None, list[TrunkValues]]:
+def trunk_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str | None, list[StableValidation]]:
     """Name and validations of the trunk that saved a checkpoint with a `MergeCallback`; otherwise None and nothing."""
     for state in (checkpoint.get("callbacks") or {}).values():
         if isinstance(state, Mapping) and "history" in state:
-            history = [TrunkValues(**values) for values in state["history"]]
+            history = [StableValidation(**values) for values in state["history"]]
             return run_identity(history), history
     return None, []
 
@@ -189,5 +189,5 @@ def _ends_in_half_a_line(path: Path) -> bool:
 
 
 def _parse(line: Mapping[str, Any]) -> AnnealRecord:
-    trunk = {key: TrunkValues(**line[key]) if line[key] else None for key in ("forecast", "matched")}
+    trunk = {key: StableValidation(**line[key]) if line[key] else None for key in ("forecast", "matched")}
     return AnnealRecord(**{**line, **trunk})

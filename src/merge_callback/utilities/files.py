@@ -25,7 +25,7 @@ SAFETENSORS_DTYPES = {
 
 
 @contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a path to write to; what was written takes the place of ``path`` when the block ends without an error.
 
     Of a symbolic link to a file, that of the file, as whoever writes to a link expects.
@@ -88,8 +88,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def read_into(path: Path, begin: int, room: memoryview) -> None:
-    """Fills room with what a file holds from a byte on.
+def read_into(path: Path, begin: int, buffer: memoryview) -> None:
+    """Fills the buffer with what a file holds from a byte on.
 
     Raises:
         ValueError: If the file ends before.
@@ -97,10 +97,10 @@ def read_into(path: Path, begin: int, room: memoryview) -> None:
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
         done = 0
-        while done < len(room):
-            got = file.readinto(room[done:])
+        while done < len(buffer):
+            got = file.readinto(buffer[done:])
             if not got:
-                raise ValueError(f"{path} ends before byte {begin + len(room)}")
+                raise ValueError(f"{path} ends before byte {begin + len(buffer)}")
             done += got
 
 

@@ -16,7 +16,7 @@ from merge_callback.live.observe import is_last_validation, logged_step, observe
 from merge_callback.merging.averages import is_average
 from merge_callback.merging.rules import rule_label
 from merge_callback.prediction.bias import gain
-from merge_callback.prediction.records import TrunkValues
+from merge_callback.prediction.records import StableValidation
 from merge_callback.utilities.background import wait_for_device
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
@@ -225,7 +225,7 @@ class MergedValidation:
             return {}
         return self.trunk.predicted(live, is_end_of_decay=False)
 
-    def _trunk_values(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue]) -> TrunkValues:
+    def _trunk_values(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue]) -> StableValidation:
         primary, rule = evaluation.merged[self.merges.primary], self.merges.rule()
         values = {name: float(live[name].value) for name in primary if name in live}
         merged = {name: float(primary[name].value) for name in values}
@@ -235,7 +235,7 @@ class MergedValidation:
             merged = {name: values[name] - gains[name] for name in values}
         span_steps = round(evaluation.diagnostics["span_steps"])
         label = repr(rule) if is_average(rule) else rule_label(rule)
-        return TrunkValues(evaluation.step, span_steps, values, merged, label)
+        return StableValidation(evaluation.step, span_steps, values, merged, label)
 
     def _losses(self, evaluation: _Evaluation) -> list[str]:
         """Metrics of the primary merge where less is better, in the order in which they are logged."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from merge_callback.live.names import clean_name, fits
-from merge_callback.live.sharding import united
+from merge_callback.live.sharding import all_gather_dict
 from merge_callback.utilities.checks import check_count, patterns
 from merge_callback.validation.router_agreement import RouterAgreement
 
@@ -112,7 +112,9 @@ class Routers:
         says so.
         """
         by_layer = {}
-        differing = united({name: None for name in {**merged, **live} if _shapes(merged, name) != _shapes(live, name)})
+        differing = all_gather_dict(
+            {name: None for name in {**merged, **live} if _shapes(merged, name) != _shapes(live, name)}
+        )
         if differing:
             rank_zero_warn(
                 f"{', '.join(differing)} saw other tokens in the merge than in the live model, and is left out of"

@@ -10,7 +10,7 @@ import torch
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.prediction.bias import Prediction, curvature_gain
 from merge_callback.prediction.calibration import PRIOR, AnnealCalibration
-from merge_callback.prediction.records import TrunkValues
+from merge_callback.prediction.records import StableValidation
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.logged import BOUNDS, LoggedName, Names
 
@@ -26,7 +26,7 @@ class Trunk:
 
     def __init__(self, calibration: str | os.PathLike[str] | None, names: Names, messages: Messages) -> None:
         # Every validation of the primary merge at a constant rate: what real anneals are compared with.
-        self.history: list[TrunkValues] = []
+        self.history: list[StableValidation] = []
         # The latest at a constant rate; kept while the rate decays.
         self.predictions: dict[str, Prediction] = {}
         # Whether the latest validation has compared them with the end of a decay.
@@ -44,7 +44,7 @@ class Trunk:
         if self._anneals is not None:
             self._anneals.read()
 
-    def learn(self, values: TrunkValues, losses: Collection[str], may_write: bool) -> None:
+    def learn(self, values: StableValidation, losses: Collection[str], may_write: bool) -> None:
         """Takes note of a validation, and predicts anew.
 
         Args:
@@ -129,6 +129,6 @@ class Trunk:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave; predictions only if there still is something to predict from."""
-        self.history = [TrunkValues(**values) for values in state["history"]]
+        self.history = [StableValidation(**values) for values in state["history"]]
         if self._anneals is not None:
             self.predictions = {metric: Prediction(**kept) for metric, kept in state["predictions"].items()}
