@@ -26,7 +26,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from merge_callback import MergeCallback, Routers, Window
+from merge_callback import MergeCallback, Parts, Routers, Window
 from merge_callback.validation.routers import LOGGED
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -56,9 +56,9 @@ def train(num_experts: int, seed: int) -> dict[str, Any]:
     """One run; what it was and what came of it."""
     merges = {"late": Window(span=0.1)}
     routers = ROUTERS if num_experts else None
-    callbacks = [MergeCallback(merges=merges, routers=routers)]
+    callbacks = [MergeCallback(merges=merges, parts=Parts(routers=routers))]
     if num_experts:
-        callbacks.append(MergeCallback(merges=merges, routers=routers, exclude="*.router.*", name="kept"))
+        callbacks.append(MergeCallback(merges=merges, parts=Parts(exclude="*.router.*", routers=routers), name="kept"))
     validations = Validations()
     options = {"demo.seed": seed, "trainer.max_steps": NUM_STEPS, "trainer.val_check_interval": NUM_STEPS // 10}
     demo_run([*callbacks, validations], **options, **{"model.num_experts": num_experts}).fit()

@@ -153,7 +153,7 @@ validation costs what a live one does, which is more than all of this: `limit_ba
 ## What to choose
 
 - The ring in every checkpoint is the largest cost: model and Adam's states take {NUM_PARAMETERS * 12 / GB:,.0f} GB.
-  `dtype="bfloat16"` halves it; `save_state="none"` leaves it out, and the window begins anew after a resume.
+  `dtype="bfloat16"` halves it; `SnapshotMemory(in_checkpoints=False)` leaves it out, and the window begins anew after a resume.
 - `storage="cpu"` where device memory is short: a capture every few thousand steps and a merge at a validation are rare
   enough for host memory. A directory is for hosts that have none to spare.
 - HSDP holds the same shards once in each replica, so its ranks keep eight times as much.

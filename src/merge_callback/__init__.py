@@ -5,10 +5,12 @@ from importlib.metadata import version
 from merge_callback.callbacks.anneal_branch import AnnealBranch
 from merge_callback.callbacks.merge_callback import MergeCallback
 from merge_callback.callbacks.merged_checkpoint import MergedCheckpoint
+from merge_callback.callbacks.parts import Parts
 from merge_callback.callbacks.progress_bar import LiveAndMergedBar
 from merge_callback.callbacks.spike_detector import SpikeDetector
 from merge_callback.callbacks.spike_recovery import SpikeRecovery
 from merge_callback.capture.directory import SnapshotDirectory
+from merge_callback.capture.storage import SnapshotMemory
 from merge_callback.merging.averages import Ema, PowerEma
 from merge_callback.merging.recommended import recommended_window
 from merge_callback.merging.windows import Extrapolate, Window
@@ -21,9 +23,11 @@ __all__ = [
     "LiveAndMergedBar",
     "MergeCallback",
     "MergedCheckpoint",
+    "Parts",
     "PowerEma",
     "Routers",
     "SnapshotDirectory",
+    "SnapshotMemory",
     "SpikeDetector",
     "SpikeRecovery",
     "Window",

@@ -248,7 +248,7 @@ def test_the_table_begins_with_the_best_and_the_map_shows_each_value(run, tmp_pa
         ({"span_steps": [0]}, r"sweep.span_steps must be >= 1, got 0"),
         ({"rules": ["smaa"]}, r"unknown merge rule 'smaa'"),
         ({"rules": {"live": "sma"}}, r"no rule may be called 'live'"),
-        ({"rules": {"e": {"_target_": "merge_callback.Ema", "half_life_steps": 3}}}, r"'e' averages over every step"),
+        ({"rules": {"e": {"_target_": "merge_callback.Ema", "half_life_steps": 3}}}, r"got Ema\(half_life_steps=3"),
         ({"checkpoints": "nowhere/*.ckpt"}, r"there is no checkpoint nowhere/\*.ckpt"),
     ],
 )

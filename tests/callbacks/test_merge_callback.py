@@ -585,7 +585,7 @@ def test_a_model_without_trainable_parameters_is_refused_before_training(tmp_pat
         ({"storage": ""}, ValueError, "storage must be 'device'"),
         ({"storage": SnapshotDirectory("")}, ValueError, "storage must have a path"),
         ({"storage": "/proc/snapshots"}, ValueError, "cannot be written"),
-        ({"storage": 3}, TypeError, "storage must be 'device', 'cpu' or a directory, got 3"),
+        ({"storage": 3}, TypeError, "storage must be 'device', 'cpu', a directory or a SnapshotMemory, got 3"),
         ({"max_overhead": 0.0}, ValueError, r"max_overhead must be a share in \(0, 1\), got 0.0"),
         ({"max_overhead": "2%"}, TypeError, "max_overhead must be a float or None, got '2%'"),
         ({"name": ""}, ValueError, "name must be a non-empty string, got ''"),

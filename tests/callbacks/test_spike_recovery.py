@@ -232,7 +232,7 @@ def test_the_merge_has_no_buffers_of_the_spike(tmp_path):
     class Forgetting(Callback):
         def on_train_batch_end(self, trainer, pl_module, *arguments):
             if recovery.recoveries == [trainer.global_step]:
-                plain.forget_since(trainer.global_step, recovery._buffers[8])
+                plain.session.forget_since(trainer.global_step, recovery._buffers[8])
 
     run = fit(slow(), tmp_path, merge, plain, recovery, Forgetting(), Poison(11), max_steps=13)
     assert recovery.recoveries == [12]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_callback.capture.phase import CaptureSchedule, StablePhase, needs_thinning
+from merge_callback.capture.phase import CaptureSchedule, PhaseEvent, StablePhase, needs_thinning
 
 
 def stable_steps(rates):
@@ -14,7 +14,7 @@ def stable_steps(rates):
     return [
         step
         for step, (used, following) in enumerate(itertools.pairwise(rates), 1)
-        if phase.observe([used], [following])
+        if phase.observe([used], [following]).is_stable
     ]
 
 
@@ -40,10 +40,10 @@ def test_a_long_linear_decay_ends_the_phase_at_once():
     rates = [1.0] * 20 + [1 - step / length for step in range(1, 3000)]
     assert max(stable_steps(rates)) <= 20 + 4
     phase = StablePhase()
-    for used, following in itertools.pairwise(rates):
-        phase.observe([used], [following])
+    events = [phase.observe([used], [following]) for used, following in itertools.pairwise(rates)]
     assert phase.num_begun == 1
-    assert not phase.was_spurious
+    assert PhaseEvent.ENDED in events
+    assert PhaseEvent.RETRACTED not in events
 
 
 @pytest.mark.parametrize("length", [10_000, 100_000, 1_000_000, 10_000_000])
@@ -51,9 +51,9 @@ def test_a_cosine_never_settles_however_long_it_is(length):
     warmup = [(step + 1) / 101 for step in range(101)]
     rates = [*warmup, *(0.5 * (1 + math.cos(math.pi * step / length)) for step in range(3000))]
     phase = StablePhase()
-    for used, following in itertools.pairwise(rates):
-        phase.observe([used], [following])
+    events = [phase.observe([used], [following]) for used, following in itertools.pairwise(rates)]
     assert len(stable_steps(rates)) < 10
+    assert events.count(PhaseEvent.RETRACTED) == events.count(PhaseEvent.BEGAN) == 1
     assert phase.num_begun == 0
     assert phase.never_settled(1000)
 
@@ -69,9 +69,11 @@ def test_a_single_small_change_does_not_end_the_phase():
 
 def test_every_group_has_to_be_constant():
     phase = StablePhase()
-    assert not phase.observe([1.0, 0.1], [1.0, 0.2])
-    assert phase.observe([1.0, 0.2], [1.0, 0.2])
-    assert not phase.observe([1.0, 0.3], [1.0, 0.4])
+    assert phase.observe([1.0, 0.1], [1.0, 0.2]) is PhaseEvent.UNSETTLED
+    assert phase.observe([1.0, 0.2], [1.0, 0.2]) is PhaseEvent.BEGAN
+    assert phase.observe([1.0, 0.2], [1.0, 0.3]) is PhaseEvent.HELD
+    assert phase.observe([1.0, 0.3], [1.0, 0.4]) is PhaseEvent.ENDED
+    assert phase.observe([1.0, 0.4], [1.0, 0.5]) is PhaseEvent.UNSETTLED
 
 
 def test_a_group_that_joins_begins_another_phase():

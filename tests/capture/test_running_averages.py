@@ -9,7 +9,7 @@ from torch import nn
 
 from merge_callback import Ema, MergeCallback, PowerEma
 from merge_callback.capture.layout import RowLayout
-from merge_callback.capture.running_averages import HostShadows, Shadow
+from merge_callback.capture.running_averages import HostShadows, RunningAverages, Shadow
 from merge_callback.checkpoints.write import read_provenance
 from merge_callback.merging.averages import is_average, synthesis_coefficients
 from merge_callback.merging.combine import CHUNK_NUMEL
@@ -132,7 +132,7 @@ def test_averages_in_host_memory_are_made_of_the_weights_as_they_were_at_each_st
             tensor.add_(step)
     beside.wait()
     for shadow, twin_ in zip(shadows, twins, strict=True):
-        assert same(shadow.state_dict(), twin_.state_dict())
+        assert same((shadow.step, shadow.tensors), (twin_.step, twin_.tensors))
 
 
 def test_what_goes_wrong_beside_the_training_arrives_there():
@@ -178,12 +178,12 @@ def test_averages_in_host_memory_are_told_with_their_copy(tmp_path, caplog):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_an_average_of_another_dtype_than_the_weights_have_now_goes_on(dtype):
     """As after a resume in another precision."""
-    shadow, saved = Shadow(Ema(half_life_steps=1)), Shadow(Ema(half_life_steps=1))
-    saved.update(1, {"x": torch.zeros(3)})
-    live = {"x": torch.ones(3, dtype=dtype)}
-    assert shadow.load_state_dict(saved.state_dict(), live)
-    shadow.update(2, live)
-    assert torch.equal(shadow.tensors["x"], torch.full((3,), 0.5))
+    saved, averages = (RunningAverages({"ema": Ema(half_life_steps=1)}, None) for _ in range(2))
+    saved.update(1, {"x": torch.zeros(3)}, {})
+    tensors = {name: tensor for _, name, tensor in saved.tensors()}
+    assert averages.load_state_dict(saved.state_dict(), lambda name: tensors, {}) == []
+    averages.update(2, {"x": torch.ones(3, dtype=dtype)}, {})
+    assert torch.equal(averages["ema"].tensors["x"], torch.full((3,), 0.5))
 
 
 def test_a_step_seen_twice_counts_once():

@@ -74,7 +74,7 @@ def test_a_spoilt_file_is_named_and_left_out(tmp_path, how):
     callback = MergeCallback(2, 3, storage=tmp_path / "snapshots")
     fit(make(Toy), tmp_path / "run", callback)
     assert callback.snapshot_steps == [20, 22, 24]
-    slot = callback._capture.ring._slots[1]
+    slot = callback.session.capture.ring._slots[1]
     path = tmp_path / "snapshots" / f"merge-rank00000-{slot:03d}.safetensors"
     spoilt(path, how)
     with pytest.warns(UserWarning, match=rf"left out of the merges: .*{path.name} {HOWS[how]}"):

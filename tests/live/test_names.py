@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from merge_callback import Ema, MergeCallback, SpikeRecovery
+from merge_callback import Ema, MergeCallback, Parts, SpikeRecovery
 from merge_callback.live.names import Selection
 from tests.helpers.toys import ResumableBatches, Toy, Tracker, assert_same_training, fit, make, same
 
@@ -13,7 +13,7 @@ MERGES = {"sma": "sma", "ema": Ema(half_life_steps=3)}
 
 
 def test_what_is_excluded_is_live_and_the_rest_is_the_float64_twins_merge(tmp_path):
-    callback, tracker = MergeCallback(3, 4, exclude=["out.*", "inner.bias"]), Tracker()
+    callback, tracker = MergeCallback(3, 4, parts=Parts(exclude=["out.*", "inner.bias"])), Tracker()
     run = fit(make(Toy), tmp_path, callback, tracker)
     expected, state, live = (
         tracker.merged(callback.coefficients()),
@@ -29,7 +29,7 @@ def test_what_is_excluded_is_live_and_the_rest_is_the_float64_twins_merge(tmp_pa
 
 @pytest.mark.parametrize("storage", ["device", "cpu"])
 def test_only_what_is_included_is_merged_and_averaged(tmp_path, storage):
-    callback = MergeCallback(3, 4, merges=MERGES, include="out.*", exclude="*.bias", storage=storage)
+    callback = MergeCallback(3, 4, merges=MERGES, parts=Parts(include="out.*", exclude="*.bias"), storage=storage)
     run = fit(make(Toy), tmp_path, callback)
     whole = MergeCallback(3, 4, merges=MERGES, storage=storage)
     fit(make(Toy), tmp_path, whole)
@@ -44,7 +44,7 @@ def test_only_what_is_included_is_merged_and_averaged(tmp_path, storage):
 
 def test_training_is_bit_identical_and_the_merge_is_validated(tmp_path):
     without = fit(make(Toy), tmp_path / "without")
-    callback = MergeCallback(2, 4, merges=MERGES, exclude="out.*")
+    callback = MergeCallback(2, 4, merges=MERGES, parts=Parts(exclude="out.*"))
     watched = fit(make(Toy), tmp_path / "with", callback)
     assert_same_training(without, watched)
     whole = fit(make(Toy), tmp_path / "whole", MergeCallback(2, 4, merges=MERGES))
@@ -55,7 +55,7 @@ def test_training_is_bit_identical_and_the_merge_is_validated(tmp_path):
 
 
 def test_a_resumed_run_goes_on_exactly_and_another_selection_starts_anew(tmp_path):
-    whole = MergeCallback(2, 4, merges=MERGES, exclude="out.*")
+    whole = MergeCallback(2, 4, merges=MERGES, parts=Parts(exclude="out.*"))
     module = make(Toy)
     module.dropout.p = 0.0
     uninterrupted = fit(module, tmp_path / "whole", whole, train=ResumableBatches())
@@ -64,7 +64,7 @@ def test_a_resumed_run_goes_on_exactly_and_another_selection_starts_anew(tmp_pat
     run = fit(
         first,
         tmp_path / "first",
-        MergeCallback(2, 4, merges=MERGES, exclude="out.*"),
+        MergeCallback(2, 4, merges=MERGES, parts=Parts(exclude="out.*")),
         train=ResumableBatches(),
         max_steps=13,
     )
@@ -76,18 +76,18 @@ def test_a_resumed_run_goes_on_exactly_and_another_selection_starts_anew(tmp_pat
         again.dropout.p = 0.0
         return fit(again, tmp_path / "again", callback, train=ResumableBatches(), ckpt_path=str(path)), callback
 
-    second, callback = resumed(exclude="out.*")
+    second, callback = resumed(parts=Parts(exclude="out.*"))
     assert same(dict(second.module.state_dict()), dict(uninterrupted.module.state_dict()))
     for merge in MERGES:
         assert same(callback.merged_state_dict(merge), whole.merged_state_dict(merge))
     with pytest.warns(UserWarning, match="its window of 4 snapshots was dropped"):
-        _, other = resumed(exclude="norm.*")
+        _, other = resumed(parts=Parts(exclude="norm.*"))
     assert other.snapshot_steps == [18, 20, 22, 24]
 
 
 def test_what_is_left_out_is_said_at_the_start_of_fit(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
-        fit(make(Toy), tmp_path, MergeCallback(exclude=["out.*", "*.bias"]))
+        fit(make(Toy), tmp_path, MergeCallback(parts=Parts(exclude=["out.*", "*.bias"])))
     (line,) = [line for line in caplog.messages if line.startswith("MergeCallback('merge'): up to")]
     # Two biases of six, a matrix of eighteen and a bias of three.
     assert "without 4 parameters of 33 elements, which stay live (inner.bias, norm.bias, out.weight, ...)" in line
@@ -107,17 +107,17 @@ def test_what_is_left_out_is_said_at_the_start_of_fit(tmp_path, caplog):
 )
 def test_patterns_that_fit_nothing_or_leave_nothing_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        fit(make(Toy), tmp_path, MergeCallback(**arguments))
+        fit(make(Toy), tmp_path, MergeCallback(parts=Parts(**arguments)))
 
 
 def test_patterns_are_checked_when_the_callback_is_made():
     with pytest.raises(TypeError, match=r"exclude must be a pattern of names or a list of them, got 3"):
-        MergeCallback(exclude=3)  # type: ignore[arg-type]
+        Parts(exclude=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"include must name at least one pattern, got \[\]"):
-        MergeCallback(include=[])
-    assert MergeCallback(exclude=["*.router.*"]).selection == Selection(exclude=("*.router.*",))
+        Parts(include=[])
+    assert MergeCallback(parts=Parts(exclude=["*.router.*"])).parts.selection == Selection(exclude=("*.router.*",))
 
 
 def test_recovery_refuses_a_callback_that_leaves_parameters_out():
     with pytest.raises(ValueError, match="must merge all parameters, or those it leaves out would stay in the spike"):
-        SpikeRecovery(MergeCallback(exclude="out.*"))
+        SpikeRecovery(MergeCallback(parts=Parts(exclude="out.*")))

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 
 from merge_callback import AnnealBranch, Ema, MergeCallback, Window
 from merge_callback.prediction.bias import BranchOutcome, calibrate, forecast
-from merge_callback.prediction.calibration import AnnealCalibration
+from merge_callback.prediction.predictor import AnnealPredictor
 from merge_callback.prediction.records import AnnealRecord, StableValidation, append_record, read_records, run_identity
 from tests.helpers.toys import ResumableBatches, Toy, fit, make
 
@@ -29,9 +29,19 @@ def record(step, annealed, run="other", span=0.1, shape="linear", **matched):
 def calibration(tmp_path, *records):
     for each in records:
         append_record(tmp_path / "anneals.jsonl", each)
-    found = AnnealCalibration(tmp_path / "anneals.jsonl")
+    found = AnnealPredictor(tmp_path / "anneals.jsonl")
     found.read()
     return found
+
+
+def fitted(predictor, history, metric=METRIC):
+    """What a prediction after these validations stands on; None if there is nothing."""
+    predictor.history = list(history)
+    return predictor.fit(metric, [METRIC])
+
+
+def predicted(predictor, history):
+    return fitted(predictor, history).predict(history[-1], METRIC)
 
 
 def still():
@@ -46,39 +56,39 @@ def test_other_runs_teach_alone_and_beside_two_branches_of_the_run_itself(tmp_pa
     others = [record(1000, 1.30), record(2000, 1.30)]
     own = [record(100, 1.35, run), record(200, 1.35, run), record(300, 1.25, run)]
     anneals = calibration(tmp_path, *others)
-    assert anneals.predict(history, METRIC).value == pytest.approx(1.5 - 2 * 0.1)
+    assert predicted(anneals, history).value == pytest.approx(1.5 - 2 * 0.1)
     anneals = calibration(tmp_path, own[0])
-    assert "2 real anneals of other runs" in str(anneals.basis(history, METRIC))
+    assert "2 real anneals of other runs" in str(fitted(anneals, history))
     # One more of its own is not yet known at step 200; then later ones count by the square of their step, and the two
     # of other runs one each: ratios of 1.5, 1.5, 2.5, and 2 and 2.
     anneals = calibration(tmp_path, *own[1:])
-    assert anneals.predict(history[:2], METRIC).value == pytest.approx(1.5 - (1.5 * (0.25 + 1) + 2 * 2) / 3.25 * 0.1)
+    assert predicted(anneals, history[:2]).value == pytest.approx(1.5 - (1.5 * (0.25 + 1) + 2 * 2) / 3.25 * 0.1)
     ratio = (1.5 * (1 + 4) / 16 + 2.5 * 9 / 16 + 2 * 2) / (14 / 16 + 2)
-    assert anneals.predict(history, METRIC).value == pytest.approx(1.5 - ratio * 0.1)
+    assert predicted(anneals, history).value == pytest.approx(1.5 - ratio * 0.1)
     # A branch that ends later than now is not known yet.
-    assert anneals.basis(history[:2], METRIC).calibration.num_branches == 4
-    assert anneals.basis(history, METRIC).calibration.num_branches == 5
+    assert fitted(anneals, history[:2]).calibration.num_branches == 4
+    assert fitted(anneals, history).calibration.num_branches == 5
     assert re.search(
         r"a linear decay over the last 10% .* 3 real anneals of this run and 2 real anneals of other runs",
-        str(anneals.basis(history, METRIC)),
+        str(fitted(anneals, history)),
     )
 
 
 def test_one_branch_is_not_enough(tmp_path):
     history = [values(100), values(200)]
-    assert calibration(tmp_path).predict(history, METRIC) is None
-    assert calibration(tmp_path, record(100, 1.3)).predict(history, METRIC) is None
-    assert calibration(tmp_path, record(200, 1.3)).predict(history, "accuracy") is None
+    assert fitted(calibration(tmp_path), history) is None
+    assert fitted(calibration(tmp_path, record(100, 1.3)), history) is None
+    assert fitted(calibration(tmp_path, record(200, 1.3)), history, "accuracy") is None
 
 
 def test_runs_that_merge_by_another_rule_say_nothing(tmp_path):
     history = [values(100, rule="wma")]
-    assert calibration(tmp_path, record(100, 1.3), record(200, 1.3)).predict(history, METRIC) is None
+    assert fitted(calibration(tmp_path, record(100, 1.3), record(200, 1.3)), history) is None
 
 
 def test_branches_without_a_match_say_nothing(tmp_path):
     unmatched = [AnnealRecord("other", 90, step, 10, "linear", {METRIC: 1.3}) for step in (100, 200)]
-    assert calibration(tmp_path, *unmatched).predict([values(100)], METRIC) is None
+    assert fitted(calibration(tmp_path, *unmatched), [values(100)]) is None
 
 
 def test_decays_of_the_span_of_the_merge_count(tmp_path):
@@ -86,20 +96,22 @@ def test_decays_of_the_span_of_the_merge_count(tmp_path):
     long = [record(step, 1.30, span=0.22) for step in (1000, 2000)]
     longer = [record(step, 1.32, span=0.2, shape="1-sqrt") for step in (1000, 2000)]
     anneals = calibration(tmp_path, *longer, *long, *short)
-    assert anneals.predict([values(100, span_steps=9)], METRIC).value == pytest.approx(1.38)
-    assert anneals.predict([values(100, span_steps=21)], METRIC).value == pytest.approx(1.30)
-    assert anneals.basis([values(100, span_steps=21)], METRIC).shape == "linear"
+    assert predicted(anneals, [values(100, span_steps=9)]).value == pytest.approx(1.38)
+    assert predicted(anneals, [values(100, span_steps=21)]).value == pytest.approx(1.30)
+    assert fitted(anneals, [values(100, span_steps=21)]).shape == "linear"
 
 
 def test_the_prior_predicts_from_the_first_validation_with_its_spread_as_interval():
-    anneals = AnnealCalibration("prior")
-    near, far = (anneals.predict([values(1000, merged=merged)], METRIC) for merged in (1.49, 1.4))
+    anneals = AnnealPredictor("prior")
+    near, far = (predicted(anneals, [values(1000, merged=merged)]) for merged in (1.49, 1.4))
     assert far.low < far.value < far.high < 1.41
     assert (far.high - far.low) == pytest.approx(10 * (near.high - near.low))
-    wide = anneals.predict([values(1000, span_steps=200)], METRIC)
+    wide = predicted(anneals, [values(1000, span_steps=200)])
     assert wide.value < far.value
-    assert "by the prior" in str(anneals.basis([values(1000)], METRIC))
-    assert anneals.forecast([values(step) for step in range(100, 1100, 100)], METRIC, 100) is None
+    assert "by the prior" in str(fitted(anneals, [values(1000)]))
+    anneals.history = [values(step) for step in range(100, 1100, 100)]
+    with pytest.raises(RuntimeError, match="no forecast of 'val_loss' after 100 steps"):
+        anneals.forecast(METRIC, 100)
 
 
 def prefilled(path, rule="sma"):
@@ -275,7 +287,7 @@ def test_branches_of_a_real_trunk_calibrate_the_rest_of_it(tmp_path):
 def test_branches_matched_under_another_rule_say_nothing_of_this_run_either(tmp_path):
     history = [values(step, rule="wma") for step in (100, 200)]
     own = [record(step, 1.35, run_identity(history)) for step in (100, 200)]
-    assert calibration(tmp_path, *own).predict(history, METRIC) is None
+    assert fitted(calibration(tmp_path, *own), history) is None
 
 
 def test_callbacks_with_other_rules_know_one_run(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from merge_callback import Ema, MergeCallback, PowerEma, Window
+from merge_callback import Ema, MergeCallback, PowerEma, SnapshotMemory, Window
 from tests.helpers.toys import ResumableBatches, Toy, assert_same_training, fit, lightning, make, same
 
 # Lightning's advice; these runs leave callbacks out on purpose.
@@ -121,7 +121,7 @@ def merge_warnings(warned):
         ({"every_n_train_steps": None}, [8, 10, 12, 13], "the interval is now one that doubles instead of 2"),
         ({"merges": "wma"}, [6, 8, 10, 12], None),
         ({"dtype": "bfloat16"}, [6, 8, 10, 12], "snapshots in torch.float32 are now in torch.bfloat16"),
-        ({"save_state": "none"}, [6, 8, 10, 12], None),
+        ({"storage": SnapshotMemory(in_checkpoints=False)}, [6, 8, 10, 12], None),
     ],
 )
 def test_a_checkpoint_of_other_settings_resumes_with_what_fits_and_says_what_changed(
@@ -139,24 +139,54 @@ def test_a_checkpoint_of_other_settings_resumes_with_what_fits_and_says_what_cha
     if "every_n_train_steps" not in arguments:
         oldest = dict.fromkeys(callback.snapshot_steps, 0.0) | {steps[0]: 1.0}
         kept = dict.fromkeys(before.snapshot_steps, 0.0) | {steps[0]: 1.0}
-        ours = callback._capture.ring.combine(list(oldest.values()))[0]
-        theirs = before._capture.ring.combine(list(kept.values()))[0]
+        ours = callback.session.capture.ring.combine(list(oldest.values()))[0]
+        theirs = before.session.capture.ring.combine(list(kept.values()))[0]
         assert torch.equal(ours, theirs.to(callback.dtype or theirs.dtype).to(theirs.dtype))
 
 
 def test_without_saved_snapshots_the_window_starts_empty_and_says_so_once(tmp_path, recwarn):
-    before = MergeCallback(2, 4, save_state="none")
+    before = MergeCallback(2, 4, storage=SnapshotMemory(in_checkpoints=False))
     _, path = checkpoint_of(tmp_path, before)
-    content = torch.load(path, weights_only=True)["callbacks"][before.state_key]["capture"]
-    assert content["ring"] is None
-    assert content["buffers"] == {}
-    callback = MergeCallback(2, 4, save_state="none")
+    content = torch.load(path, weights_only=True)["callbacks"][before.state_key]
+    assert content["tensors"] == {}
+    assert content["capture"]["buffers"] == {}
+    callback = MergeCallback(2, 4, storage=SnapshotMemory(in_checkpoints=False))
     recwarn.clear()
     resumed = resumed_with(tmp_path, path, callback, max_steps=20)
     expected = "MergeCallback('merge'): resumed, but the 4 snapshots of the window were not saved: it starts empty"
     assert merge_warnings(recwarn) == [expected]
     assert callback.snapshot_steps == [14, 16, 18, 20]
     assert len(resumed.logged("merged/val_loss")) == 2
+
+
+def test_a_state_of_another_format_is_not_read_and_the_run_goes_on_with_an_empty_window(tmp_path, recwarn):
+    before = MergeCallback(2, 4)
+    _, path = checkpoint_of(tmp_path, before)
+    checkpoint = torch.load(path, weights_only=True)
+    # Version 0.1.0 wrote no format.
+    del checkpoint["callbacks"][before.state_key]["format"]
+    torch.save(checkpoint, path)
+    callback = MergeCallback(2, 4)
+    recwarn.clear()
+    resumed_with(tmp_path, path, callback)
+    (warning,) = merge_warnings(recwarn)
+    assert "the checkpoint's state has format 1, and this version reads format 2: the window starts empty" in warning
+    assert callback.snapshot_steps == []
+
+
+def test_what_is_saved_before_the_training_goes_on_holds_the_state_that_was_loaded(tmp_path):
+    _, path = checkpoint_of(tmp_path, MergeCallback(2, 4))
+
+    class SavesEarly(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    run = fit(make(Toy), tmp_path, MergeCallback(2, 4), SavesEarly(), train=ResumableBatches(), ckpt_path=path)
+    assert run.trainer.global_step == 24
+    early, before = (torch.load(each, weights_only=True)["callbacks"] for each in (tmp_path / "early.ckpt", path))
+    key = MergeCallback().state_key
+    assert same(early[key], before[key])
+    assert early[key]["capture"]["steps"] == [6, 8, 10, 12]
 
 
 def test_a_checkpoint_without_the_callback_starts_an_empty_window_with_one_warning(tmp_path, recwarn):
@@ -205,7 +235,7 @@ def test_a_checkpoint_grows_by_the_snapshots_that_there_are_and_little_more(tmp_
         "without": None,
         "full": {},
         "half": {"dtype": "bfloat16"},
-        "none": {"save_state": "none"},
+        "none": {"storage": SnapshotMemory(in_checkpoints=False)},
     }.items():
         callback = None if arguments is None else MergeCallback(2, 5, **arguments)
         _, path = checkpoint_of(tmp_path, callback, Large, max_steps=6)
@@ -231,7 +261,7 @@ def test_a_checkpoint_saved_by_a_callback_earlier_in_the_list_resumes_with_the_s
     whole = run("whole", SaveAt())
     resumed = run("resumed", ckpt_path=str(tmp_path / "early.ckpt"))
     assert resumed.snapshot_steps == whole.snapshot_steps == [12, 14, 16]
-    assert resumed.state_dict()["capture"]["schedule"] == whole.state_dict()["capture"]["schedule"]
+    assert resumed.state_dict()["capture"]["window"]["schedule"] == whole.state_dict()["capture"]["window"]["schedule"]
 
 
 def test_another_interval_counts_from_the_newest_snapshot(tmp_path, recwarn):

@@ -20,9 +20,18 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_callback import AnnealBranch, Ema, MergeCallback, MergedCheckpoint, Routers, SpikeDetector, SpikeRecovery
+from merge_callback import (
+    AnnealBranch,
+    Ema,
+    MergeCallback,
+    MergedCheckpoint,
+    Parts,
+    Routers,
+    SpikeDetector,
+    SpikeRecovery,
+)
 from merge_callback.callbacks.arguments import refuse_strategy
-from merge_callback.checkpoints.write import read_provenance, save_sharded, weights_checkpoint
+from merge_callback.checkpoints.write import read_provenance, save, weights_checkpoint
 from merge_callback.live.batch_norm import RecentInputs, batch_statistics
 from merge_callback.live.sharding import Sharding, local, rank
 from merge_callback.prediction.records import read_records
@@ -114,11 +123,11 @@ def count_communication(folder: Path, form: str) -> list[int]:
 
         def on_train_start(self, *arguments):
             super().on_train_start(*arguments)
-            self._merges.rows = partial(counted, self._merges.rows)
+            self.session.merges.rows = partial(counted, self.session.merges.rows)
 
-    def counted(rows, names, step):
-        made = rows(names, step)
-        for _ in names:
+    def counted(rows, step):
+        made = rows(step)
+        for _ in MERGES:
             with CommDebugMode() as mode:
                 row = next(made)
             counts.append(mode.get_total_counts())
@@ -334,7 +343,7 @@ def exported(folder: Path, form: str) -> dict[str, Any]:
     if form != "ddp":
         checkpoint = weights_checkpoint(run.module, callback.merged_state_dict(), 12)
         with Watching():
-            save_sharded(folder / "again.safetensors", checkpoint, {"steps": [12]})
+            save(folder / "again.safetensors", checkpoint, {"steps": [12]})
         callback.save_merged(folder / "merge")
         with pytest.raises(OSError, match=r"the merge of steps \[8, 10, 12\] was not saved to .*File exists"):
             callback.save_merged(folder / "merge.ckpt" / "merge.safetensors")
@@ -497,7 +506,7 @@ def test_a_healthy_run_on_two_ranks_is_bit_identical_with_and_without_recovery(t
 
 
 def partly(folder: Path, form: str) -> dict:
-    callback, tracker = MergeCallback(2, 3, exclude="down.*"), FullTracker()
+    callback, tracker = MergeCallback(2, 3, parts=Parts(exclude="down.*")), FullTracker()
     run = fit_sharded(folder / f"{form}-partly", form, tracker, callback)
     state = {name: full(tensor) for name, tensor in callback.merged_state_dict().items()}
     return {"state": state, "by_hand": merge_by_hand(tracker, callback), "live": weights(run.module)}
@@ -515,7 +524,7 @@ def test_what_is_excluded_stays_live_on_every_rank(tmp_path, two_ranks, form):
 
 def routed(folder: Path, form: str) -> list[dict[str, float]]:
     # Any layer that scores something can be looked at as a router.
-    callback = MergeCallback(2, 3, routers=Routers("out", num_active=2, num_batches=9))
+    callback = MergeCallback(2, 3, parts=Parts(routers=Routers("out", num_active=2, num_batches=9)))
     run = fit_sharded(folder / f"{form}-routed", form, callback)
     return [{k: float(v) for k, v in epoch.items() if k.startswith("merge/router")} for epoch in run.epoch_metrics]
 

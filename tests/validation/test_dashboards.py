@@ -13,7 +13,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from merge_callback import Ema, LiveAndMergedBar, MergeCallback
 from merge_callback.live.evaluate import LoggedValue
-from merge_callback.validation.dashboards import Dashboards, MergeNow, scalar_layout
+from merge_callback.validation.dashboards import Dashboards, scalar_layout
 from merge_callback.validation.figures import pixels, plot_merge
 from merge_callback.validation.logged import LoggedName
 from tests.helpers.toys import BusyToy, Toy, assert_same_training, fit, lightning, make
@@ -207,7 +207,7 @@ def test_the_closing_table_shows_the_prediction_with_its_interval_and_small_numb
     }
     logged = {name: LoggedValue(torch.tensor(value)) for name, value in values.items()}
     live = {name: LoggedValue(torch.tensor(value)) for name, value in (("loss", 2.0), ("mse", 1.25e-5))}
-    merges = {"": MergeNow("[b]sma[/x]", {1: 0.5, 9: 0.5})}
+    merges = {"": "[b]sma[/x]: 2 snapshots, 8 steps"}
     table = Dashboards("a title [/b]").closing_table(9, live, logged, merges)
     for text in ("a title [/b] at step 9", "2.0000", "1.5000", "+0.5000", "1.2500 ± 0.1250", "1.25e-05", "-2e-05"):
         assert text in table

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from merge_callback import MergeCallback, Routers
+from merge_callback import MergeCallback, Parts, Routers
 from merge_callback.apps.demo.model import ByteGPT
 from tests.helpers.toys import Toy, assert_same_training, batches, fit, make, same
 
@@ -72,7 +72,9 @@ def scores_of(module):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    callback = MergeCallback(2, 4, routers=Routers("*router", num_active=2, num_batches=99, per_layer=True))
+    callback = MergeCallback(
+        2, 4, parts=Parts(routers=Routers("*router", num_active=2, num_batches=99, per_layer=True))
+    )
     fitted = fit(make(Mixture, learning_rate=0.2), tmp_path_factory.mktemp("run"), callback, validation=VALIDATION)
     return fitted, callback
 
@@ -93,7 +95,7 @@ def test_what_is_logged_is_what_plain_counting_finds(run):
 
 def test_a_function_that_returns_the_scores_says_the_same(run, tmp_path):
     fitted, _ = run
-    callback = MergeCallback(2, 4, routers=Routers(scores_of, num_active=2, num_batches=99))
+    callback = MergeCallback(2, 4, parts=Parts(routers=Routers(scores_of, num_active=2, num_batches=99)))
     module = make(Mixture, learning_rate=0.2)
     again = fit(module, tmp_path, callback, validation=VALIDATION)
     assert "validation_step" not in vars(module)
@@ -112,7 +114,7 @@ def test_training_is_bit_identical(run, tmp_path):
 def test_routers_that_stay_live_agree_unless_their_inputs_differ(tmp_path):
     # Of the first one the inputs are the data.
     routers = Routers("router", num_active=2, per_layer=True)
-    callback = MergeCallback(2, 4, exclude=["router.*"], routers=routers)
+    callback = MergeCallback(2, 4, parts=Parts(exclude=["router.*"], routers=routers))
     fitted = fit(make(Mixture, learning_rate=0.2), tmp_path, callback)
     assert {value for _, value in fitted.logged("merge/router_agreement")} == {1.0}
     assert same(
@@ -131,7 +133,7 @@ def test_a_router_behind_another_one_is_left_out_with_a_warning_where_it_sees_ot
 
     routers = Routers("*router", num_active=2, per_layer=True)
     with pytest.warns(UserWarning, match=r"second\.router saw other tokens in the merge than in the live model"):
-        run = fit(make(Hierarchical, learning_rate=0.2), tmp_path, MergeCallback(2, 4, routers=routers))
+        run = fit(make(Hierarchical, learning_rate=0.2), tmp_path, MergeCallback(2, 4, parts=Parts(routers=routers)))
     whole = [step for step, _ in run.logged("merge/router_agreement")]
     behind = [step for step, _ in run.logged("merge/router_agreement/second.router")]
     assert [step for step, _ in run.logged("merge/router_agreement/router")] == whole
@@ -145,7 +147,12 @@ def test_only_the_first_batches_are_looked_at(tmp_path):
         calls.append(module.scores["first"].shape[0])
         return module.scores
 
-    fit(make(Mixture), tmp_path, MergeCallback(4, 4, routers=Routers(count, num_active=2, num_batches=2)), max_steps=4)
+    fit(
+        make(Mixture),
+        tmp_path,
+        MergeCallback(4, 4, parts=Parts(routers=Routers(count, num_active=2, num_batches=2))),
+        max_steps=4,
+    )
     # Two batches by the merge, two by the live model.
     assert calls == [8, 8, 8, 8]
 
@@ -179,7 +186,7 @@ class Pair(nn.Module):
     ],
 )
 def test_what_is_no_router_is_refused_by_name(tmp_path, modules, message):
-    callback = MergeCallback(4, 4, routers=Routers(modules, num_active=2))
+    callback = MergeCallback(4, 4, parts=Parts(routers=Routers(modules, num_active=2)))
     module = make(Wide)
     module.accuracy = nn.Identity()
     module.validation_step = lambda batch, batch_idx: module.log(
@@ -197,7 +204,7 @@ def test_arguments_are_checked():
     with pytest.raises(TypeError, match=r"modules must be a pattern of names or a list of them, got 3"):
         Routers(3, num_active=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"routers must be a Routers or None, got '\*'"):
-        MergeCallback(routers="*")  # type: ignore[arg-type]
+        Parts(routers="*")  # type: ignore[arg-type]
 
 
 class Bytes(torch.utils.data.Dataset):
@@ -216,8 +223,8 @@ def test_the_routers_of_the_demos_mixture_are_found_and_those_left_out_of_the_me
     model = ByteGPT(num_layers=2, width=16, num_heads=2, num_experts=4, **options)
     routers = Routers("*.router", num_active=2)
     callbacks = [
-        MergeCallback(2, 4, routers=routers),
-        MergeCallback(2, 4, routers=routers, exclude="*.router.*", name="kept"),
+        MergeCallback(2, 4, parts=Parts(routers=routers)),
+        MergeCallback(2, 4, parts=Parts(exclude="*.router.*", routers=routers), name="kept"),
     ]
     loader = DataLoader(Bytes(), 8)
     run = fit(model, tmp_path, *callbacks, train=loader, validation=loader)

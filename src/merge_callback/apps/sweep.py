@@ -22,11 +22,9 @@ from tqdm import tqdm
 
 from merge_callback.apps.merge import find_checkpoints
 from merge_callback.apps.validate import check_mode, chosen_metric, prepare_validation, validated
-from merge_callback.callbacks.arguments import named_merges
 from merge_callback.checkpoints.merge import check_alike, steps_of
 from merge_callback.checkpoints.read import StoredCheckpoint, open_checkpoint
-from merge_callback.merging.averages import is_average
-from merge_callback.merging.rules import Rule
+from merge_callback.merging.rules import Rule, resolve_rule
 from merge_callback.utilities.checks import check_installed
 from merge_callback.utilities.tables import NOTHING, number, text_table
 from merge_callback.validation.logged import safe_name
@@ -123,13 +121,9 @@ def _rules(asked: Any) -> dict[str, Rule]:
     given = (
         asked if OmegaConf.is_dict(asked) else {name: name for name in ([asked] if isinstance(asked, str) else asked)}
     )
-    made = {name: instantiate(rule) if OmegaConf.is_config(rule) else rule for name, rule in given.items()}
-    rules: dict[str, Rule] = {}
-    for name, rule in named_merges(made).items():
-        if is_average(rule):
-            raise ValueError(f"sweep.rules must be rules over checkpoints, but {name!r} averages over every step")
-        rules[name] = rule
-    return rules
+    return {
+        name: resolve_rule(instantiate(rule) if OmegaConf.is_config(rule) else rule) for name, rule in given.items()
+    }
 
 
 def _fingerprints(config: DictConfig, grid: Grid, checkpoints: Mapping[int, StoredCheckpoint]) -> Callable[[Cell], str]:

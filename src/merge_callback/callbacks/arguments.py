@@ -1,18 +1,28 @@
-"""Checks of what a user gives to `MergeCallback`: each error names the argument, the value and what was expected."""
+"""What a user gives to `MergeCallback`: checked, with errors that name argument and value, and made into a session."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 
+from merge_callback.callbacks.parts import Parts
+from merge_callback.callbacks.session import MergeSession
+from merge_callback.capture.capture import SnapshotCapture
 from merge_callback.capture.directory import SnapshotDirectory
-from merge_callback.live.names import Selection
+from merge_callback.capture.merge_set import MergeSet
+from merge_callback.capture.merges import AverageMerge, Merge, WindowMerge
+from merge_callback.capture.storage import SnapshotMemory, StoragePlace
+from merge_callback.live.batch_norm import Recalibration
 from merge_callback.merging.averages import Average, is_average
 from merge_callback.merging.rules import Rule, resolve_rule
+from merge_callback.prediction.predictor import AnnealPredictor
 from merge_callback.utilities.checks import check_count, patterns
-from merge_callback.validation.logged import safe_name
+from merge_callback.utilities.messages import Messages
+from merge_callback.validation.budget import Budget
+from merge_callback.validation.logged import Names, safe_name
+from merge_callback.validation.merged_validation import MergedValidation
 
 # More likely meant as a kind of memory than as the name of a folder.
 _NO_FOLDERS = ("device", "cpu", "gpu", "cuda", "mps", "host", "ram", "memory", "pinned", "disk", "none")
@@ -26,12 +36,20 @@ def check_start(start: Any) -> None:
         check_count("start", start, minimum=0)
 
 
-def snapshot_storage(storage: Any) -> str | SnapshotDirectory:
-    """``"device"``, ``"cpu"`` or a directory, also from its path; raises unless snapshots can be kept there."""
-    if isinstance(storage, str) and storage in ("device", "cpu"):
+def check_name(name: Any) -> None:
+    """Raises unless it can be the name of a callback."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be a non-empty string, got {name!r}")
+
+
+def snapshot_place(storage: Any) -> StoragePlace:
+    """``"device"``, ``"cpu"`` or the path of a directory as the place that it names; raises if it names none."""
+    if isinstance(storage, SnapshotMemory):
         return storage
+    if isinstance(storage, str) and storage in ("device", "cpu"):
+        return SnapshotMemory(storage)  # type: ignore[arg-type]
     if not isinstance(storage, str | os.PathLike | SnapshotDirectory):
-        raise TypeError(f"storage must be 'device', 'cpu' or a directory, got {storage!r}")
+        raise TypeError(f"storage must be 'device', 'cpu', a directory or a SnapshotMemory, got {storage!r}")
     if isinstance(storage, str) and (not storage or storage.partition(":")[0].lower() in _NO_FOLDERS):
         raise ValueError(
             f"storage must be 'device' (where the model is), 'cpu' (host memory) or a directory, got {storage!r}; a"
@@ -42,7 +60,7 @@ def snapshot_storage(storage: Any) -> str | SnapshotDirectory:
         raise ValueError(f"storage must have a path, got {directory!r}")
     folder = Path(directory.path).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    # Of the kernel's own folders not all say the truth.
+    # The kernel's own folders say that they are writable.
     is_kernels = folder.is_relative_to("/proc") or folder.is_relative_to("/sys")
     if not existing.is_dir() or not os.access(existing, os.W_OK) or is_kernels:
         raise ValueError(f"storage={str(directory.path)!r} cannot be written: {existing} is not a writable directory")
@@ -71,12 +89,11 @@ def check_calibration(calibration: Any) -> None:
         raise ValueError(f"calibration must be a file of records, not a folder, or 'prior', got {str(calibration)!r}")
 
 
-def selection(include: Any, exclude: Any) -> Selection:
-    """Which parameters are merged, by patterns; raises unless at least one includes some."""
-    chosen = Selection(patterns("include", include), patterns("exclude", exclude))
-    if not chosen.include:
-        raise ValueError(f"include must name at least one pattern, got {include!r}")
-    return chosen
+def parts_to_merge(parts: Any) -> Parts:
+    """The parts themselves, also from a pattern of names or several."""
+    if isinstance(parts, Parts):
+        return parts
+    return Parts(include=patterns("parts", parts))
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -115,3 +132,55 @@ def _merge(merge: Any) -> Rule | Average:
     if isinstance(merge, type):
         raise TypeError(f"merges takes objects, got the class {merge.__name__}; make one, {merge.__name__}(...)")
     return merge if is_average(merge) else resolve_rule(merge)
+
+
+class MergeSettings(Protocol):
+    """The checked arguments that a session is made of; see `MergeCallback`."""
+
+    every_n_train_steps: int | None
+    num_snapshots: int
+    merges: dict[str, Rule | Average]
+    start: Literal["stable"] | int
+    storage: StoragePlace
+    dtype: torch.dtype | None
+    evaluate_every_n_validations: int
+    limit_batches: int | float | None
+    max_overhead: float | None
+    calibration: str | os.PathLike[str] | None
+    higher_is_better: tuple[str, ...]
+    parts: Parts
+    recalibrate_batches: int | None
+    name: str
+
+
+def new_session(settings: MergeSettings) -> MergeSession:
+    """A session with nothing captured and nothing validated."""
+    averages = {name: merge for name, merge in settings.merges.items() if is_average(merge)}
+    rules = {name: merge for name, merge in settings.merges.items() if not is_average(merge)}
+    capture = SnapshotCapture(
+        settings.every_n_train_steps,
+        settings.num_snapshots,
+        rules.values(),
+        settings.start,
+        settings.dtype,
+        storage=settings.storage,
+        name=settings.name,
+        averages=averages,
+        selection=settings.parts.selection,
+    )
+    made: dict[str, Merge] = {name: WindowMerge(name, rule, capture) for name, rule in rules.items()}
+    made |= {name: AverageMerge(name, average, capture) for name, average in averages.items()}
+    messages = Messages(f"MergeCallback({settings.name!r})")
+    recalibration = Recalibration(settings.recalibrate_batches, messages)
+    merges = MergeSet([made[name] for name in settings.merges], capture, recalibration, messages)
+    validation = MergedValidation(
+        merges,
+        Names(settings.name, merges.primary, settings.higher_is_better),
+        AnnealPredictor(settings.calibration),
+        Budget(settings.max_overhead),
+        messages,
+        every_n_validations=settings.evaluate_every_n_validations,
+        limit_batches=settings.limit_batches,
+        routers=settings.parts.routers,
+    )
+    return MergeSession(merges, recalibration, validation, messages)

@@ -63,11 +63,13 @@ class MergedCheckpoint(ModelCheckpoint):
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         # A value of an earlier validation says nothing about the merge of now.
-        if self.monitor is None or (self.monitor in monitor_candidates and self.merge_callback.is_evaluated):
+        if self.monitor is None or (
+            self.monitor in monitor_candidates and self.merge_callback.session.validation.is_evaluated
+        ):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        if not self.merge_callback.is_captured(self.merge):
+        if not self.merge_callback.session.merges[self.merge].is_ready:
             return
         try:
             self.merge_callback.save_merged(filepath, self.merge)

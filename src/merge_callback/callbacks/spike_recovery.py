@@ -15,7 +15,6 @@ from merge_callback.callbacks.spike_detector import SpikeDetector
 from merge_callback.live.learning_rates import RateOverlay, is_overlaid, optimizer_step
 from merge_callback.live.sharding import local, local_clones
 from merge_callback.live.weights import nonfinite_names, snapshot_buffers
-from merge_callback.merging.averages import is_average
 from merge_callback.merging.rules import sma
 from merge_callback.utilities.checks import check_count
 
@@ -75,9 +74,9 @@ class SpikeRecovery(Callback):
     ) -> None:
         if not isinstance(merge_callback, MergeCallback):
             raise TypeError(f"merge_callback must be a MergeCallback, got {merge_callback!r}")
-        if all(map(is_average, merge_callback.merges.values())):
+        if not merge_callback.session.capture.num_snapshots:
             raise ValueError("merge_callback must keep snapshots, but all its merges are averages over every step")
-        if not merge_callback.selection.is_everything:
+        if not merge_callback.parts.selection.is_everything:
             raise ValueError("merge_callback must merge all parameters, or those it leaves out would stay in the spike")
         check_count("num_snapshots", num_snapshots)
         check_count("max_recoveries", max_recoveries)
@@ -153,7 +152,7 @@ class SpikeRecovery(Callback):
             self._loaded_state = None
         # It may have come later than the callback.
         if kept and kept[-1] not in self._buffers:
-            self._buffers[kept[-1]] = local_clones(self.merge_callback.newest_buffers)
+            self._buffers[kept[-1]] = local_clones(self.merge_callback.session.capture.buffers)
         self._lower_rates(trainer)
         rank_zero_info(
             f"SpikeRecovery: {self.detector}; up to {self.max_recoveries} times back to a merge of {self.num_snapshots}"
@@ -225,13 +224,13 @@ class SpikeRecovery(Callback):
             raise RuntimeError(f"{what}; the run was recovered {len(self.recoveries)} times already, which is the most")
         steps = [step for step in self.merge_callback.snapshot_steps if step < began]
         self._buffers = {step: buffers for step, buffers in self._buffers.items() if step < began}
-        self.merge_callback.forget_since(began, self._buffers_near(steps[-1]) if steps else None)
+        self.merge_callback.session.forget_since(began, self._buffers_near(steps[-1]) if steps else None)
         reach = self._num_in_a_row * self.num_snapshots
         merged = (steps[: len(steps) - reach] or steps[:1])[-self.num_snapshots :]
         if not merged:
             raise RuntimeError(f"{what}, and there is no snapshot from before to go back to")
         coefficients = dict(zip(merged, sma(merged), strict=True))
-        self.merge_callback.put_into_(pl_module, coefficients, self._buffers_near(merged[-1]))
+        self.merge_callback.session.put_into_(pl_module, coefficients, self._buffers_near(merged[-1]))
         if self.optimizer_state == "reset":
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()

@@ -1,10 +1,10 @@
-"""Where snapshots live if not on the model's own device: host memory, or a directory of files."""
+"""Snapshots in a directory: one checked file each."""
 
 import json
 import os
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from merge_callback.capture.layout import RowLayout
-from merge_callback.capture.storage import HostStorage, host_row
+from merge_callback.capture.memory import CaptureSizes, mebibytes, on_devices, required_bytes
+from merge_callback.capture.storage import HOST, HostStorage, host_row
+from merge_callback.live.sharding import rank
 from merge_callback.merging.combine import CHUNK_NUMEL, Row
 from merge_callback.utilities.background import Background
+from merge_callback.utilities.checks import check_bool
 from merge_callback.utilities.files import FlatTensor, atomic_write, read_header, write_safetensors
 
 
@@ -26,10 +29,45 @@ class SnapshotDirectory:
         path: The directory; missing folders are made.
         strict: What happens when a file is missing or corrupt as a merge is made. False leaves the snapshot out with a
             warning, and the merge is made of the others; True is an error.
+        in_checkpoints: Whether checkpoints hold the snapshots too; see `SnapshotMemory`.
     """
 
     path: str | os.PathLike[str]
     strict: bool = False
+    in_checkpoints: bool = True
+
+    def __post_init__(self) -> None:
+        check_bool("strict", self.strict)
+        check_bool("in_checkpoints", self.in_checkpoints)
+
+    @property
+    def merge_device(self) -> torch.device | None:
+        return HOST
+
+    average_device = None
+    is_shared_by_ranks = True
+
+    @property
+    def is_strict(self) -> bool:
+        return self.strict
+
+    def num_rows_in_memory(self, num_snapshots: int) -> int:
+        # The one on its way to the disk.
+        return min(num_snapshots, 1)
+
+    def new_storage(
+        self, layout: RowLayout, num_snapshots: int, dtype: torch.dtype | None, name: str
+    ) -> "DirectoryStorage":
+        return DirectoryStorage(layout, dtype, Path(self.path), f"{name}-rank{rank():05d}-")
+
+    def describe(self, layout: RowLayout, num_snapshots: int, dtype: torch.dtype | None, sizes: CaptureSizes) -> str:
+        averages = f"{mebibytes(sizes.averages)} {on_devices(layout)}"
+        if not num_snapshots:
+            return f"in {averages}"
+        in_files = mebibytes(sum(required_bytes(layout, num_snapshots, dtype).values()))
+        beside = f" and {averages}" if sizes.averages else ""
+        in_memory = f"with {mebibytes(sizes.snapshots)} of host memory{beside}"
+        return f"in files in {self.path}, up to {in_files} by each rank, {in_memory}"
 
 
 class DirectoryStorage:
@@ -109,12 +147,6 @@ class DirectoryStorage:
             return f"{path} is corrupt: its checksum is not the one that was written"
         self._checked[slot] = state
         return None
-
-    def load(self, slot: int, step: int, row: Sequence[Row]) -> None:
-        """Writes a saved row to the file of a slot."""
-        self._background.wait()
-        self._staged.load(0, step, row)
-        self._start_writing(slot, step)
 
     def _start_writing(self, slot: int, step: int) -> None:
         self._steps[slot] = step

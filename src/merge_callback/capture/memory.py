@@ -1,7 +1,8 @@
-"""Bytes that snapshots take, and bytes that are free."""
+"""Bytes that a capture takes, and bytes that are free."""
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,10 +12,19 @@ from merge_callback.capture.layout import RowLayout
 _MEMINFO = Path("/proc/meminfo")
 
 
+@dataclass(frozen=True)
+class CaptureSizes:
+    """Bytes of memory that a capture takes: rows of snapshots, averages, and the copy that averages are moved to."""
+
+    snapshots: int = 0
+    averages: int = 0
+    copy: int = 0
+
+
 def required_bytes(
     layout: RowLayout, capacity: int, dtype: torch.dtype | None, device: torch.device | None = None
 ) -> dict[torch.device, int]:
-    """Bytes that so many rows take, by device; all on one device if that is given, in host memory pinned for GPUs."""
+    """Bytes of ``capacity`` rows by device, or on one given device; host memory for a GPU counts as pinned."""
     required: dict[torch.device, int] = {}
     for (own_dtype, own_device), numel in zip(layout.groups, layout.num_elements, strict=True):
         place = device or own_device
@@ -26,22 +36,22 @@ def required_bytes(
 
 
 def _pinned_bytes(size: int) -> int:
-    """What torch takes for pinned memory of a size: the next power of two, unless it is told otherwise."""
+    """Bytes that torch allocates for pinned memory: the next power of two, unless its settings say otherwise."""
     settings = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
     is_rounded = not any("pinned_max_round_threshold_mb" in setting for setting in settings)
     return 1 << (size - 1).bit_length() if is_rounded and size else size
 
 
 def refuse_if_too_large(
-    required: Mapping[torch.device, int], num_snapshots: int, num_shadows: int = 0, num_processes: int = 1
+    required: Mapping[torch.device, int], num_snapshots: int, num_averages: int = 0, num_processes: int = 1
 ) -> None:
-    """Checks that rings and shadows of these sizes fit into the memory that is free on each device.
+    """Checks that snapshots and averages fit into the memory that is free on each device.
 
     Args:
         required: Bytes that this process needs, by device, a merge included.
-        num_snapshots: In the ring.
-        num_shadows: Averages.
-        num_processes: How many on this host need as much of its memory.
+        num_snapshots: Capacity of the ring.
+        num_averages: Averages over every step.
+        num_processes: Processes on this host that allocate as much as this one.
 
     Raises:
         MemoryError: If one does not; the message says how much is needed, how much is there, and what to change.
@@ -52,7 +62,7 @@ def refuse_if_too_large(
         needed = size * num_processes if is_shared else size
         if free is not None and needed > free:
             of_all = f" for {num_processes} processes" if is_shared else ""
-            averages = f", {num_shadows} averages" if num_shadows else ""
+            averages = f", {num_averages} averages" if num_averages else ""
             what = f"num_snapshots={num_snapshots} snapshots{averages} and a merge of them{of_all}"
             raise MemoryError(
                 f"{what} need {needed / 2**30:.2f} GiB on {device}, but only"
@@ -70,3 +80,18 @@ def free_bytes(device: torch.device) -> int | None:
         available = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
         return int(available.split()[1]) * 1024
     return None
+
+
+def on_devices(layout: RowLayout) -> str:
+    """The devices of the live tensors, in words."""
+    return f"on {', '.join(sorted({str(device) for _, device in layout.groups}))}"
+
+
+def mebibytes(num_bytes: int) -> str:
+    """A size, in words.
+
+    Examples:
+        >>> mebibytes(3 * 2**19)
+        '1.5 MiB'
+    """
+    return f"{num_bytes / 2**20:.1f} MiB"

@@ -1,171 +1,179 @@
-"""The merges that a user has named, made of what was captured, and put into a model for a while."""
+"""A merge of what was captured: of the snapshots in the ring, or an average over every step."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from merge_callback.capture.capture import SnapshotCapture
-from merge_callback.live.batch_norm import Recalibration
-from merge_callback.live.sharding import local, reshard
-from merge_callback.live.swap import swapped_weights
-from merge_callback.live.weights import tensors_by_name
-from merge_callback.merging.averages import Average, is_average
-from merge_callback.merging.rules import Rule, merge_coefficients
-from merge_callback.utilities.messages import Messages
+from merge_callback.checkpoints.write import provenance
+from merge_callback.live.sharding import rank
+from merge_callback.merging.averages import Average
+from merge_callback.merging.rules import Rule, merge_coefficients, rule_label
 
 
-class CapturedMerges:
-    """Merges by name: combined from a capture's snapshots, or copied from its averages.
+class Merge(Protocol):
+    """A linear merge of what a run has captured."""
 
-    Args:
-        rules: Name -> rule over snapshots, or average over every step; the first is the primary merge.
-        capture: What they are made of.
-        recalibration: Of batch norm statistics, where a merge is swapped in.
-        messages: For the user.
-    """
-
-    def __init__(
-        self,
-        rules: Mapping[str, Rule | Average],
-        capture: SnapshotCapture,
-        recalibration: Recalibration,
-        messages: Messages,
-    ) -> None:
-        self.rules = rules
-        self.capture = capture
-        # Merges whose rule has given proper coefficients once.
-        self.proven_rules: set[str] = set()
-        self._recalibration = recalibration
-        self._messages = messages
+    name: str
+    label: str
 
     @property
-    def primary(self) -> str:
-        """The name of the primary merge."""
-        return next(iter(self.rules))
-
-    def rule(self, name: str | None = None) -> Rule | Average:
-        """Of a merge; None is the primary one.
-
-        Raises:
-            ValueError: If there is no merge of that name.
-        """
-        if name is not None and name not in self.rules:
-            raise ValueError(f"there is no merge called {name!r}; there are: {', '.join(self.rules)}")
-        return self.rules[name or self.primary]
-
-    def is_captured(self, name: str | None = None) -> bool:
+    def is_ready(self) -> bool:
         """Whether there is something to make it of."""
-        if is_average(self.rule(name)):
-            return self.capture.shadows[name or self.primary].step is not None
-        return bool(self.capture.steps)
 
-    def check_captured(self, name: str | None = None) -> None:
-        """Raises `RuntimeError` if there is nothing to make it of."""
-        if not self.is_captured(name):
-            start = self.capture.start
-            begins = "once the learning rate is constant" if start == "stable" else f"at step {start}"
-            raise RuntimeError(f"nothing was captured yet, so there is no merge: capturing begins {begins}")
-
-    def coefficients(self, name: str | None = None) -> dict[int, float]:
+    def coefficients(self) -> dict[int, float]:
         """By snapshot step, oldest first; they sum to one.
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If there is no merge of that name, its rule gives no proper coefficients, or it is an average
-                over all steps, which has none.
+            ValueError: If it is not made of snapshots, or its rule gives no proper coefficients.
         """
-        rule, steps = self.rule(name), self.capture.steps
-        if is_average(rule):
-            raise ValueError(f"the merge {name or self.primary!r} is an average over every step, not over snapshots")
-        self.check_captured(name)
-        return dict(zip(steps, merge_coefficients(rule, steps), strict=True))
 
-    def row(self, name: str | None = None) -> list[Tensor]:
-        """The merge of that name, made anew of what can be used.
+    def snapshots(self) -> dict[int, float]:
+        """The snapshots that it is made of: coefficient by step; none for an average over every step.
 
         Raises:
-            RuntimeError: If nothing was captured yet.
-            ValueError: As `coefficients`, and if it is an average that holds NaN or inf.
+            ValueError: If its rule gives no proper coefficients.
         """
-        self.drop_unusable()
-        self.check_captured(name)
-        if is_average(self.rule(name)):
-            self.capture.check_shadow(name or self.primary)
-            return self.capture.shadow_row(name or self.primary)
-        assert self.capture.ring is not None
-        return self.capture.ring.combine(list(self.coefficients(name).values()))
 
-    def rows(self, names: Sequence[str], step: int) -> Iterator[tuple[str, dict[int, float], list[Tensor]]]:
-        """The merges of those names as far as their rules work, and their coefficients; each good until the next.
-
-        A merge has worked when the next one is asked for.
+    def row(self, from_ring: Iterator[list[Tensor]] | None = None) -> list[Tensor]:
+        """The merge as a row of the capture's layout.
 
         Args:
-            names: Merges that are captured.
-            step: Optimizer steps so far, to tell the user.
-        """
-        usable = {name: values for name in names if (values := self._usable_coefficients(name, step)) is not None}
-        over_snapshots = [list(values.values()) for values in usable.values() if values]
-        rows = self.capture.ring.merges(over_snapshots) if self.capture.ring is not None else iter(())
-        for name, values in usable.items():
-            yield name, values, next(rows) if values else self.capture.shadow_row(name)
-            self.proven_rules.add(name)
-
-    @contextmanager
-    def swapped_in(self, module: nn.Module, row: list[Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside the context the module holds a merge, as `row` and `buffers` gave it; afterwards its own weights.
+            from_ring: Gives the next row that was made of snapshots, for merges that are made together. None makes a
+                row of its own.
 
         Raises:
-            ValueError: If the module has other tensors.
+            ValueError: If it holds NaN or inf.
         """
-        assert self.capture.layout is not None
-        merged = self.capture.layout.views(row)
-        self.capture.finish()
-        live = tensors_by_name(module, [*merged, *buffers])
-        # Copies, since a forward pass may write to buffers; and Lightning takes the model off its device after a fit.
-        merged |= {name: buffer.to(local(live[name]).device, copy=True) for name, buffer in buffers.items()}
-        with swapped_weights(live, merged, before=partial(reshard, module)):
-            self._recalibration.apply_(module)
-            yield
 
-    def buffers(self, name: str | None = None) -> dict[str, Tensor]:
-        """Floating-point buffers that go with a merge: those of the newest snapshot, or of the latest average."""
-        return self.capture.shadow_buffers if is_average(self.rule(name)) else self.capture.buffers
+    def span_steps(self, step: int) -> float:
+        """Optimizer steps that it reaches back, seen from a step."""
 
-    def diagnostics(self, coefficients: Mapping[int, float], row: Sequence[Tensor], step: int) -> dict[str, float]:
-        """Numbers about the primary merge, as `rows` gave it; for all ranks to call at the same time."""
-        rule = self.rule()
-        if is_average(rule):
-            return {"span_steps": rule.span_steps(step)}
-        used = [step for step, value in coefficients.items() if value != 0]
-        spread = self.capture.spread(list(coefficients.values()), row)
-        return {"num_snapshots": float(len(used)), "span_steps": float(used[-1] - used[0]), "spread": spread}
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Floating-point buffers that go with it, by name."""
 
-    def drop_unusable(self) -> None:
-        """Leaves out snapshots that cannot be used on some rank, and says so; for all ranks to call at the same time.
+    def diagnostics(self, row: Sequence[Tensor], step: int) -> dict[str, float]:
+        """Numbers about it; for all ranks to call at the same time."""
 
-        Raises:
-            OSError: If there are any, and the directory they are in is a strict one.
-        """
-        for problem in self.capture.drop_unusable():
-            self._messages.warn(f"a snapshot is left out of the merges: {problem}")
+    def describe(self, step: int) -> str:
+        """What it is made of, in a few words."""
 
-    def drop_nonfinite(self, step: int) -> None:
-        """Begins averages anew that hold NaN or inf on some rank; for all ranks to call at the same time."""
-        for name in self.capture.drop_nonfinite_shadows():
-            self._messages.warn(
-                f"no merge {name!r} at step {step}: its average holds NaN or inf, and begins anew with the next step"
-            )
+    def provenance(self) -> dict[str, Any]:
+        """Where it comes from, for files that hold it."""
 
-    def _usable_coefficients(self, name: str, step: int) -> dict[int, float] | None:
-        """Those of a merge; none of an average; None where its rule fails now."""
-        try:
-            return {} if is_average(self.rule(name)) else self.coefficients(name)
-        except ValueError as error:
-            # A rule that never worked is a mistake to mend; one that worked before must not end a long run.
-            if name not in self.proven_rules:
-                raise
-            self._messages.warn(f"no merge {name!r} at step {step}: {error}")
-            return None
+
+class WindowMerge:
+    """A merge of the snapshots in the ring, by a rule.
+
+    Args:
+        name: Its name.
+        rule: Turns the snapshots' steps into coefficients.
+        capture: What it is made of.
+    """
+
+    def __init__(self, name: str, rule: Rule, capture: SnapshotCapture) -> None:
+        self.name = name
+        self.label = rule_label(rule)
+        self._rule = rule
+        self._capture = capture
+        # A rule is asked once for the same snapshots.
+        self._known: dict[int, float] = {}
+
+    @property
+    def is_ready(self) -> bool:
+        return bool(self._capture.steps)
+
+    def coefficients(self) -> dict[int, float]:
+        if not (steps := self._capture.steps):
+            raise RuntimeError(self._capture.why_empty)
+        if steps != list(self._known):
+            self._known = dict(zip(steps, merge_coefficients(self._rule, steps), strict=True))
+        return dict(self._known)
+
+    def snapshots(self) -> dict[int, float]:
+        return self.coefficients()
+
+    def row(self, from_ring: Iterator[list[Tensor]] | None = None) -> list[Tensor]:
+        if from_ring is not None:
+            return next(from_ring)
+        assert self._capture.ring is not None
+        return self._capture.ring.combine(list(self.coefficients().values()))
+
+    def span_steps(self, step: int) -> float:
+        used = self._used_steps()
+        return float(used[-1] - used[0])
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        return self._capture.buffers
+
+    def diagnostics(self, row: Sequence[Tensor], step: int) -> dict[str, float]:
+        spread = self._capture.spread(list(self.coefficients().values()), row)
+        num_snapshots = float(len(self._used_steps()))
+        return {"num_snapshots": num_snapshots, "span_steps": self.span_steps(step), "spread": spread}
+
+    def describe(self, step: int) -> str:
+        num = len(self._used_steps())
+        return f"{num} snapshot{'s' if num > 1 else ''}, {self.span_steps(step):.0f} steps"
+
+    def provenance(self) -> dict[str, Any]:
+        return provenance(self.label, self.coefficients())
+
+    def _used_steps(self) -> list[int]:
+        return [step for step, value in self.coefficients().items() if value != 0]
+
+
+class AverageMerge:
+    """An average over every optimizer step, which needs no snapshots.
+
+    Args:
+        name: Its name.
+        average: Its profile.
+        capture: What keeps it.
+    """
+
+    def __init__(self, name: str, average: Average, capture: SnapshotCapture) -> None:
+        self.name = name
+        self.label = repr(average)
+        self._average = average
+        self._capture = capture
+
+    @property
+    def is_ready(self) -> bool:
+        return self._capture.averages[self.name].step is not None
+
+    def coefficients(self) -> dict[int, float]:
+        raise ValueError(f"the merge {self.name!r} is an average over every step, not over snapshots")
+
+    def snapshots(self) -> dict[int, float]:
+        return {}
+
+    def row(self, from_ring: Iterator[list[Tensor]] | None = None) -> list[Tensor]:
+        if from_ring is None:
+            # Those that are made for a validation were looked through before.
+            self._check_finite()
+        return self._capture.averages.row(self.name)
+
+    def span_steps(self, step: int) -> float:
+        return self._average.span_steps(step)
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        return self._capture.averages.buffers
+
+    def diagnostics(self, row: Sequence[Tensor], step: int) -> dict[str, float]:
+        return {"span_steps": self.span_steps(step)}
+
+    def describe(self, step: int) -> str:
+        return f"every step, about {self.span_steps(step):.0f}"
+
+    def provenance(self) -> dict[str, Any]:
+        return provenance(self.label, step=self._capture.averages[self.name].step)
+
+    def _check_finite(self) -> None:
+        bad = {} if self._capture.averages[self.name].is_finite else {rank(): None}
+        if self._capture.sharding.gather(bad):
+            raise ValueError(f"the average over every step, {self.label}, holds NaN or inf")

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 # A stable phase is over when a rate has moved by more than this from where it stood when the phase began.
 DRIFT_TOLERANCE = 1e-6
 # Neighbouring steps agree when their rates do to the last digits: near its top a long cosine moves by very little.
 SAME_TOLERANCE = 1e-15
-# So many steps in a row that do not agree with the next are a decay, however slow.
+# This many steps in a row that do not agree with the next are a decay, however slow.
 MAX_DRIFTING_STEPS = 3
-# A phase that ends by drifting after fewer steps was none, but the top of a schedule that never settles.
+# A phase that ends by drifting after fewer steps was only the top of a schedule that never settles.
 MIN_PHASE_STEPS = 10
 # A warmup is rarely longer than this share of a run, or this many steps; a rate that still moves then never settles.
 SETTLING_SHARE = 0.2
@@ -19,19 +20,34 @@ SETTLING_STEPS = 10_000
 MIN_SETTLING_STEPS = 100
 
 
+class PhaseEvent(Enum):
+    """What one optimizer step means for the stable phase."""
+
+    UNSETTLED = "the rates move, and no phase goes on"
+    BEGAN = "the first step of a phase"
+    HELD = "a further step of the phase"
+    ENDED = "the first step after a phase"
+    RETRACTED = "the phase is over, and was too short to have been one"
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether the step belongs to a stable phase."""
+        return self in (PhaseEvent.BEGAN, PhaseEvent.HELD)
+
+
 @dataclass
 class StablePhase:
-    """Follows the learning rates and knows whether they are constant.
+    """Follows the learning rates and tells when they are constant.
 
-    A phase begins at an optimizer step whose rates equal those of the step before or after it. It is over when they
-    have moved by more than a relative 1e-6 from its first rates, or keep on moving step by step, however little. So the
-    last step of a warmup that reached the full rate belongs to it, and so does the last one before a decay.
+    A phase begins at an optimizer step whose rates equal those of the step before or after it. It ends when they have
+    moved by more than a relative 1e-6 from its first rates, or when they move at every step, however little. So the
+    last step of a warmup that reached the full rate belongs to the phase, and so does the last one before a decay.
 
     Examples:
         >>> phase = StablePhase()
         >>> rates = [0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
-        >>> [phase.observe([used], [following]) for used, following in zip(rates, rates[1:])]
-        [False, True, True, True, False]
+        >>> [phase.observe([used], [following]).name for used, following in zip(rates, rates[1:])]
+        ['UNSETTLED', 'BEGAN', 'HELD', 'HELD', 'ENDED']
     """
 
     anchor: list[float] | None = None
@@ -40,39 +56,45 @@ class StablePhase:
     num_steps: int = 0
     num_drifting_steps: int = 0
     num_unsettled_steps: int = 0
-    was_spurious: bool = False
 
     @property
     def is_stable(self) -> bool:
         """Whether the last observed step belonged to a stable phase."""
         return self.anchor is not None
 
-    def observe(self, used: Sequence[float], following: Sequence[float]) -> bool:
-        """Takes note of one optimizer step; returns whether it belongs to a stable phase.
+    def observe(self, used: Sequence[float], following: Sequence[float]) -> PhaseEvent:
+        """Takes note of one optimizer step; returns what it means.
 
         Args:
             used: Learning rates of that step, one per parameter group of every optimizer.
             following: Learning rates as the scheduler left them for the next step.
         """
-        rates = list(used)
+        event = self._event(list(used), following)
+        self.num_steps += event.is_stable
+        self.num_unsettled_steps += not event.is_stable
+        self.previous = list(used)
+        return event
+
+    def _event(self, rates: list[float], following: Sequence[float]) -> PhaseEvent:
         self.num_drifting_steps = 0 if _close(rates, following, SAME_TOLERANCE) else self.num_drifting_steps + 1
         if self.anchor is not None and self.num_drifting_steps > MAX_DRIFTING_STEPS:
-            # What looked like a phase at the top of a cosine is taken back.
-            self.was_spurious = self.num_steps < MIN_PHASE_STEPS
-            self.num_begun -= self.was_spurious
             self.anchor = None
-        elif self.anchor is None or not _close(rates, self.anchor, DRIFT_TOLERANCE):
-            agrees = self.num_drifting_steps == 0 or (
-                self.previous is not None and _close(rates, self.previous, SAME_TOLERANCE)
-            )
-            self.anchor = rates if agrees else None
-            self.num_begun += agrees
-            self.num_steps = 0
-            self.was_spurious = False
-        self.num_steps += self.is_stable
-        self.num_unsettled_steps += not self.is_stable
-        self.previous = rates
-        return self.is_stable
+            # What looked like a phase was the top of a cosine.
+            if self.num_steps < MIN_PHASE_STEPS:
+                self.num_begun -= 1
+                return PhaseEvent.RETRACTED
+            return PhaseEvent.ENDED
+        if self.anchor is not None and _close(rates, self.anchor, DRIFT_TOLERANCE):
+            return PhaseEvent.HELD
+        was_stable, self.anchor, self.num_steps = self.is_stable, None, 0
+        agrees = self.num_drifting_steps == 0 or (
+            self.previous is not None and _close(rates, self.previous, SAME_TOLERANCE)
+        )
+        if not agrees:
+            return PhaseEvent.ENDED if was_stable else PhaseEvent.UNSETTLED
+        self.anchor = rates
+        self.num_begun += 1
+        return PhaseEvent.BEGAN
 
     def never_settled(self, planned_steps: float) -> bool:
         """Whether no stable phase has begun by a time when most runs' warmups are over.

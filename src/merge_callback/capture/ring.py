@@ -9,7 +9,6 @@ memory and a directory fit behind the same interface.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,44 +178,23 @@ class SnapshotRing:
         dropped = set(steps)
         self._keep([position for position, step in enumerate(self.steps) if step not in dropped])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Rows by reference, oldest first, and of which steps they are."""
-        return self.order() | {"rows": [[row[:] for row in self.storage.row(slot)] for slot in self._slots]}
+    def snapshots(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors of each snapshot by name, oldest first; views where the rows are in memory."""
+        for slot in self._slots:
+            yield self.storage.layout.views([row[:] for row in self.storage.row(slot)])
 
-    def order(self) -> dict[str, Any]:
-        """What `state_dict` has beside the rows."""
-        shapes = {name: list(place.shape) for name, place in self.storage.layout.places.items()}
-        return {"steps": list(self.steps), "shapes": shapes}
+    def restore_(self, steps: Sequence[int], read: Callable[[int], Mapping[str, Tensor]]) -> list[str]:
+        """Takes over the newest of some saved snapshots, as many as fit.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Takes over the newest snapshots of a saved ring, as many as fit.
+        Args:
+            steps: Of the saved snapshots, oldest first.
+            read: Gives the tensors of one of them, by its position; the dropped ones are not asked for.
 
         Returns:
-            What was dropped or changed on the way, in words.
-
-        Raises:
-            ValueError: If the saved snapshots are of other tensors; the message names the first difference.
+            What was dropped, in words.
         """
-        shapes = self.order()["shapes"]
-        if shapes != state["shapes"]:
-            name = next(name for name in [*shapes, *state["shapes"]] if shapes.get(name) != state["shapes"].get(name))
-            raise ValueError(
-                f"{name} has shape {shapes.get(name)} in the model and {state['shapes'].get(name)} in the snapshots"
-            )
-        changes = self.load(state["steps"], state["rows"])
-        if self._slots:
-            saved, mine = (
-                {str(row[:0].dtype) for row in rows} for rows in (state["rows"][-1], self.storage.row(self._slots[-1]))
-            )
-            if saved != mine:
-                changes.append(f"snapshots in {', '.join(sorted(saved))} are now in {', '.join(sorted(mine))}")
-        return changes
-
-    def load(self, steps: Sequence[int], rows: Iterable[Sequence[Row]]) -> list[str]:
-        """Takes over the newest snapshots, as many as fit; returns what was dropped, in words."""
         num_dropped = max(0, len(steps) - self.capacity)
-        self.steps = list(steps[num_dropped:])
-        self._slots = list(range(len(self.steps)))
-        for slot, row in enumerate(itertools.islice(rows, num_dropped, None)):
-            self.storage.load(slot, self.steps[slot], row)
+        self._slots, self.steps = [], []
+        for position in range(num_dropped, len(steps)):
+            self.append(steps[position], read(position))
         return [f"the oldest {num_dropped} of {len(steps)} snapshots were dropped"] if num_dropped else []

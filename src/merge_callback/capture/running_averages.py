@@ -10,7 +10,7 @@ A shadow is moved towards the live weights by ``1 - beta`` at each update. Two p
   From a few stored averages `synthesis_coefficients` makes one of any other width (section 3.2).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import compress
 from operator import not_
 from typing import Any
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from merge_callback.capture.layout import RowLayout
-from merge_callback.capture.storage import HostStorage
+from merge_callback.capture.storage import HostStorage, host_row
+from merge_callback.live.sharding import local_clones
 from merge_callback.live.weights import nonfinite_names
 from merge_callback.merging.averages import Average
 from merge_callback.merging.combine import ScratchBuffer, flat_chunks
@@ -82,30 +83,6 @@ class Shadow:
         """Begins anew with the next update."""
         self.step, self.tensors = None, {}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"average": repr(self.average), "step": self.step, "tensors": self.tensors}
-
-    def load_state_dict(
-        self, state: Mapping[str, Any], live: Mapping[str, Tensor], device: torch.device | None = None
-    ) -> bool:
-        """Takes over a saved average of the same profile if it fits the live tensors; returns whether it did.
-
-        Args:
-            state: What was saved.
-            live: Name -> live tensor.
-            device: Where the average is kept; None is where the live tensors are.
-        """
-        saved: Mapping[str, Tensor] = state["tensors"]
-        if state["average"] != repr(self.average):
-            return False
-        if state["step"] is None:
-            return True
-        if saved.keys() != live.keys() or any(saved[name].shape != live[name].shape for name in saved):
-            return False
-        self.step = state["step"]
-        self.tensors = {name: tensor.to(device or live[name].device, copy=True) for name, tensor in saved.items()}
-        return True
-
 
 class HostShadows:
     """Shadows in host memory, updated by a thread of their own beside the training.
@@ -146,6 +123,144 @@ class HostShadows:
         copied = self._copy.tensors(0)
         for shadow in self._shadows:
             shadow.update(step, copied)
+
+
+class RunningAverages:
+    """The averages over every step that merges ask for, with the buffers that go with them.
+
+    Args:
+        averages: Name -> profile of every average.
+        device: Where they are kept; None is where the model is. Elsewhere they are updated by a thread of their own.
+    """
+
+    def __init__(self, averages: Mapping[str, Average], device: torch.device | None) -> None:
+        self.device = device
+        self.layout: RowLayout | None = None
+        # Floating-point buffers when the averages were last updated.
+        self.buffers: dict[str, Tensor] = {}
+        self._shadows = {name: Shadow(average) for name, average in averages.items()}
+        self._beside: HostShadows | None = None
+
+    def __len__(self) -> int:
+        return len(self._shadows)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the averages."""
+        return list(self._shadows)
+
+    def __getitem__(self, name: str) -> Shadow:
+        """The average of that name, as of the latest step."""
+        self.wait()
+        return self._shadows[name]
+
+    def fit_to(self, layout: RowLayout | None) -> None:
+        """Prepares for live tensors of a layout; None frees what was prepared for others."""
+        self.layout = layout
+        # Otherwise both copies would take their memory at once.
+        self._beside = None
+        if layout is not None and self._shadows and self.device is not None:
+            self._beside = HostShadows(self._shadows.values(), layout)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of the copy that averages beside the training are moved towards."""
+        return self._beside.size_bytes if self._beside is not None else 0
+
+    def wait(self) -> None:
+        """Returns when updates beside the training are done; raises what went wrong there."""
+        if self._beside is not None:
+            self._beside.wait()
+
+    def finish(self) -> None:
+        """Called before anything writes to the live tensors."""
+        if self._beside is not None:
+            self._beside.finish()
+
+    def update(self, step: int, live: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Moves all averages towards the live weights.
+
+        Args:
+            step: Optimizer steps done.
+            live: Name -> live tensor.
+            buffers: Name -> live floating-point buffer.
+        """
+        if self._beside is not None:
+            self._beside.update(step, live)
+        else:
+            for shadow in self._shadows.values():
+                shadow.update(step, live)
+        self.buffers = local_clones(buffers)
+
+    def clear(self) -> None:
+        """Begins all of them anew with the next update."""
+        self.wait()
+        for shadow in self._shadows.values():
+            shadow.clear()
+
+    def drop_nonfinite(self, gather: Callable[[Mapping[str, None]], Mapping[str, None]]) -> list[str]:
+        """Begins averages anew that hold NaN or inf, which would stay for good; returns their names.
+
+        Waits for the device. Whether weights are finite is not asked at every step: that would cost another pass over
+        them.
+
+        Args:
+            gather: Gives the entries of all ranks. What one drops all have to drop, or they would validate other
+                merges.
+        """
+        self.wait()
+        bad = {name: None for name, shadow in self._shadows.items() if shadow.tensors and not shadow.is_finite}
+        dropped = list(gather(bad))
+        for name in dropped:
+            self._shadows[name].clear()
+        return dropped
+
+    def row(self, name: str) -> list[Tensor]:
+        """A copy of the average of that name, as a row of the layout."""
+        assert self.layout is not None
+        row = self.layout.new_row() if self.device is None else host_row(self.layout)
+        return self[name].write_row_(row, self.layout)
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Every tensor of every average, by reference: name of the average, name of the live tensor, tensor."""
+        self.wait()
+        for average, shadow in self._shadows.items():
+            for name, tensor in shadow.tensors.items():
+                yield average, name, tensor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the averages' `tensors`."""
+        self.wait()
+        profiles = {name: {"profile": repr(s.average), "step": s.step} for name, s in self._shadows.items()}
+        return {"profiles": profiles, "buffers": self.buffers}
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        read: Callable[[str], Mapping[str, Tensor]],
+        buffers: Mapping[str, Tensor],
+    ) -> list[str]:
+        """Takes over the saved averages of the same name and profile.
+
+        Args:
+            state: As `state_dict` made it.
+            read: Gives the tensors of the average of a name; only what can be taken over is asked for.
+            buffers: Live floating-point buffers, on whose devices the saved ones are kept.
+
+        Returns:
+            What could not be taken over, in words.
+        """
+        lost = []
+        for name, shadow in self._shadows.items():
+            saved = state["profiles"].get(name)
+            if saved is None or saved["profile"] != repr(shadow.average):
+                lost.append(name)
+            elif saved["step"] is not None:
+                shadow.step, shadow.tensors = saved["step"], dict(read(name))
+        if len(lost) < len(self._shadows):
+            saved_buffers = state["buffers"].items()
+            self.buffers = {name: buffer.to(buffers[name].device, copy=True) for name, buffer in saved_buffers}
+        return [f"there is nothing of the average {name!r} to go on from: it starts anew" for name in lost]
 
 
 def shadow_bytes(layout: RowLayout, device: torch.device | None = None) -> dict[torch.device, int]:

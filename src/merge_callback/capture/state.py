@@ -1,57 +1,202 @@
-"""Shards in a checkpoint: added when it is saved, read back when it is loaded."""
+"""The state of a capture in checkpoints, and back: one way for whole and for sharded models.
 
-from collections.abc import Callable, Iterable, Mapping
+Every captured tensor has a key, such as ``snapshot.0.layer.weight``. Where the model is whole, the callback's state
+holds the tensors under these keys. In a sharded run each rank holds a part of every tensor, so they go where the
+model's own shards go, and the state says where that is.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from merge_callback.live.sharding import Sharding, local, rank
+from merge_callback.capture.capture import SnapshotCapture
+from merge_callback.capture.running_averages import shadow_like
+from merge_callback.capture.storage import new_slots
+from merge_callback.live.sharding import Sharding, local, local_tensors, rank
+from merge_callback.live.weights import merged_parameters, snapshot_buffers
 
-# Fills the distributed tensors that it is given by name.
-ShardReader: TypeAlias = Callable[[dict[str, Tensor]], None]
+# Version of the state that checkpoints hold; states of other versions are not read.
+STATE_FORMAT = 2
+# Tensors by key, or the entry of a sharded checkpoint that holds them.
+SavedTensors: TypeAlias = str | Mapping[str, Tensor]
 
 
-def put_shards(
-    shards: Iterable[tuple[str, str, Tensor]], sharding: "Sharding", checkpoint: dict[str, Any]
-) -> str | dict[str, Tensor]:
-    """Adds what every rank holds of some tensors to a Lightning checkpoint that is about to be saved.
-
-    A checkpoint of shards takes them as if they were one more optimizer's, which is written by every rank and never
-    asked for when Lightning loads; a checkpoint of whole tensors takes them whole, on rank 0.
+@dataclass(frozen=True)
+class CapturedTensor:
+    """A tensor that was captured, and how it is found again.
 
     Args:
-        shards: Of each tensor the name that it gets, that of the live tensor it is shaped like, and this rank's part.
-        sharding: How live tensors are spread.
-        checkpoint: Lightning's.
+        key: Under which it is saved.
+        name: Of the live tensor that it is shaped like.
+        part: What this process holds of it.
+    """
+
+    key: str
+    name: str
+    part: Tensor
+
+
+def capture_state(capture: SnapshotCapture) -> dict[str, Any]:
+    """What a capture needs to go on as if there had been no interruption, but for its `captured_tensors`."""
+    is_saved = capture.storage.in_checkpoints
+    return {
+        "window": capture.window.state_dict(),
+        "steps": capture.steps,
+        "shapes": capture.shapes,
+        "dtypes": capture.dtypes,
+        "buffers": capture.buffers if is_saved else {},
+        "averages": capture.averages.state_dict() if is_saved else None,
+    }
+
+
+def captured_tensors(capture: SnapshotCapture) -> Iterator[CapturedTensor]:
+    """All that was captured and belongs into checkpoints, by reference."""
+    if not capture.storage.in_checkpoints:
+        return
+    if capture.ring is not None:
+        for position, snapshot in enumerate(capture.ring.snapshots()):
+            for name, tensor in snapshot.items():
+                yield CapturedTensor(f"snapshot.{position}.{name}", name, tensor)
+    for average, name, tensor in capture.averages.tensors():
+        yield CapturedTensor(f"average.{average}.{name}", name, tensor)
+
+
+def put_into_checkpoint(
+    tensors: Iterable[CapturedTensor], sharding: Sharding, checkpoint: dict[str, Any]
+) -> SavedTensors:
+    """Adds the parts that all ranks hold to a Lightning checkpoint that is about to be saved.
+
+    A checkpoint of shards takes them as one more optimizer's state, which every rank writes and which Lightning never
+    asks for when it loads. For a checkpoint of whole tensors rank 0 gathers them, one after the other.
 
     Returns:
-        What `shard_reader` finds them by, to be kept in the checkpoint.
+        Where `TensorReader` finds them, to be kept in the callback's state.
     """
     if any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values()):
-        checkpoint["optimizer_states"].append({name: sharding.as_dtensor(like, part) for name, like, part in shards})
+        entry = {each.key: sharding.as_dtensor(each.name, each.part) for each in tensors}
+        checkpoint["optimizer_states"].append(entry)
         return f"optimizer_{len(checkpoint['optimizer_states']) - 1}"
-    # Tensor by tensor: no rank has more than one whole tensor at a time beside what rank 0 keeps.
-    gathered = ((name, sharding.full_tensor(like, part)) for name, like, part in shards)
-    return {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
+    gathered = ((each.key, sharding.full_tensor(each.name, each.part)) for each in tensors)
+    return {key: tensor.cpu() for key, tensor in gathered if rank() == 0}
 
 
-def shard_reader(found: str | Mapping[str, Tensor] | None, path: Any) -> ShardReader | None:
-    """Reads what `put_shards` added, from a checkpoint at a path; None if it added nothing."""
-    if found is None:
+def without_shards(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A loaded state that is about to be saved again before training begins: without tensors that lie in the old file.
+
+    Args:
+        state: Of a session; one that holds its tensors itself stays as it is.
+    """
+    if not isinstance(state.get("tensors"), str):
+        return dict(state)
+    capture = state["capture"] | {"buffers": {}, "averages": None}
+    return {**state, "capture": capture, "tensors": {}}
+
+
+@dataclass(frozen=True)
+class TensorReader:
+    """Reads saved tensors back, as far as this process holds them.
+
+    Args:
+        saved: As the state has it.
+        sharding: How the live tensors are spread now.
+        path: Of the checkpoint, for tensors that lie in it as shards.
+    """
+
+    saved: SavedTensors
+    sharding: Sharding
+    path: Any = None
+
+    def read(
+        self, prefix: str, names: Iterable[str], empty: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """What this process holds of the tensors that were saved under a prefix, by name of the live tensor.
+
+        Args:
+            prefix: Keys are this, a dot, and the name of the live tensor.
+            names: Of the live tensors.
+            empty: Makes the tensors that shards are read into; whole tensors stay where they were loaded.
+        """
+        if not isinstance(self.saved, str):
+            return {name: self.sharding.own_part(name, self.saved[f"{prefix}.{name}"]) for name in names}
+        parts = {name: self.sharding.as_dtensor(name, part) for name, part in empty().items()}
+        if parts:
+            keyed = {f"{prefix}.{name}": part for name, part in parts.items()}
+            dcp.load({self.saved: keyed}, checkpoint_id=self.path)
+        return {name: local(part) for name, part in parts.items()}
+
+
+def restore_capture_(
+    capture: SnapshotCapture, state: Mapping[str, Any], module: nn.Module, reader: TensorReader
+) -> list[str]:
+    """Takes over a saved state, as much of it as fits.
+
+    Args:
+        capture: A new one, prepared for the module.
+        state: As `capture_state` made it.
+        module: The live model.
+        reader: Of the `captured_tensors`.
+
+    Returns:
+        What was dropped or changed on the way, in words; empty if the window goes on exactly.
+    """
+    num_saved, is_saved = len(state["steps"]), state["averages"] is not None
+    problem = _difference(capture.shapes, state["shapes"])
+    changes = []
+    if num_saved and capture.ring is None:
+        changes.append(f"the {num_saved} snapshots of the window are left out: no merge needs them")
+    elif num_saved and not is_saved:
+        changes.append(f"the {num_saved} snapshots of the window were not saved: it starts empty")
+    elif num_saved and problem is not None:
+        changes.append(f"its window of {num_saved} snapshots was dropped: {problem}")
+    elif num_saved:
+        changes += _restore_ring_(capture, state, reader)
+    changes += capture.window.load_state_dict(state["window"], capture.steps, num_saved)
+    averages = state["averages"] if is_saved and problem is None else {"profiles": {}, "buffers": {}}
+    return changes + _restore_averages_(capture, averages, module, reader)
+
+
+def _difference(live: Mapping[str, list[int]], saved: Mapping[str, list[int]]) -> str | None:
+    """The first tensor whose shape in the model is not the one that was captured, in words; None if all agree."""
+    if not saved:
+        # Shapes were not known yet, so nothing was captured.
         return None
+    for name in [*live, *saved]:
+        if live.get(name) != saved.get(name):
+            return f"{name} has shape {live.get(name)} in the model and {saved.get(name)} in the snapshots"
+    return None
 
-    def read(tensors: dict[str, Tensor]) -> None:
-        if isinstance(found, str):
-            if tensors:
-                dcp.load({found: tensors}, checkpoint_id=path)
-            return
-        for name, tensor in tensors.items():
-            source = found[name]
-            if isinstance(tensor, DTensor):
-                # Each rank cuts out its own part.
-                source = distribute_tensor(source, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
-            local(tensor).copy_(source)
 
-    return read
+def _restore_ring_(capture: SnapshotCapture, state: Mapping[str, Any], reader: TensorReader) -> list[str]:
+    assert capture.ring is not None
+    assert capture.layout is not None
+    layout = capture.layout
+
+    def empty() -> dict[str, Tensor]:
+        (row,) = new_slots(layout, 1, capture.dtype, capture.storage.merge_device)
+        return layout.views(row)
+
+    changes = capture.ring.restore_(
+        state["steps"], lambda position: reader.read(f"snapshot.{position}", layout.places, empty)
+    )
+    device = layout.groups[0][1]
+    capture.buffers = {name: buffer.to(device, copy=True) for name, buffer in state["buffers"].items()}
+    if state["dtypes"] != capture.dtypes:
+        changes.append(f"snapshots in {', '.join(state['dtypes'])} are now in {', '.join(capture.dtypes)}")
+    return changes
+
+
+def _restore_averages_(
+    capture: SnapshotCapture, state: Mapping[str, Any], module: nn.Module, reader: TensorReader
+) -> list[str]:
+    live, device = local_tensors(merged_parameters(module, capture.selection)), capture.averages.device
+
+    def read(name: str) -> dict[str, Tensor]:
+        empty = lambda: {key: shadow_like(tensor, device) for key, tensor in live.items()}  # noqa: E731
+        found = reader.read(f"average.{name}", live, empty)
+        return {key: tensor.to(device or live[key].device, copy=True) for key, tensor in found.items()}
+
+    return capture.averages.load_state_dict(state, read, snapshot_buffers(module))

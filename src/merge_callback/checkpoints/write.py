@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from omegaconf import Container
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 from merge_callback.live.sharding import all_gather_dict, full_tensor, rank
 from merge_callback.merging.rules import decay_from_coefficients
@@ -84,9 +85,12 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
-    """Writes merged weights to a ``.ckpt`` or a ``.safetensors`` file.
+    """Writes merged weights to a file, which appears under its name when it is complete; all ranks call it.
 
-    The file appears under its name when it is complete; before that, or after an error, what was there stays.
+    Before that, or after an error, what was there stays. Of a whole model rank 0 writes what it has. The tensors of a
+    sharded one are gathered one after the other: a ``.safetensors`` file is written as they come in, and for a
+    ``.ckpt`` rank 0 keeps them all in host memory. A sharded model may also be written to a path without an ending,
+    which becomes a folder of `torch.distributed.checkpoint` with the provenance in ``merge.json``.
 
     Args:
         path: Ends in ``.ckpt`` (the whole checkpoint, for Lightning) or ``.safetensors`` (its ``state_dict`` alone).
@@ -96,9 +100,16 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
 
     Raises:
         ValueError: If the path ends otherwise, or the state dict holds what the format does not take.
-        OSError: If it cannot be written; the message says what was not saved.
+        OSError: If it cannot be written, on all ranks of a sharded model; the message says what was not saved.
     """
     path = Path(path)
+    if any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values()):
+        _save_sharded(path, checkpoint, origin)
+    elif rank() == 0:
+        _save_whole(path, checkpoint, origin)
+
+
+def _save_whole(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
     check_suffix(path)
     others = [key for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
     if others and path.suffix == ".safetensors":
@@ -111,26 +122,14 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
             else:
                 # The format takes contiguous tensors that share nothing; a merged state dict is made of copies already.
                 tensors = {key: value.contiguous() for key, value in checkpoint["state_dict"].items()}
-                metadata = {key: json.dumps(value) for key, value in origin.items()}
-                # Loaders of pre-trained models look for this format.
-                _safetensors().torch.save_file(tensors, unfinished, metadata | {"format": "pt"})
+                _safetensors().torch.save_file(tensors, unfinished, _metadata(origin))
     # A full disk is a RuntimeError to torch, and to safetensors an error of its own.
     except (OSError, RuntimeError, _safetensors_error()) as error:
         raise OSError(f"the merge of steps {origin['steps']} was not saved to {path}: {error}") from error
 
 
-def save_sharded(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
-    """As `save`, for a sharded model: all ranks call it, and none has more than one whole tensor at a time.
-
-    A ``.safetensors`` file is written by rank 0 as the tensors come in; for a ``.ckpt`` rank 0 keeps them all in host
-    memory. A path without an ending becomes a directory of `torch.distributed.checkpoint`, with the provenance in
-    ``merge.json``, and nothing is gathered.
-
-    Raises:
-        ValueError: If the path ends otherwise, or the state dict holds what the format does not take.
-        OSError: If it cannot be written, on all ranks; the message says what was not saved.
-    """
-    path, state = Path(path), checkpoint["state_dict"]
+def _save_sharded(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    state = checkpoint["state_dict"]
     if not path.suffix:
         dcp.save({"state_dict": state}, checkpoint_id=path)
         if rank() == 0:
@@ -143,12 +142,11 @@ def save_sharded(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], or
         if path.suffix == ".ckpt":
             kept = {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
             if rank() == 0:
-                save(path, {**checkpoint, "state_dict": kept}, origin)
+                _save_whole(path, {**checkpoint, "state_dict": kept}, origin)
         elif rank() == 0:
-            metadata = {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as unfinished:
-                write_safetensors(unfinished, state, (tensor for _, tensor in gathered), metadata)
+                write_safetensors(unfinished, state, (tensor for _, tensor in gathered), _metadata(origin))
     except OSError as error:
         problem = f"the merge of steps {origin['steps']} was not saved to {path}: {error}"
     # Whatever happened to the file, the others wait for this rank's part of each tensor.
@@ -156,6 +154,11 @@ def save_sharded(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], or
         pass
     if found := all_gather_dict({} if problem is None else {rank(): problem}):
         raise OSError(next(iter(found.values())))
+
+
+def _metadata(origin: Mapping[str, Any]) -> dict[str, str]:
+    """The provenance as a ``.safetensors`` file holds it; loaders of pre-trained models look for the format."""
+    return {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
 
 
 def check_suffix(path: Path) -> None:

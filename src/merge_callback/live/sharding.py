@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -59,6 +59,11 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def local_clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of what this process holds of each tensor."""
     return {name: local(tensor).clone() for name, tensor in tensors.items()}
+
+
+def export_copy(tensor: Tensor) -> Tensor:
+    """A copy to be saved: in host memory, but of a shard where the shard is, since it is still to be gathered."""
+    return tensor.detach().clone() if is_shard(tensor) else tensor.detach().to("cpu", copy=True)
 
 
 def all_gather_dict(found: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -112,7 +117,7 @@ class Sharding:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._specs = {name: _Spec.of(tensor) for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-        # By the model's mesh and a kind of device: see `as_dtensor`.
+        # By the model's mesh and a kind of device; see `_mesh`.
         self._meshes: dict[tuple[DeviceMesh, str], DeviceMesh] = {}
 
     @property
@@ -120,9 +125,17 @@ class Sharding:
         """Whether any tensor is."""
         return bool(self._specs)
 
+    def gather(self, found: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The entries of all ranks; of a model that is not sharded, those of this process, without communication."""
+        return all_gather_dict(found) if self._specs else dict(found)
+
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks; of a model that is not sharded, the tensor itself, without communication."""
+        return all_reduce_sum(tensor) if self._specs else tensor
+
     def num_replicas(self, names: Iterable[str]) -> dict[str, int]:
-        """How many ranks hold the same elements of each tensor; of a model that is not sharded, one."""
-        if not self.is_sharded:
+        """How many ranks hold the same elements of each tensor; one for a model that is not sharded."""
+        if not self._specs:
             return dict.fromkeys(names, 1)
         return {name: self._num_replicas_of(name) for name in names}
 
@@ -144,17 +157,30 @@ class Sharding:
         return self._specs[name].join(part).full_tensor() if name in self._specs else part
 
     def as_dtensor(self, name: str, part: Tensor) -> Tensor:
-        """A part of a distributed tensor where the live one is: left where it is, to be written or read, not gathered.
+        """A part of a distributed tensor as one: left where it is, to be written or read, and not gathered.
 
         Args:
-            name: Of a live tensor.
-            part: What this process holds of one that is shaped like it.
+            name: Of a live tensor; where that is plain, the part itself is returned.
+            part: What this process holds of a tensor that is shaped like it.
         """
         if (spec := self._specs.get(name)) is None:
             return part
-        # torch would move it to the device of the mesh, and a GPU need not hold what host memory was chosen for. The
-        # names keep it from ever passing for the model's own mesh, which torch looks results up by.
-        if (key := (spec.mesh, part.device.type)) not in self._meshes:
+        return replace(spec, mesh=self._mesh(spec, part.device)).join(part)
+
+    def own_part(self, name: str, tensor: Tensor) -> Tensor:
+        """What this process holds of a whole tensor that is shaped like a live one; nothing is communicated."""
+        if (spec := self._specs.get(name)) is None:
+            return tensor
+        mesh = self._mesh(spec, tensor.device)
+        return distribute_tensor(tensor, mesh, spec.placements, src_data_rank=None).to_local()
+
+    def _mesh(self, spec: _Spec, device: torch.device) -> DeviceMesh:
+        """The mesh of the live tensor, for tensors on another kind of device.
+
+        torch would move them to the device of the live tensor's mesh, and a GPU need not hold what host memory was
+        chosen for. The names keep it from passing for the model's own mesh, which torch looks results up by.
+        """
+        if (key := (spec.mesh, device.type)) not in self._meshes:
             names = tuple(f"of_snapshots_{axis}" for axis in range(spec.mesh.ndim))
             self._meshes[key] = DeviceMesh(key[1], spec.mesh.mesh, mesh_dim_names=names, _init_backend=False)
-        return replace(spec, mesh=self._meshes[key]).join(part)
+        return self._meshes[key]

@@ -1,6 +1,6 @@
 """Which tensors of a live model are merged, under which names. The only reader of a live model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -32,6 +32,16 @@ def merged_parameters(module: nn.Module, selection: Selection = EVERYTHING) -> d
         for name, parameter in named
         if parameter.requires_grad and parameter.is_floating_point() and selection(name)
     }
+
+
+def describe_left_out(module: nn.Module, selection: Selection) -> str:
+    """Which trainable parameters a selection leaves to the live model, in words; empty if it leaves none."""
+    if selection.is_everything:
+        return ""
+    out = {name: p for name, p in merged_parameters(module).items() if not selection(name)}
+    num = sum(parameter.numel() for parameter in out.values())
+    names = ", ".join([*list(out)[:3], *(["..."] if len(out) > 3 else [])])
+    return f", without {len(out)} parameters of {num:,} elements, which stay live ({names})" if out else ""
 
 
 def snapshot_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -85,7 +95,7 @@ class LiveTensors:
 
     def parameters(self) -> Mapping[str, Tensor]:
         """`merged_parameters`, or of a sharded model what this process holds of them; as of the last `find`."""
-        return local_tensors(self._parameters) if self._is_sharded else self._parameters
+        return self._own(self._parameters)
 
     def buffers(self) -> dict[str, Tensor]:
         """`snapshot_buffers`; as of the last `find`."""
@@ -97,7 +107,10 @@ class LiveTensors:
         self._resharded = [submodule for submodule in submodules if isinstance(submodule, FSDPModule)]
         self._parameters = merged_parameters(self.module, self.selection)
         self._owners = _buffer_owners(self.module)
-        self._is_sharded = any(map(is_shard, self._parameters.values()))
+        # Plain parameters are their own local tensors; to ask each of thousands at every step takes too long.
+        self._own: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = (
+            local_tensors if any(map(is_shard, self._parameters.values())) else _same
+        )
         fixed: list[Mapping[str, Any]] = [
             contents for submodule in submodules for contents in (submodule._modules, submodule._parameters)
         ]
@@ -129,6 +142,10 @@ class LiveTensors:
 
 def _values(contents: Iterable[Mapping[str, Any]]) -> list[Any]:
     return list(chain.from_iterable([content.values() for content in contents]))
+
+
+def _same(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return tensors
 
 
 def tensors_by_name(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ class ScratchBuffer:
 
     def like(self, part: Tensor) -> Tensor:
         """Uninitialised, of the same shape; the same memory at each call."""
-        if self._scratch is None or self._room.numel() < part.numel():
+        if self._scratch is None or self._scratch.numel() < part.numel():
             self._scratch = part.new_empty(part.numel(), dtype=self.dtype)
         return self._scratch[: part.numel()].view(part.shape)
 

@@ -13,7 +13,7 @@ from merge_callback.prediction.bias import (
     calibrate,
     pooled_branches,
 )
-from merge_callback.prediction.calibration import is_same_span
+from merge_callback.prediction.predictor import is_same_span
 from merge_callback.prediction.records import AnnealRecord
 
 Form = Literal["ratio", "offset", "relative"]

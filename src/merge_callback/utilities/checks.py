@@ -5,6 +5,12 @@ from importlib.util import find_spec
 from typing import Any
 
 
+def check_bool(argument: str, value: Any) -> None:
+    """Raises unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be True or False, got {value!r}")
+
+
 def check_count(argument: str, value: Any, minimum: int = 1) -> None:
     """Raises unless the value is an int of at least the minimum."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -10,7 +10,6 @@ which value of a metric is its best. Other loggers need nothing but the metrics,
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -21,28 +20,6 @@ from merge_callback.validation.logged import BOUNDS, LoggedName
 
 # Everything that is logged of a merge itself.
 DIAGNOSTICS = ("num_snapshots", "span_steps", "spread", "seconds", "num_skipped")
-
-
-@dataclass(frozen=True)
-class MergeNow:
-    """A merge as it was at a validation.
-
-    Args:
-        name: Its name.
-        coefficients: By snapshot step; none of an average over every step.
-        span_steps: Steps that the average counts, if it is one.
-    """
-
-    name: str
-    coefficients: Mapping[int, float]
-    span_steps: float = 0.0
-
-    def __str__(self) -> str:
-        used = [step for step, value in self.coefficients.items() if value != 0]
-        if not used:
-            return f"{self.name}: every step, about {self.span_steps:.0f}"
-        plural = "s" if len(used) > 1 else ""
-        return f"{self.name}: {len(used)} snapshot{plural}, {used[-1] - used[0]} steps"
 
 
 def scalar_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str, list[Any]]]:
@@ -107,7 +84,7 @@ class Dashboards:
         loggers: Iterable[Any],
         logged: Mapping[LoggedName, LoggedValue],
         step: int,
-        coefficients: Mapping[int, float] | None = None,
+        coefficients: Mapping[int, float],
     ) -> None:
         """Brings the charts up to date with a validation.
 
@@ -115,7 +92,8 @@ class Dashboards:
             loggers: The Trainer's.
             logged: What the callback logs there.
             step: Under which Lightning logs it.
-            coefficients: Of the primary merge, by snapshot step; drawn at the first, second, fourth, eighth ... call.
+            coefficients: Of the primary merge, by snapshot step, if it is made of snapshots; drawn at the first,
+                second, fourth, eighth ... call.
         """
         self._num_shown += 1
         is_drawn = self._num_shown & (self._num_shown - 1) == 0
@@ -186,7 +164,7 @@ class Dashboards:
         step: int,
         live: Mapping[str, LoggedValue],
         logged: Mapping[LoggedName, LoggedValue],
-        merges: Mapping[str, MergeNow],
+        merges: Mapping[str, str],
     ) -> str:
         """Live and merged values, gains and predictions of a validation as a table of text that fits 80 columns.
 
@@ -194,7 +172,7 @@ class Dashboards:
             step: Optimizer steps then.
             live: Metric -> live value, on the batches that the merges were evaluated on.
             logged: What the callback logged there.
-            merges: By label.
+            merges: What each merge is made of, by label.
         """
         rows = []
         for name, merged in logged.items():
@@ -202,7 +180,7 @@ class Dashboards:
             if name.kind == "merged" and gain is not None:
                 numbers = [number(value.value) for value in (live[name.metric], merged)]
                 numbers += [number(gain.value, "+"), _predicted(logged, name)]
-                rows.append([name.metric, str(merges[name.label]), *numbers])
+                rows.append([name.metric, merges[name.label], *numbers])
         header = ["metric", "merge", "live", "merged", "gain", "predicted"]
         return text_table(header, rows, title=f"{self.title} at step {step}", num_left=2)
 

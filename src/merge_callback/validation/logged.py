@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.names import fits
-from merge_callback.prediction.bias import gain
+from merge_callback.prediction.bias import Prediction, gain
 
 
 def safe_name(name: str) -> str:
@@ -111,4 +113,27 @@ def merged_and_gains(
             if metric in live:
                 better = gain(live[metric].value, value.value, is_better_higher)
                 logged[names("merge_gain", metric, merge)] = LoggedValue(better, logger=value.logger)
+    return logged
+
+
+def predictions_and_errors(
+    names: Names, predictions: Mapping[str, Prediction], live: Mapping[str, LoggedValue], *, is_end_of_decay: bool
+) -> dict[LoggedName, LoggedValue]:
+    """Predicted annealed values with their intervals.
+
+    Args:
+        names: What they are called.
+        predictions: By metric.
+        live: Values of the validation, by metric.
+        is_end_of_decay: Whether the run has decayed by itself and ends here: then also how wrong the predictions were.
+    """
+    logged: dict[LoggedName, LoggedValue] = {}
+    for metric, prediction in predictions.items():
+        name = names("annealed", metric)
+        ends = zip(("", *BOUNDS), (prediction.value, prediction.low, prediction.high), strict=True)
+        numbers = {replace(name, end=end): value for end, value in ends}
+        if is_end_of_decay and metric in live:
+            numbers[names("annealed_error", metric)] = prediction.value - float(live[metric].value)
+        is_written = metric not in live or live[metric].logger
+        logged |= {each: LoggedValue(torch.tensor(value), logger=is_written) for each, value in numbers.items()}
     return logged

@@ -9,42 +9,63 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from merge_callback.capture.merges import CapturedMerges
+from merge_callback.capture.merge_set import MergeSet
+from merge_callback.capture.merges import Merge
 from merge_callback.live.evaluate import LoggedValue, evaluate, num_limited_batches
 from merge_callback.live.learning_rates import optimizer_step
 from merge_callback.live.observe import is_last_validation, logged_step, observe_validations, stop_observing_validations
-from merge_callback.merging.averages import is_average
-from merge_callback.merging.rules import rule_label
 from merge_callback.prediction.bias import gain
+from merge_callback.prediction.predictor import AnnealPredictor
 from merge_callback.prediction.records import StableValidation
 from merge_callback.utilities.background import wait_for_device
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
-from merge_callback.validation.dashboards import Dashboards, MergeNow
-from merge_callback.validation.logged import LoggedName, Names, merged_and_gains
+from merge_callback.validation.dashboards import Dashboards
+from merge_callback.validation.logged import LoggedName, Names, merged_and_gains, predictions_and_errors
 from merge_callback.validation.routers import Choices, Routers
-from merge_callback.validation.trunk import Trunk
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """A merge that was validated.
+
+    Args:
+        merge: The merge.
+        coefficients: By snapshot step; none of an average over every step.
+        description: What it was made of, in a few words.
+        values: What its validation logged, by metric.
+    """
+
+    merge: Merge
+    coefficients: dict[int, float]
+    description: str
+    values: dict[str, LoggedValue]
 
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What the evaluation before a live validation found, kept until the live values are there to compare with."""
+    """What was found before a live validation, kept until the live values are there to compare with."""
 
     step: int
-    merged: dict[str, dict[str, LoggedValue]]
-    # By merge: coefficient by snapshot step; none of an average.
-    coefficients: dict[str, dict[int, float]]
+    # The primary merge comes first, if it could be made.
+    merges: dict[str, _Evaluated]
+    # On the batches that merges were evaluated on, where these are fewer than the live validation takes.
     live: dict[str, LoggedValue] | None
     diagnostics: dict[str, float]
 
+    @property
+    def values(self) -> dict[str, dict[str, LoggedValue]]:
+        """By merge and metric."""
+        return {name: each.values for name, each in self.merges.items()}
+
 
 class MergedValidation:
-    """A `ValidationObserver` that validates merges over the batches of each live validation, and logs both beside.
+    """A `ValidationObserver` that validates merges over the batches of each live validation, and logs both.
 
     Args:
         merges: What is validated.
         names: Of what is logged.
-        trunk: What the run's validations have found so far.
+        predictor: Learns from the validations what an anneal would give.
         budget: Of wall time.
         messages: For the user.
         every_n_validations: Validates the merges at every n-th validation.
@@ -54,9 +75,9 @@ class MergedValidation:
 
     def __init__(
         self,
-        merges: CapturedMerges,
+        merges: MergeSet,
         names: Names,
-        trunk: Trunk,
+        predictor: AnnealPredictor,
         budget: Budget,
         messages: Messages,
         *,
@@ -65,7 +86,7 @@ class MergedValidation:
         routers: Routers | None = None,
     ) -> None:
         self.merges = merges
-        self.trunk = trunk
+        self.predictor = predictor
         self.budget = budget
         # How many validations there were, this one included.
         self.num_validations = 0
@@ -121,7 +142,7 @@ class MergedValidation:
     @property
     def is_evaluated(self) -> bool:
         """Whether the latest validation has evaluated the primary merge."""
-        return self._evaluation is not None and self.merges.primary in self._evaluation.merged
+        return self._evaluation is not None and self.merges.primary in self._evaluation.merges
 
     def before_validation(self, trainer: Trainer) -> None:
         """Validates every merge, and the live weights on the same batches where these are fewer."""
@@ -131,23 +152,22 @@ class MergedValidation:
         step, merges = optimizer_step(trainer), self.merges
         merges.drop_unusable()
         merges.drop_nonfinite(step)
-        captured = [name for name in merges.rules if merges.is_captured(name)]
-        if not captured:
+        if not merges.are_any_ready:
             return
         device = trainer.lightning_module.device
         wait_for_device(device)
         began = time.perf_counter()
         num_batches, num_live_batches = num_limited_batches(trainer, self._limit_batches)
-        merged, diagnostics, used = {}, {}, {}
+        evaluated, diagnostics = {}, {}
         choices: dict[str, Choices] = {}
-        for name, coefficients, row in merges.rows(captured, step):
-            if name == merges.primary:
-                diagnostics = merges.diagnostics(coefficients, row, step)
-            with merges.swapped_in(trainer.lightning_module, row, merges.buffers(name)):
-                merged[name] = evaluate(trainer, self._limit_batches)
-                if name == merges.primary:
+        for merge, row in merges.rows(step):
+            if merge.name == merges.primary:
+                diagnostics = merge.diagnostics(row, step)
+            with merges.swapped_in(trainer.lightning_module, merge, row):
+                values = evaluate(trainer, self._limit_batches)
+                if merge.name == merges.primary:
                     choices = self._choices(trainer)
-            used[name] = coefficients
+            evaluated[merge.name] = _Evaluated(merge, merge.snapshots(), merge.describe(step), values)
             # Otherwise the next merge would be made while this one still takes its memory.
             del row
         live = evaluate(trainer, self._limit_batches) if num_batches < num_live_batches else None
@@ -156,17 +176,17 @@ class MergedValidation:
         wait_for_device(device)
         diagnostics["seconds"] = time.perf_counter() - began
         self.budget.spend(diagnostics["seconds"], is_costly=True)
-        self._evaluation = _Evaluation(step, merged, used, live, diagnostics)
+        self._evaluation = _Evaluation(step, evaluated, live, diagnostics)
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """What to log beside the live values: merged values, gains, predictions and diagnostics."""
-        logged = self._learned(trainer, live)
+        logged = self._predicted(trainer, live)
         if self.budget.share is not None:
             logged[self._names("merge", "num_skipped")] = LoggedValue(torch.tensor(float(self.budget.num_skipped)))
         if (evaluation := self._evaluation) is not None:
             step = logged_step(trainer, live)
             live = evaluation.live or live
-            logged |= merged_and_gains(self._names, evaluation.merged, live)
+            logged |= merged_and_gains(self._names, evaluation.values, live)
             self._check_names(live)
             device = trainer.lightning_module.device
             for key, diagnostic in (evaluation.diagnostics | self._curvature_gain(evaluation)).items():
@@ -185,13 +205,13 @@ class MergedValidation:
 
     def state_dict(self) -> dict[str, Any]:
         budget = asdict(replace(self.budget, elapsed=self._elapsed()))
-        return {"num_validations": self.num_validations, "budget": budget, **self.trunk.state_dict()}
+        return {"num_validations": self.num_validations, "budget": budget, **self.predictor.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave, but for the share of time, which may be another one now."""
         self.num_validations = state["num_validations"]
         self.budget = replace(Budget(**state["budget"]), share=self.budget.share)
-        self.trunk.load_state_dict(state)
+        self.predictor.load_state_dict(state)
 
     def _elapsed(self) -> float:
         """Seconds of this fit and of those that it goes on from."""
@@ -211,43 +231,53 @@ class MergedValidation:
             return {}
         return routers.choices(trainer.lightning_module, lambda: evaluate(trainer, routers.num_batches))
 
-    def _learned(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[LoggedName, LoggedValue]:
-        """Adds this validation to the trunk's, where merge and live model can be compared; returns its predictions."""
-        capture = self.merges.capture
+    def _predicted(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[LoggedName, LoggedValue]:
+        """Learns from this validation, where merge and live model can be compared; returns what is predicted."""
+        capture, predictor = self.merges.capture, self.predictor
+        is_decaying = not capture.window.phase.is_stable
+        predictor.is_checked = is_decaying and is_last_validation(trainer)
         if self.is_evaluated and capture.is_comparable:
             assert self._evaluation is not None
-            self.trunk.learn(
-                self._trunk_values(self._evaluation, live), self._losses(self._evaluation), trainer.is_global_zero
-            )
-        if not capture.phase.is_stable:
-            return self.trunk.predicted(live, is_end_of_decay=is_last_validation(trainer))
-        if self._evaluation is None or not capture.is_comparable:
+            self._learn(self._evaluation, live, trainer)
+        if not is_decaying and (self._evaluation is None or not capture.is_comparable):
             return {}
-        return self.trunk.predicted(live, is_end_of_decay=False)
+        logged = predictions_and_errors(self._names, predictor.predictions, live, is_end_of_decay=predictor.is_checked)
+        if predictor.is_prior and predictor.predictions:
+            logged[self._names("merge", "is_prior")] = LoggedValue(torch.tensor(1.0))
+        return logged
 
-    def _trunk_values(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue]) -> StableValidation:
-        primary, rule = evaluation.merged[self.merges.primary], self.merges.rule()
-        values = {name: float(live[name].value) for name in primary if name in live}
-        merged = {name: float(primary[name].value) for name in values}
+    def _learn(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue], trainer: Trainer) -> None:
+        validation, losses = self._stable_validation(evaluation, live), self._losses(evaluation)
+        if problem := self.predictor.learn(validation, losses, may_write=trainer.is_global_zero):
+            self._messages.warn(f"the records of anneals were left alone: {problem}", "records")
+        for metric, fit in self.predictor.fits.items():
+            self._messages.say(f"{self._names('annealed', metric)} predicts {fit}", f"annealed {metric}")
+        calibration = self.predictor.calibration
+        if calibration is not None and not self.predictor.is_prior and not self.predictor.fits:
+            self._messages.say(f"uncalibrated until {calibration} holds two real anneals of a kind", "uncalibrated")
+
+    def _stable_validation(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue]) -> StableValidation:
+        primary = evaluation.merges[self.merges.primary]
+        values = {name: float(live[name].value) for name in primary.values if name in live}
+        merged = {name: float(primary.values[name].value) for name in values}
         if evaluation.live is not None:
             # The merge was evaluated on fewer batches, and there it is the difference that counts.
             gains = {name: gain(float(evaluation.live[name].value), merged[name]) for name in values}
             merged = {name: values[name] - gains[name] for name in values}
         span_steps = round(evaluation.diagnostics["span_steps"])
-        label = repr(rule) if is_average(rule) else rule_label(rule)
-        return StableValidation(evaluation.step, span_steps, values, merged, label)
+        return StableValidation(evaluation.step, span_steps, values, merged, primary.merge.label)
 
     def _losses(self, evaluation: _Evaluation) -> list[str]:
         """Metrics of the primary merge where less is better, in the order in which they are logged."""
-        values = evaluation.merged[self.merges.primary]
+        values = evaluation.merges[self.merges.primary].values
         return [name for name, value in values.items() if not self._names.is_higher_better(name, value)]
 
     def _curvature_gain(self, evaluation: _Evaluation) -> dict[str, float]:
-        """Of the first loss."""
-        if self.merges.primary not in evaluation.merged or not (losses := self._losses(evaluation)):
+        """The curvature gain of the first loss, if the primary merge is made of snapshots with known losses."""
+        if self.merges.primary not in evaluation.merges or not (losses := self._losses(evaluation)):
             return {}
-        coefficients = evaluation.coefficients[self.merges.primary]
-        found = self.trunk.curvature_gain(losses[0], coefficients, evaluation.step)
+        coefficients = evaluation.merges[self.merges.primary].coefficients
+        found = self.predictor.curvature_gain(losses[0], coefficients, evaluation.step)
         return {} if found is None else {"curvature_gain": found}
 
     def _show(
@@ -260,11 +290,8 @@ class MergedValidation:
     ) -> None:
         """Brings dashboards, and what is said at the end, up to date; on one rank."""
         began = time.perf_counter()
-        self._dashboards.show(trainer.loggers, logged, step, evaluation.coefficients.get(self.merges.primary))
-        now = {}
-        for name, coefficients in evaluation.coefficients.items():
-            rule = self.merges.rule(name)
-            span_steps = rule.span_steps(evaluation.step) if is_average(rule) else 0.0
-            now[self._names.label(name)] = MergeNow(name, coefficients, span_steps)
-        self._closing = partial(self._dashboards.closing_table, evaluation.step, live, logged, now)
+        primary = evaluation.merges.get(self.merges.primary)
+        self._dashboards.show(trainer.loggers, logged, step, primary.coefficients if primary is not None else {})
+        described = {self._names.label(name): f"{name}: {each.description}" for name, each in evaluation.merges.items()}
+        self._closing = partial(self._dashboards.closing_table, evaluation.step, live, logged, described)
         self.budget.spend(time.perf_counter() - began)

@@ -36,7 +36,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Routers:
-    """Tells `MergeCallback` where the routers are, to compare those of the merge with the live ones.
+    """Says where a mixture of experts has its routers, to compare those of the merge with the live ones.
 
     Both models see the same batches, the first ones of the validation, in passes of their own. Logged are
     ``merge/router_agreement`` and its companions, as means over layers.
@@ -53,8 +53,8 @@ class Routers:
         TypeError: If an argument is of another type.
 
     Examples:
-        >>> from merge_callback import MergeCallback
-        >>> callback = MergeCallback(routers=Routers("*.router", num_active=2))
+        >>> from merge_callback import MergeCallback, Parts
+        >>> callback = MergeCallback(parts=Parts(routers=Routers("*.router", num_active=2)))
     """
 
     modules: str | Sequence[str] | Callable[[Any], Mapping[str, Tensor]]

@@ -1,0 +1,250 @@
+"""Predictions of annealed metrics: a run's own validations joined with records of real anneals."""
+
+import json
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from merge_callback.prediction.bias import (
+    MIN_BRANCHES,
+    BranchOutcome,
+    Calibration,
+    Prediction,
+    age_weight,
+    calibrate,
+    curvature_gain,
+    forecast,
+    pooled_branches,
+)
+from merge_callback.prediction.records import (
+    AnnealRecord,
+    StableValidation,
+    append_record,
+    completed,
+    read_records,
+    run_identity,
+)
+
+PRIOR = "prior"
+# Decays whose spans differ by less than this factor are of one kind.
+SAME_SPAN_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class AnnealFit:
+    """What a prediction stands on: real decays of one kind, and the bias that they show."""
+
+    span: float
+    shape: str
+    source: str
+    calibration: Calibration
+    offset: Calibration | None
+
+    def predict(self, now: StableValidation, metric: str) -> Prediction:
+        """The annealed value, given live and merged values now."""
+        return self.calibration.predict(now.live[metric], now.merged[metric])
+
+    def __str__(self) -> str:
+        ratio = f"rho = {self.calibration.coefficient:.3f}"
+        return f"a {self.shape} decay over the last {self.span:.0%} of the steps, by {self.source} ({ratio})"
+
+
+class AnnealPredictor:
+    """Predicts what a run would be if it were annealed now, from its own validations and from records of real anneals.
+
+    Branches of the run itself count, as far as they have ended, where there are two of a kind, and with less weight
+    those of other runs in the same file; below two these stand alone. Either way the run must have merged by the same
+    rule as now, so a file serves one rule. The kind is the one whose span is nearest to that of the merge.
+
+    Args:
+        calibration: File of records, which may grow while the run goes on, or not be there yet; ``"prior"`` for what
+            this project's own benchmark found, with the spread over its runs as interval; None predicts nothing.
+    """
+
+    def __init__(self, calibration: str | os.PathLike[str] | None = None) -> None:
+        self.calibration = calibration
+        # Every validation of the primary merge at a constant rate.
+        self.history: list[StableValidation] = []
+        # Of the latest validation at a constant rate, by metric; kept while the rate decays.
+        self.predictions: dict[str, Prediction] = {}
+        # What they stand on, for those that were made in this fit.
+        self.fits: dict[str, AnnealFit] = {}
+        # Whether the latest validation has compared them with the end of a decay.
+        self.is_checked = False
+        self._records: list[AnnealRecord] = []
+
+    @property
+    def is_prior(self) -> bool:
+        """Whether predictions stand on the project's benchmark instead of on records."""
+        return self.calibration == PRIOR
+
+    def read(self) -> None:
+        """Reads the file of records as it is now.
+
+        Raises:
+            ValueError: If a line is no record; what was read before stays.
+        """
+        if self.calibration is not None and not self.is_prior:
+            self._records = read_records(self.calibration)
+
+    def learn(self, validation: StableValidation, losses: Collection[str], *, may_write: bool) -> str | None:
+        """Takes note of a validation at a constant rate, and predicts anew.
+
+        Reads the records again, and adds to those of this run's branches what its validations know by now.
+
+        Args:
+            validation: Live and merged values.
+            losses: Names of the metrics where less is better.
+            may_write: Whether this process is the one that writes to the file of records.
+
+        Returns:
+            Why the records were left alone, in words; None if all went well.
+        """
+        self.history.append(validation)
+        if self.calibration is None:
+            return None
+        problem = self._update(may_write=may_write)
+        self.fits = {metric: fit for metric in validation.merged if (fit := self.fit(metric, losses)) is not None}
+        self.predictions = {metric: fit.predict(validation, metric) for metric, fit in self.fits.items()}
+        return problem
+
+    def forecast(self, metric: str, span_steps: int) -> Prediction:
+        """The value at the end of a linear decay over some steps that begins now.
+
+        Stands on the offset between merge and anneal of earlier branches, and on merges of the last half of the run.
+
+        Raises:
+            RuntimeError: If there are no records of real anneals, or too few, or too few validations so far.
+        """
+        if (found := self._forecast(metric, span_steps)) is None:
+            raise RuntimeError(
+                f"no forecast of {metric!r} after {span_steps} steps: it needs two real anneals in calibration="
+                f"{self.calibration!r} and four validations of the merge in the last half of the steps,"
+                f" of which there are {len(self.history)} in all"
+            )
+        return found
+
+    def curvature_gain(self, metric: str, coefficients: Mapping[int, float], step: int) -> float | None:
+        """`bias.curvature_gain` at this step, where each snapshot was validated when it was the live model."""
+        if not self.history or self.history[-1].step != step or metric not in self.history[-1].merged:
+            return None
+        losses = {known.step: known.live[metric] for known in self.history if metric in known.live}
+        return curvature_gain(coefficients, losses, self.history[-1].merged[metric])
+
+    def forget_since(self, step: int) -> None:
+        """Drops what validations at that step and later ones have found."""
+        self.history = [known for known in self.history if known.step < step]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": [asdict(values) for values in self.history],
+            "predictions": {metric: asdict(prediction) for metric, prediction in self.predictions.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave; predictions only if there still is something to predict from."""
+        self.history = [StableValidation(**values) for values in state["history"]]
+        if self.calibration is not None:
+            self.predictions = {metric: Prediction(**kept) for metric, kept in state["predictions"].items()}
+
+    def _update(self, *, may_write: bool) -> str | None:
+        if self.calibration is None or self.is_prior:
+            return None
+        try:
+            found, run = read_records(self.calibration), run_identity(self.history)
+            self._records = [completed(each, self.history) if each.run == run else each for each in found]
+            for record, old in zip(self._records, found, strict=True):
+                if record != old and may_write:
+                    append_record(self.calibration, record)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
+
+    def fit(self, metric: str, losses: Collection[str]) -> AnnealFit | None:
+        """What a prediction at the newest validation can stand on; None while uncalibrated."""
+        now, run = self.history[-1], run_identity(self.history)
+        if self.is_prior:
+            # The prior is about losses, of runs in which the merge was better than the live model.
+            is_like_them = metric in losses and now.merged[metric] < now.live[metric]
+            return _nearest(_prior(), now) if is_like_them else None
+        alike = [each for each in self._records if each.matched is not None and each.matched.rule == now.rule]
+        known = [each for each in alike if each.run != run or each.step <= now.step]
+        fits: dict[bool, list[AnnealFit]] = {True: [], False: []}
+        for kind in _kinds(known):
+            own = _outcomes((each for each in kind if each.run == run), metric, now.step)
+            others = _outcomes((each for each in kind if each.run != run), metric, None)
+            if (fit := _fitted(own, others, kind)) is not None:
+                fits[len(own) >= MIN_BRANCHES].append(fit)
+        return _nearest(fits[True], now) or _nearest(fits[False], now)
+
+    def _forecast(self, metric: str, span_steps: int) -> Prediction | None:
+        if self.calibration is None or not self.history:
+            return None
+        fit = self.fit(metric, [metric] if metric in self.history[-1].merged else [])
+        known = [values for values in self.history if metric in values.merged and values.rule == self.history[-1].rule]
+        if fit is None or fit.offset is None or not known:
+            return None
+        steps, merged = [values.step for values in known], [values.merged[metric] for values in known]
+        return forecast(steps, merged, fit.offset, self.history[-1].step + span_steps)
+
+
+def _kinds(records: Iterable[AnnealRecord]) -> list[list[AnnealRecord]]:
+    kinds: list[list[AnnealRecord]] = []
+    for record in records:
+        for kind in kinds:
+            if kind[0].shape == record.shape and is_same_span(kind[0].span, record.span):
+                kind.append(record)
+                break
+        else:
+            kinds.append([record])
+    return kinds
+
+
+def _fitted(own: list[BranchOutcome], others: list[BranchOutcome], kind: Sequence[AnnealRecord]) -> AnnealFit | None:
+    outcomes = pooled_branches(own, others)
+    calibration = calibrate(outcomes)
+    if calibration is None:
+        return None
+    counted = {"of this run": len(own) if len(own) >= MIN_BRANCHES else 0, "of other runs": len(others)}
+    sources = [f"{number} real anneals {whose}" for whose, number in counted.items() if number]
+    span = math.exp(math.fsum(math.log(record.span) for record in kind) / len(kind))
+    return AnnealFit(
+        span,
+        kind[0].shape,
+        " and ".join(sources),
+        calibration,
+        calibrate(outcomes, "offset"),
+    )
+
+
+def _outcomes(records: Iterable[AnnealRecord], metric: str, now: int | None) -> list[BranchOutcome]:
+    """One metric of each record; branches of a run that is now at a step count less, the older they are."""
+    return [
+        replace(outcome, weight=1.0 if now is None else age_weight(record.step, now))
+        for record in records
+        if (outcome := record.outcome(metric)) is not None
+    ]
+
+
+def _nearest(fits: Sequence[AnnealFit], now: StableValidation) -> AnnealFit | None:
+    """By span, on a scale of factors; among shapes the linear one, which is what a uniform merge stands for."""
+    share = max(now.span_steps, 1) / now.step
+    return min(fits, key=lambda b: (round(abs(math.log(b.span / share)), 1), b.shape != "linear"), default=None)
+
+
+def is_same_span(span: float, other: float) -> bool:
+    """Whether decays over these shares of the steps are of one kind."""
+    return max(span, other) / min(span, other) < SAME_SPAN_FACTOR
+
+
+@cache
+def _prior() -> list[AnnealFit]:
+    kinds = json.loads((files("merge_callback.prediction") / "prior.json").read_text())["kinds"]
+    return [
+        AnnealFit(kind["span"], kind["shape"], "the prior", Calibration(form="relative", **kind["relative"]), None)
+        for kind in kinds
+    ]
