@@ -10,7 +10,7 @@ from merge_callback.callbacks.progress_bar import LiveAndMergedBar
 from merge_callback.callbacks.spike_detector import SpikeDetector
 from merge_callback.callbacks.spike_recovery import SpikeRecovery
 from merge_callback.capture.directory import SnapshotDirectory
-from merge_callback.capture.storage import SnapshotMemory
+from merge_callback.capture.places import SnapshotMemory
 from merge_callback.merging.averages import Ema, PowerEma
 from merge_callback.merging.recommended import recommended_window
 from merge_callback.merging.windows import Extrapolate, Window

@@ -30,7 +30,7 @@ OTHER_PRIVATE = re.compile(
     r"_buffers|_modules|_parameters|_non_persistent_buffers_set|_foreach_\w+|_checkpoint_offset|_hparams_name"
     r"|_save_topk_checkpoint"
 )
-MAX_LINES = 520
+MAX_LINES = 300
 
 
 def imported(tree):

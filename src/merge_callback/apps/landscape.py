@@ -22,8 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from merge_callback.apps.validate import check_mode, chosen_metric, prepare_validation, validated
-from merge_callback.checkpoints.merge import TAKEN_FROM_NEWEST, check_alike
-from merge_callback.checkpoints.read import StoredCheckpoint, open_checkpoint
+from merge_callback.checkpoints.merge import check_alike
+from merge_callback.checkpoints.merged_tensors import TAKEN_FROM_NEWEST
+from merge_callback.checkpoints.read import open_checkpoint
+from merge_callback.checkpoints.stored import StoredCheckpoint
 from merge_callback.live.names import fits
 from merge_callback.merging.combine import CHUNK_NUMEL
 from merge_callback.utilities.checks import check_count, check_installed

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from merge_callback.apps.merge import find_checkpoints
 from merge_callback.apps.validate import check_mode, chosen_metric, prepare_validation, validated
 from merge_callback.checkpoints.merge import check_alike, steps_of
-from merge_callback.checkpoints.read import StoredCheckpoint, open_checkpoint
+from merge_callback.checkpoints.read import open_checkpoint
+from merge_callback.checkpoints.stored import StoredCheckpoint
 from merge_callback.merging.rules import Rule, resolve_rule
 from merge_callback.utilities.checks import check_installed
 from merge_callback.utilities.tables import NOTHING, number, text_table

@@ -7,8 +7,8 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, open_dict
 
 from merge_callback.apps.train import Run, prepare
-from merge_callback.checkpoints.merge import TAKEN_FROM_NEWEST, merged_tensors
-from merge_callback.checkpoints.read import StoredCheckpoint
+from merge_callback.checkpoints.merged_tensors import TAKEN_FROM_NEWEST, merged_tensors
+from merge_callback.checkpoints.stored import StoredCheckpoint
 from merge_callback.live.names import fits
 from merge_callback.live.preserve import preserved_attributes
 

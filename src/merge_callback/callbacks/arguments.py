@@ -13,7 +13,7 @@ from merge_callback.capture.capture import SnapshotCapture
 from merge_callback.capture.directory import SnapshotDirectory
 from merge_callback.capture.merge_set import MergeSet
 from merge_callback.capture.merges import AverageMerge, Merge, WindowMerge
-from merge_callback.capture.storage import SnapshotMemory, StoragePlace
+from merge_callback.capture.places import SnapshotMemory, StoragePlace
 from merge_callback.live.batch_norm import Recalibration
 from merge_callback.merging.averages import Average, is_average
 from merge_callback.merging.rules import Rule, resolve_rule

@@ -13,8 +13,8 @@ from merge_callback.callbacks import arguments
 from merge_callback.callbacks.parts import Parts
 from merge_callback.callbacks.session import MergeSession
 from merge_callback.capture.directory import SnapshotDirectory
+from merge_callback.capture.places import SnapshotMemory
 from merge_callback.capture.state import without_shards
-from merge_callback.capture.storage import SnapshotMemory
 from merge_callback.merging.averages import Average
 from merge_callback.merging.rules import Rule
 from merge_callback.prediction.bias import Prediction
@@ -41,8 +41,7 @@ class MergeCallback(Callback):
         storage: Where snapshots are kept: ``"device"``, the memory of the model's device; ``"cpu"``, host memory; or a
             directory, as a path, which gets one file a snapshot and rank. `SnapshotMemory` and `SnapshotDirectory` say
             more, also how to leave snapshots out of checkpoints. But for ``"device"``, merges are made in host memory.
-        dtype: Dtype in which snapshots are kept, such as ``"bfloat16"``; None keeps each parameter's own. Merges
-            accumulate in float32 or better all the same.
+        dtype: Dtype of the snapshots, such as ``"bfloat16"``; None keeps each parameter's own.
         evaluate_every_n_validations: Evaluates the merges at every n-th validation.
         limit_batches: How much of each validation loader a merged validation takes: a number of batches, a share, or
             None for as much as the live one. With a limit the live model is validated on the same batches once more.
@@ -53,8 +52,7 @@ class MergeCallback(Callback):
             ``annealed/m`` is predicted and logged, with its interval. None predicts nothing.
         higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``.
             torchmetrics objects that are logged know it themselves; numbers and tensors do not.
-        parts: Patterns (``"*lora*"``) of the names of parameters that are merged, or `Parts`, which can also exclude
-            some and watch a mixture's routers. The others stay live, as frozen parameters do.
+        parts: Patterns (``"*lora*"``) of the parameters that are merged, or `Parts`; the others stay live.
         recalibrate_batches: Calculates batch norm statistics for the merge from the inputs of this many of the latest
             training batches, instead of taking those of the newest snapshot. The module is called with the first item
             of a batch. The inputs are kept, and go into checkpoints. None for models without such layers.
@@ -141,8 +139,7 @@ class MergeCallback(Callback):
     def implied_decay(self, name: str | None = None) -> list[tuple[int, float]]:
         """Returns the learning-rate decay that a merge stands for: (snapshot step, multiplier), oldest first.
 
-        The multiplier applies to the updates that led up to that snapshot from the one before; for the oldest it is
-        one. Raises as `coefficients` does.
+        The multiplier is that of the updates since the snapshot before. Raises as `coefficients` does.
         """
         return self._session.merges.implied_decay(name)
 
@@ -156,16 +153,15 @@ class MergeCallback(Callback):
 
     @contextmanager
     def merged_weights(self, pl_module: torch.nn.Module, name: str | None = None) -> Iterator[None]:
-        """Inside the context the module holds the merge; afterwards, whatever happened, its own weights again.
+        """Inside the context a module of the trained architecture holds the merge; then always its own weights again.
 
         Args:
-            pl_module: The module that was trained, or another one of the same architecture.
+            pl_module: The module that was trained, or another one.
             name: Which merge; None is the primary one.
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If there is no merge of that name, its rule gives no proper coefficients, or the module has
-                other tensors.
+            ValueError: If there is no merge of that name, it cannot be made, or the module has other tensors.
         """
         with self._session.merges.merged_weights(pl_module, name):
             yield
@@ -235,7 +231,7 @@ class MergeCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pending is not None:
-            # The checkpoint was that of a finished run: nothing was trained, but its merges are there.
+            # The checkpoint of a finished run: nothing was trained, but its merges are there.
             self._begin(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

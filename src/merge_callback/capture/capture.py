@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from merge_callback.capture.layout import RowLayout
 from merge_callback.capture.memory import CaptureSizes, refuse_if_too_large, required_bytes
 from merge_callback.capture.phase import PhaseEvent
+from merge_callback.capture.places import DEVICE_MEMORY, StoragePlace
 from merge_callback.capture.ring import SnapshotRing
 from merge_callback.capture.running_averages import RunningAverages, shadow_bytes
-from merge_callback.capture.storage import DEVICE_MEMORY, HOST, StoragePlace
+from merge_callback.capture.storage import HOST
 from merge_callback.capture.window import CaptureWindow
 from merge_callback.live.names import EVERYTHING, Selection
 from merge_callback.live.sharding import Sharding, all_gather_dict, local_clones, local_tensors, rank

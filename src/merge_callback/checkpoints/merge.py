@@ -1,35 +1,140 @@
-"""Merges checkpoints on disk into one: a Hydra app, and the function behind it.
+"""Merges checkpoints on disk: a plan of what is merged with which weights, then the file.
 
-    merge-callback-merge checkpoints='runs/trunk/*.ckpt' output=merged.ckpt rule=1-sqrt
-    python -m merge_callback.apps.merge checkpoints='[a.ckpt,b.ckpt]' output=c.safetensors coefficients='[0.3,0.7]'
-
-Tensors are read in parts, and summed by the kernel that merges snapshots in a run, so the result is that of the live
+Tensors are read in parts and summed by the kernel that merges snapshots in a run, so the result is that of the live
 callback to the bit. Memory does not grow with the number of checkpoints.
 """
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from merge_callback.checkpoints.read import StoredCheckpoint, open_checkpoint
-from merge_callback.checkpoints.write import check_suffix, fresh_run_entries, provenance, save
+from merge_callback.checkpoints.merged_tensors import TAKEN_FROM_NEWEST, merged_tensors
+from merge_callback.checkpoints.read import open_checkpoint
+from merge_callback.checkpoints.stored import StoredCheckpoint
+from merge_callback.checkpoints.write import (
+    check_suffix,
+    fresh_run_entries,
+    provenance,
+    safetensors_metadata,
+    save,
+)
 from merge_callback.live.names import fits
-from merge_callback.merging.combine import combine_
 from merge_callback.merging.rules import Rule, merge_coefficients, resolve_rule, rule_label
 from merge_callback.utilities.checks import check_count, patterns
 from merge_callback.utilities.files import SAFETENSORS_DTYPES, atomic_write, write_safetensors
 
-# Statistics and counters of batch norm layers are those of the newest checkpoint, as in a run.
-TAKEN_FROM_NEWEST = ("*running_mean", "*running_var", "*num_batches_tracked")
 # Entries of a Lightning checkpoint that go into the merged one: what a module is made again from.
 _KEPT = ("hparams_name", "hyper_parameters", "hparams_type", "datamodule_hparams_name", "datamodule_hyper_parameters")
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Checkpoints that can be merged, and with which weights; nothing was read of their tensors yet.
+
+    Args:
+        checkpoints: Alike, oldest first.
+        coefficients: One for each, summing to one.
+        steps: One for each, as the provenance will tell them.
+        rule: What to call the rule in the provenance.
+        newest: Patterns of tensors that are taken from the newest checkpoint instead of merged.
+    """
+
+    checkpoints: list[StoredCheckpoint]
+    coefficients: list[float]
+    steps: list[int]
+    rule: str
+    newest: tuple[str, ...]
+
+    def provenance(self) -> dict[str, Any]:
+        """What the merged file tells about itself: version, rule, steps, coefficients, implied decay, checkpoints."""
+        names = [checkpoint.path.name for checkpoint in self.checkpoints]
+        by_step = sorted(zip(self.steps, self.coefficients, names, strict=True))
+        origin = provenance(self.rule, {step: value for step, value, _ in by_step})
+        return origin | {"checkpoints": [name for *_, name in by_step]}
+
+
+def plan_merge(
+    paths: Sequence[str | Path],
+    rule: str | Rule = "sma",
+    *,
+    coefficients: Sequence[float] | None = None,
+    steps: Sequence[int] | None = None,
+    newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
+) -> MergePlan:
+    """Opens checkpoints, checks that they fit together, and weights them.
+
+    Args:
+        paths: Lightning ``.ckpt`` files, files of ``torch.save``, ``.safetensors`` (alone, or an index of several),
+            folders of `torch.distributed.checkpoint`. They are put into the order of their steps.
+        rule: Name of a rule, or a rule: of the checkpoints' steps.
+        coefficients: Instead of a rule, one for each path; divided by their sum. The last path given is then the
+            newest.
+        steps: Of the checkpoints, in the order given; None reads them from the files or their names.
+        newest: A pattern, or several, of names that are taken from the newest checkpoint instead of merged.
+
+    Raises:
+        ValueError: If checkpoints do not fit together; the message names checkpoint and tensor.
+    """
+    resolve_rule(rule)
+    kept = patterns("newest", newest)
+    asked = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if not asked:
+        raise ValueError("there are no checkpoints to merge")
+    resolved = [path.resolve() for path in asked]
+    if twice := [path for path, where in zip(asked, resolved, strict=True) if resolved.count(where) > 1]:
+        raise ValueError(f"checkpoints must be different ones, got {' and '.join(map(str, twice))}")
+    opened = [open_checkpoint(path) for path in asked]
+    # With coefficients the order is that of the paths, unless steps are given.
+    is_in_order = coefficients is not None and steps is None
+    known = list(range(1, len(opened) + 1)) if is_in_order else steps_of(opened, steps)
+    values = _values(known, rule, coefficients)
+    order = sorted(range(len(opened)), key=known.__getitem__)
+    ordered = [opened[place] for place in order]
+    check_alike(ordered)
+    told = (_told_steps(ordered) if is_in_order else None) or sorted(known)
+    label = "coefficients" if coefficients is not None else rule_label(rule)
+    return MergePlan(ordered, [values[place] for place in order], told, label, kept)
+
+
+def write_merge(plan: MergePlan, output: str | Path, *, progress: bool = False) -> dict[str, Any]:
+    """Merges checkpoints into one file, which appears when it is complete.
+
+    Args:
+        plan: What `plan_merge` found.
+        output: Ends in ``.ckpt`` or ``.safetensors``. Of the latter, one tensor at a time is in memory; a ``.ckpt`` is
+            in memory as a whole once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The provenance that the file holds.
+
+    Raises:
+        ValueError: If the output is no file for a merge, or is one of the checkpoints; or if a tensor holds NaN or inf,
+            or integers that differ. Nothing is written then.
+        OSError: If the file cannot be written.
+    """
+    output = Path(output)
+    check_suffix(output)
+    if output.is_dir():
+        raise ValueError(f"output must be a file, but {output} is a folder")
+    if output.resolve() in [checkpoint.path.resolve() for checkpoint in plan.checkpoints]:
+        raise ValueError(f"output must not be one of the checkpoints, got {output}")
+    last = plan.checkpoints[-1]
+    _check_dtypes(last, plan.newest, output)
+    origin = plan.provenance()
+    merged = merged_tensors(plan.checkpoints, plan.coefficients, plan.newest, progress)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".safetensors":
+        like = {name: tensor.like("meta") for name, tensor in last.tensors.items()}
+        with atomic_write(output) as unfinished:
+            write_safetensors(unfinished, like, (tensor for _, tensor in merged), safetensors_metadata(origin))
+    else:
+        save(output, _lightning_checkpoint(plan, dict(merged)), origin)
+    return origin
 
 
 def merge_checkpoints(
@@ -42,63 +147,10 @@ def merge_checkpoints(
     newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Merges checkpoints into one file, which appears when it is complete.
-
-    Args:
-        paths: Lightning ``.ckpt`` files, files of ``torch.save``, ``.safetensors`` (alone, or an index of several),
-            folders of `torch.distributed.checkpoint`. They are put into the order of their steps.
-        output: Ends in ``.ckpt`` or ``.safetensors``. Of the latter, one tensor at a time is in memory; a ``.ckpt`` is
-            there whole once.
-        rule: Name of a rule, or a rule: of the checkpoints' steps.
-        coefficients: Instead of a rule, one for each path; divided by their sum. The last path given is then the
-            newest.
-        steps: Of the checkpoints, in the order given; None reads them from the files or their names.
-        newest: A pattern, or several, of names that are taken from the newest checkpoint instead of merged.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The provenance that the file holds: version, rule, steps, coefficients and implied decay.
-
-    Raises:
-        ValueError: If checkpoints do not fit together; the message names checkpoint and tensor. Nothing is written.
-        OSError: If the file cannot be written.
-    """
-    output = Path(output)
-    check_suffix(output)
-    if output.is_dir():
-        raise ValueError(f"output must be a file, but {output} is a folder")
-    resolve_rule(rule)
-    newest = patterns("newest", newest)
-    asked = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    if not asked:
-        raise ValueError("there are no checkpoints to merge")
-    resolved = [path.resolve() for path in asked]
-    if twice := [path for path, where in zip(asked, resolved, strict=True) if resolved.count(where) > 1]:
-        raise ValueError(f"checkpoints must be different ones, got {' and '.join(map(str, twice))}")
-    if output.resolve() in resolved:
-        raise ValueError(f"output must not be one of the checkpoints, got {output}")
-    opened = [open_checkpoint(path) for path in asked]
-    known = steps_of(opened, steps) if coefficients is None or steps is not None else _numbered(opened)
-    values = _values(known, rule, coefficients)
-    order = sorted(range(len(opened)), key=known.__getitem__)
-    opened, values = [opened[place] for place in order], [values[place] for place in order]
-    check_alike(opened)
-    _check_dtypes(opened[-1], newest, output)
-    label = "coefficients" if coefficients is not None else rule_label(rule)
-    told = (_told_steps(opened) if coefficients is not None and steps is None else None) or sorted(known)
-    by_step = sorted(zip(told, values, [checkpoint.path.name for checkpoint in opened], strict=True))
-    origin = provenance(label, {step: value for step, value, _ in by_step})
-    origin["checkpoints"] = [name for *_, name in by_step]
-    merged = merged_tensors(opened, values, newest, progress)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".safetensors":
-        like = {name: tensor.like("meta") for name, tensor in opened[-1].tensors.items()}
-        metadata = {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
-        with atomic_write(output) as unfinished:
-            write_safetensors(unfinished, like, (tensor for _, tensor in merged), metadata)
-    else:
-        save(output, _lightning_checkpoint(opened, dict(merged), newest, max(told)), origin)
-    return origin
+    """Merges checkpoints into one file: `plan_merge`, then `write_merge`, which tell the arguments and errors."""
+    check_suffix(Path(output))
+    plan = plan_merge(paths, rule, coefficients=coefficients, steps=steps, newest=newest)
+    return write_merge(plan, output, progress=progress)
 
 
 def steps_of(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None = None) -> list[int]:
@@ -120,11 +172,6 @@ def steps_of(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None = N
         same = [str(checkpoint.path) for checkpoint, step in zip(opened, steps, strict=True) if step == twice]
         raise ValueError(f"checkpoints must be of different steps, got {twice} of {' and '.join(same)}")
     return steps
-
-
-def _numbered(opened: Sequence[StoredCheckpoint]) -> list[int]:
-    """Whoever gives coefficients says what counts; the order is theirs."""
-    return list(range(1, len(opened) + 1))
 
 
 def _told_steps(opened: Sequence[StoredCheckpoint]) -> list[int] | None:
@@ -165,64 +212,6 @@ def check_alike(opened: Sequence[StoredCheckpoint]) -> None:
                 raise ValueError(f"{name} is {described[0]} in {first.path} but {described[1]} in {other.path}")
 
 
-def merged_tensors(
-    opened: Sequence[StoredCheckpoint],
-    values: Sequence[float],
-    newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
-    progress: bool = False,
-) -> Iterator[tuple[str, Tensor]]:
-    """Name and merge of every tensor, one at a time.
-
-    Args:
-        opened: Checkpoints that are alike, oldest first.
-        values: A coefficient for each.
-        newest: A pattern, or several, of names that are taken from the newest checkpoint instead of merged.
-        progress: Whether to show a progress bar.
-
-    Raises:
-        ValueError: If a tensor holds NaN or inf, or is of integers that differ; the message names it.
-    """
-    last = opened[-1]
-    num_bytes = sum(tensor.numel * tensor.dtype.itemsize for tensor in last.tensors.values())
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:
-        for name, stored in last.tensors.items():
-            out = stored.like("cpu")
-            if fits(name, newest):
-                out.view(-1).copy_(stored[:])
-            elif stored.dtype.is_floating_point:
-                combine_([out.view(-1)], [_Finite(checkpoint, name) for checkpoint in opened], [values])
-            else:
-                out.view(-1).copy_(_same(opened, name))
-            bar.update(out.nbytes)
-            yield name, out
-
-
-@dataclass(frozen=True)
-class _Finite:
-    """A row of the sum, refused where it holds NaN or inf."""
-
-    checkpoint: StoredCheckpoint
-    name: str
-
-    def __getitem__(self, part: slice, /) -> Tensor:
-        content = self.checkpoint.tensors[self.name][part]
-        if not content.isfinite().all():
-            raise ValueError(f"{self.name} holds NaN or inf in {self.checkpoint.path}")
-        return content
-
-
-def _same(opened: Sequence[StoredCheckpoint], name: str) -> Tensor:
-    """What all of them hold, to the bit; integers are not averaged."""
-    last = opened[-1].tensors[name][:]
-    for checkpoint in opened[:-1]:
-        if not torch.equal(checkpoint.tensors[name][:], last):
-            raise ValueError(
-                f"{name} is {last.dtype}, which is not averaged, and differs between {checkpoint.path} and"
-                f" {opened[-1].path}; newest=[{name}] takes the newest one"
-            )
-    return last
-
-
 def _check_dtypes(checkpoint: StoredCheckpoint, newest: Sequence[str], output: Path) -> None:
     for name, tensor in checkpoint.tensors.items():
         if output.suffix == ".safetensors" and tensor.dtype not in SAFETENSORS_DTYPES:
@@ -236,15 +225,14 @@ def _check_dtypes(checkpoint: StoredCheckpoint, newest: Sequence[str], output: P
             )
 
 
-def _lightning_checkpoint(
-    opened: Sequence[StoredCheckpoint], state: dict[str, Tensor], newest: Sequence[str], step: int
-) -> dict[str, Any]:
-    """A checkpoint of weights alone, with what a module is made again from."""
-    last = opened[-1]
+def _lightning_checkpoint(plan: MergePlan, state: dict[str, Tensor]) -> dict[str, Any]:
+    """A checkpoint of weights alone, with what a module is made again from; tied tensors are tied again."""
+    last = plan.checkpoints[-1]
     by_place: dict[Any, str] = {}
     for name, stored in last.tensors.items():
-        first = by_place.setdefault((stored.pieces, stored.shape, fits(name, newest)), name) if stored.numel else name
-        if all(each.tensors[name].pieces == each.tensors[first].pieces for each in opened):
+        place = (stored.pieces, stored.shape, fits(name, plan.newest))
+        first = by_place.setdefault(place, name) if stored.numel else name
+        if all(each.tensors[name].pieces == each.tensors[first].pieces for each in plan.checkpoints):
             state[name] = state[first]
     kept = {key: last.beside[key] for key in _KEPT if key in last.beside}
-    return {"state_dict": state, **fresh_run_entries(step), **kept}
+    return {"state_dict": state, **fresh_run_entries(max(plan.steps)), **kept}

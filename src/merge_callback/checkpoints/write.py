@@ -122,7 +122,7 @@ def _save_whole(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str, 
             else:
                 # The format takes contiguous tensors that share nothing; a merged state dict is made of copies already.
                 tensors = {key: value.contiguous() for key, value in checkpoint["state_dict"].items()}
-                _safetensors().torch.save_file(tensors, unfinished, _metadata(origin))
+                _safetensors().torch.save_file(tensors, unfinished, safetensors_metadata(origin))
     # A full disk is a RuntimeError to torch, and to safetensors an error of its own.
     except (OSError, RuntimeError, _safetensors_error()) as error:
         raise OSError(f"the merge of steps {origin['steps']} was not saved to {path}: {error}") from error
@@ -146,7 +146,7 @@ def _save_sharded(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str
         elif rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as unfinished:
-                write_safetensors(unfinished, state, (tensor for _, tensor in gathered), _metadata(origin))
+                write_safetensors(unfinished, state, (tensor for _, tensor in gathered), safetensors_metadata(origin))
     except OSError as error:
         problem = f"the merge of steps {origin['steps']} was not saved to {path}: {error}"
     # Whatever happened to the file, the others wait for this rank's part of each tensor.
@@ -156,7 +156,7 @@ def _save_sharded(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str
         raise OSError(next(iter(found.values())))
 
 
-def _metadata(origin: Mapping[str, Any]) -> dict[str, str]:
+def safetensors_metadata(origin: Mapping[str, Any]) -> dict[str, str]:
     """The provenance as a ``.safetensors`` file holds it; loaders of pre-trained models look for the format."""
     return {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
 

@@ -1,0 +1,99 @@
+"""Folders of `torch.distributed.checkpoint`: where the pieces of each tensor lie."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from merge_callback.checkpoints.stored import Piece, StoredCheckpoint, StoredTensor, refuse_lazy
+
+# What the metadata of a distributed checkpoint is made of; nothing else is unpickled.
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_METADATA_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("collections", "OrderedDict"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not (is_dtype or module in _METADATA_MODULES or (module, name) in _METADATA_NAMES):
+            raise pickle.UnpicklingError(f"its metadata asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def open_distributed(path: Path) -> StoredCheckpoint:
+    """Finds the tensors in a folder of `torch.distributed.checkpoint`, without reading them.
+
+    Raises:
+        ValueError: If it holds several dictionaries, or tensors that were transformed when they were written.
+    """
+    with (path / ".metadata").open("rb") as stream:
+        metadata = _MetadataUnpickler(stream).load()
+    stored = {
+        key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value, TensorStorageMetadata)
+    }
+    # Names as they were before nested dicts were flattened.
+    parts = {key: (metadata.planner_data or {}).get(key, (key,)) for key in stored}
+    groups = sorted({str(names[0]) for names in parts.values() if len(names) > 1})
+    if len(groups) > 1 and "state_dict" not in groups:
+        raise ValueError(f"{path} holds several dictionaries ({', '.join(groups)}); save that of the model alone")
+    nested = {key: ".".join(map(str, names[1:])) for key, names in parts.items() if names[0] == "state_dict"}
+    names = nested or {key: ".".join(map(str, names)) for key, names in parts.items()}
+    tensors = {}
+    for key, name in names.items():
+        pieces = []
+        for chunk in stored[key].chunks:
+            where = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            if getattr(where, "transform_descriptors", None):
+                raise ValueError(f"{path}: {name} was transformed when it was written")
+            begin, tensor = _saved_alone(path / where.relative_path, where.offset, where.length)
+            refuse_lazy(path, name, tensor)
+            pieces.append(
+                Piece(path / where.relative_path, begin, tuple(chunk.offsets), tuple(chunk.sizes), tensor.stride())
+            )
+        properties = stored[key].properties
+        tensors[name] = StoredTensor(tuple(stored[key].size), properties.dtype, tuple(pieces))
+    # Beside the shards Lightning keeps the rest of its checkpoint.
+    beside = torch.load(path / "meta.pt", weights_only=True) if (path / "meta.pt").exists() else {}
+    return StoredCheckpoint(path, tensors, beside.get("global_step"), beside)
+
+
+def _saved_alone(file: Path, offset: int, length: int) -> tuple[int, Tensor]:
+    """Where in a file the data of one tensor lie that ``torch.save`` wrote into a part of it, and the tensor, empty."""
+    with file.open("rb") as stream:
+        tensor = torch.load(io.BufferedReader(_Part(stream, offset, length)), map_location="meta", weights_only=True)
+    storage = tensor.untyped_storage()
+    return offset + (storage._checkpoint_offset or 0) + tensor.storage_offset() * tensor.element_size(), tensor
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, stream: Any, offset: int, length: int) -> None:
+        self._stream, self._offset, self._length, self._at = stream, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._stream.seek(self._offset + self._at)
+        content = self._stream.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)

@@ -1,0 +1,103 @@
+"""Tensors that lie in files, read in parts: nothing is loaded whole, and files are not mapped into memory.
+
+Every format comes down to pieces: in which file, from which byte on, a part of a tensor lies. So many large checkpoints
+can be merged with little memory. Mapping the files into memory instead would count all of them.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_callback.utilities.files import read_into
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangular part of a tensor, in a file."""
+
+    file: Path
+    position: int
+    # Where it lies in the whole tensor, and its own shape and strides.
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Its part from one index of the first dimension to another."""
+        shape = (stop - start, *self.shape[1:])
+        span = 1 + sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
+        content = torch.empty(span, dtype=dtype)
+        begin = self.position + start * self.stride[0] * dtype.itemsize
+        read_into(self.file, begin, content.view(torch.uint8).numpy().data)
+        return content.as_strided(shape, self.stride)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on disk; indexing it with a slice reads that part of it, flat."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def like(self, device: str) -> Tensor:
+        """A tensor of its shape and dtype, without its values."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        start, stop, _ = part.indices(self.numel)
+        if start >= stop:
+            return torch.empty(0, dtype=self.dtype)
+        # A number of its own is a row of one.
+        shape = self.shape or (1,)
+        row_numel = math.prod(shape[1:])
+        first, last = start // row_numel, -(-stop // row_numel)
+        rows = torch.empty(last - first, *shape[1:], dtype=self.dtype)
+        for piece in self.pieces:
+            offset, num_rows = (piece.offsets or (0,))[0], (piece.shape or (1,))[0]
+            low, high = max(first, offset), min(last, offset + num_rows)
+            if low >= high or 0 in piece.shape:
+                continue
+            inside = zip(piece.offsets[1:], piece.shape[1:], strict=True)
+            where = (slice(low - first, high - first), *(slice(begin, begin + size) for begin, size in inside))
+            rows[where] = _as_rows(piece).rows(low - offset, high - offset, self.dtype)
+        return rows.view(-1)[start - first * row_numel : stop - first * row_numel]
+
+
+def _as_rows(piece: Piece) -> Piece:
+    return piece if piece.shape else Piece(piece.file, piece.position, (0,), (1,), (1,))
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint on disk: its tensors by name, the step it was taken at, and what stands beside the tensors."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    step: int | None = None
+    # Of a Lightning checkpoint: hyperparameters and the like.
+    beside: Mapping[str, Any] = field(default_factory=dict)
+
+
+def in_one_piece(
+    path: Path, position: int, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None
+) -> StoredTensor:
+    """A tensor that lies in a file as a whole, contiguous unless strides are given."""
+    stride = stride if stride is not None else torch.empty(shape, device="meta").stride()
+    return StoredTensor(shape, dtype, (Piece(path, position, (0,) * len(shape), shape, stride),))
+
+
+def refuse_lazy(path: Path, name: str, tensor: Tensor) -> None:
+    """Raises `ValueError` for values that torch calculates when they are asked for: they are not those in the file."""
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"{path}: {name} is a lazily conjugated or negated view; save it resolved")
