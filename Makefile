@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 .PHONY: demo test test-fast test-floors check package smoke docs benchmark-quick clean
 
 demo: .venv/demo
-	$(BIN)/python -m merge_callback.apps.demo $(ARGS)
+	$(BIN)/merge-callback demo $(ARGS)
 
 test: check package
 	$(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
@@ -24,8 +24,8 @@ check: .venv/installed
 package: .venv/installed
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
-	test "$$($(BIN)/python -m zipfile -l dist/*.whl | grep -c 'merge_callback/apps/conf/.*yaml')" \
-		-eq "$$(find src/merge_callback/apps/conf -name '*.yaml' | wc -l)"
+	test "$$($(BIN)/python -m zipfile -l dist/*.whl | grep -c 'merge_callback/apps/.*yaml')" \
+		-eq "$$(find src/merge_callback/apps -name '*.yaml' | wc -l)"
 
 # The wheel that was built from the sdist, in empty environments: the lowest and the newest versions that pyproject.toml
 # admits. Of torch there is the pinned one.

@@ -23,7 +23,7 @@ def demo_run(callbacks: Sequence[Callback], **options: Any) -> Run:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     always = ["callbacks/merge=none", "demo.anneal_at=[]", "callbacks.progress_bar=null"]
-    with initialize_config_module("merge_callback.apps.conf", version_base="1.3"):
+    with initialize_config_module("merge_callback.apps.commands", version_base="1.3"):
         config = compose("demo", [*always, *(f"{name}={value}" for name, value in options.items())])
     return prepare(config, callbacks, loggers=(), enable_progress_bar=False)
 

@@ -101,7 +101,7 @@ class WeightsAt(Callback):
 
 def config_of(trunk: Trunk, folder: Path, *overrides: str) -> DictConfig:
     """The demo's config for this trunk, with its output in the folder and a window of 10 % as primary merge."""
-    with initialize_config_module("merge_callback.apps.conf", version_base="1.3"):
+    with initialize_config_module("merge_callback.apps.commands", version_base="1.3"):
         return compose(
             "demo",
             [

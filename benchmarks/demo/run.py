@@ -36,7 +36,7 @@ def run(seed: int) -> None:
     """Runs the demo and writes its record."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"demo.seed={seed}"]
-        command = [sys.executable, "-m", "merge_callback.apps.demo", *arguments, f"hydra.run.dir={folder}"]
+        command = [str(Path(sys.executable).with_name("merge-callback")), "demo", *arguments, f"hydra.run.dir={folder}"]
         subprocess.run(command, check=True)
         validations = read_validations(Path(folder) / "csv" / "metrics.csv", METRIC)
         anneals = read_records(Path(folder) / "anneals.jsonl")

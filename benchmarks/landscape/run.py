@@ -17,12 +17,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RECORDS = Path(__file__).parent / "records"
 END, START, EVERY = 1000, 900, 10
+# Of the demo.
+CONFIGS = str(ROOT / "src" / "merge_callback" / "apps" / "commands")
 KEPT = ["every_n_train_steps=10", "save_top_k=-1", "filename='{step}'", "auto_insert_metric_name=false"]
 
 
-def run(folder: Path, module: str, *arguments: str) -> None:
+def run(folder: Path, name: str, *arguments: str) -> None:
     """One command, in a folder."""
-    command = [sys.executable, "-m", f"merge_callback.{module}", *arguments]
+    program = str(Path(sys.executable).with_name("merge-callback"))
+    command = [program, name, *arguments]
     subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
@@ -34,7 +37,15 @@ def keeping(folder: str) -> list[str]:
 
 def main() -> None:
     """Trains, anneals, merges, and looks at what lies between."""
-    demo = ["--config-name", "demo", "callbacks/merge=none", "callbacks.progress_bar=null", "hydra.run.dir=output"]
+    demo = [
+        "--config-dir",
+        CONFIGS,
+        "--config-name",
+        "demo",
+        "callbacks/merge=none",
+        "callbacks.progress_bar=null",
+        "hydra.run.dir=output",
+    ]
     steps = [f"trainer.max_steps={END}", f"trainer.val_check_interval={END}", "trainer.enable_checkpointing=true"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -43,7 +54,7 @@ def main() -> None:
         run(folder, "train", *demo, *steps[1:], *anneal, *keeping("branch"))
         snapshots = [f"trunk/{step}.ckpt" for step in range(START + EVERY, END + 1, EVERY)]
         run(folder, "merge", f"checkpoints=[{','.join(snapshots)}]", "output=merged.ckpt")
-        look = [*demo[:2], f"landscape.output={RECORDS}", "landscape.limit_batches=32"]
+        look = [*demo[:4], f"landscape.output={RECORDS}", "landscape.limit_batches=32"]
         three = ", ".join(f"step {step}: trunk/{step}.ckpt" for step in (920, 960, END))
         run(
             folder,

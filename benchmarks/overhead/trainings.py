@@ -36,7 +36,7 @@ class Training:
     def config(self, *overrides: str) -> DictConfig:
         """The demo's, without its progress bar."""
         fixed = ("~callbacks.progress_bar", "+trainer.enable_progress_bar=false", f"+trainer.accelerator={self.device}")
-        with initialize_config_module("merge_callback.apps.conf", version_base="1.3"):
+        with initialize_config_module("merge_callback.apps.commands", version_base="1.3"):
             return compose("demo", [*fixed, "+trainer.devices=1", *self.overrides, *overrides])
 
     def fit(self, num_steps: int, *callbacks: Callback) -> None:

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -20,11 +22,12 @@ from merge_callback.callbacks.progress_bar import LiveAndMergedBar
 from tests.helpers.toys import Toy, fit, make
 
 CONF = Path(merge_callback.__file__).parent / "apps" / "conf"
+COMMANDS = CONF.parent / "commands"
 CHOICES = sorted(file.stem for file in (CONF / "callbacks" / "merge").glob("*.yaml"))
 
 
 def composed(*overrides):
-    with initialize_config_module("merge_callback.apps.conf", version_base="1.3"):
+    with initialize_config_module("merge_callback.apps.commands", version_base="1.3"):
         return compose("demo", overrides=[*overrides], return_hydra_config=True)
 
 
@@ -47,16 +50,12 @@ def test_every_choice_of_callbacks_merge_is_a_callback_or_none(choice, tmp_path)
 
 def test_every_argument_stands_in_the_config_with_its_default():
     """So that each can be overridden on the command line, and none says something else than the constructor."""
-    entry = OmegaConf.to_container(OmegaConf.load(CONF / "merge_callback" / "defaults.yaml"))
+    entry = OmegaConf.to_container(OmegaConf.load(CONF / "callbacks" / "merge" / "_defaults.yaml"))
     assert entry.pop("_target_") == "merge_callback.MergeCallback"
     entry.pop("_convert_")
     arguments = [p for p in inspect.signature(MergeCallback).parameters.values() if p.name != "self"]
     defaults = {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in arguments}
     assert entry == defaults
-
-
-def test_the_two_names_of_the_1_sqrt_decay_are_one_choice():
-    assert composed("callbacks/merge=wsm_1sqrt").callbacks == composed("callbacks/merge=decay_1sqrt").callbacks
 
 
 def test_the_choice_of_several_merges_logs_each_of_them(tmp_path):
@@ -95,8 +94,20 @@ def test_an_app_that_uses_none_of_it_does_not_import_torch(tmp_path):
     assert done.stdout == "False False\n"
 
 
+def test_a_foreign_app_sees_the_group_of_the_callback_and_nothing_else_of_ours(tmp_path):
+    (tmp_path / "app.yaml").write_text("name: foreign\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        assert loader.list_groups("") == ["callbacks", "hydra"]
+        assert loader.list_groups("callbacks") == ["merge"]
+        assert set(loader.get_group_options("", ObjectType.CONFIG)) <= {"app", "_dummy_empty_config_"}
+        assert loader.get_group_options("callbacks/merge") == CHOICES
+
+
 def test_all_yaml_files_are_known_to_these_tests():
-    known = {CONF / "demo.yaml", CONF / "merge.yaml", CONF / "merge_callback" / "defaults.yaml"}
-    known |= {CONF / "sweep" / "grid.yaml", *(CONF / "landscape" / f"{kind}.yaml" for kind in ("line", "plane"))}
+    groups = COMMANDS / "groups"
+    known = {COMMANDS / f"{name}.yaml" for name in ("demo", "merge", "train")}
+    known |= {groups / "sweep" / "grid.yaml", *(groups / "landscape" / f"{kind}.yaml" for kind in ("line", "plane"))}
     known |= {CONF / "callbacks" / "merge" / f"{choice}.yaml" for choice in CHOICES}
-    assert set(CONF.rglob("*.yaml")) == known | {CONF / "hydra" / "callbacks" / "merge_comparison.yaml"}
+    known |= {CONF / "hydra" / "callbacks" / "merge_comparison.yaml"}
+    assert set(CONF.parent.rglob("*.yaml")) == known

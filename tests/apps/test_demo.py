@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from merge_callback.apps.demo.corpus import load_corpus
 from merge_callback.apps.demo.data import ByteBlocks, TextDataModule
 from merge_callback.apps.runs import read_validations
 from merge_callback.prediction.records import read_records
+from tests.helpers.commands import MERGE_CALLBACK
 
 SHORT = [
     "trainer.max_steps=60",
@@ -57,7 +57,7 @@ trainer:
 
 
 def demo(folder, *overrides):
-    command = [sys.executable, "-m", "merge_callback.apps.demo", f"hydra.run.dir={folder}", *overrides]
+    command = [MERGE_CALLBACK, "demo", f"hydra.run.dir={folder}", *overrides]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
@@ -104,7 +104,7 @@ def test_the_trunk_with_branches_is_the_one_without_and_a_branch_is_one_line(tmp
     assert "unseen by the prediction" in branched
     steps = [v.step for v in read_validations(tmp_path / "branched" / "csv" / "metrics.csv", "val_loss")]
     assert steps == [10, 20, 30, 40, 50, 60]
-    (command,) = re.findall(r"Another branch: \S+python\S* -m merge_callback.apps.demo (.*)", branched)
+    (command,) = re.findall(r"Another branch: \S+merge-callback demo (.*)", branched)
     output = demo(tmp_path / "another", *SHORT, *command.split())
     *_, record = read_records(tmp_path / "branched" / "anneals.jsonl")
     # A fifth of all steps up to the end of the branch.
@@ -118,7 +118,7 @@ def test_any_config_of_the_common_form_can_be_trained_and_branched(tmp_path):
     text.write_text("a text of one's own, many times over\n" * 2000)
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "train.yaml").write_text(CONFIG.format(text=text))
-    program = [sys.executable, "-m", "merge_callback.apps.train", "--config-dir", "conf", "--config-name", "train"]
+    program = [MERGE_CALLBACK, "train", "--config-dir", "conf", "--config-name", "train"]
     branch = ["+anneal.from=step-8.ckpt", "+anneal.span=0.2", "+anneal.record=anneals.jsonl", "hydra.job.chdir=false"]
     for arguments in (["hydra.job.chdir=false"], branch):
         subprocess.run([*program, *arguments], cwd=tmp_path, capture_output=True, check=True)
@@ -162,7 +162,7 @@ def test_the_demo_trains_on_any_text_file_and_takes_overrides_of_the_callback(tm
 
 
 def test_a_mistyped_choice_is_answered_with_the_choices(tmp_path):
-    command = [sys.executable, "-m", "merge_callback.apps.demo", "callbacks/merge=pmaa"]
+    command = [MERGE_CALLBACK, "demo", "callbacks/merge=pmaa"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "pma" in done.stderr.split("Available options")[1]

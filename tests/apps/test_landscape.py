@@ -11,11 +11,12 @@ from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
 import merge_callback
-from merge_callback.apps.landscape import barycentric, corners, distances, draw, line, main, plane
+from merge_callback.apps.landscape import barycentric, corners, distances, draw, line, plane
+from merge_callback.apps.landscape import run as run_command
 from merge_callback.checkpoints.read import open_checkpoint
 from tests.helpers.toys import Toy, batches, make
 
-CONF = Path(merge_callback.__file__).parent / "apps" / "conf" / "landscape"
+CONF = Path(merge_callback.__file__).parent / "apps" / "commands" / "groups" / "landscape"
 SILENT = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 NAMES = ("first", "second", "third")
 
@@ -102,7 +103,7 @@ def test_a_line_goes_from_checkpoint_to_checkpoint_and_on():
 
 @pytest.mark.parametrize("kind", ["line", "plane"])
 def test_values_are_those_of_the_validation_of_the_weighted_sums(states, tmp_path, capsys, kind):
-    main.__wrapped__(config(states, tmp_path, kind, limit_batches=2))
+    run_command(config(states, tmp_path, kind, limit_batches=2))
     record = json.loads((tmp_path / f"{kind}.json").read_text())
     found = states[1]
     trainer = Trainer(**SILENT, limit_val_batches=2)
@@ -136,7 +137,7 @@ def test_the_checkpoints_themselves_have_the_values_that_they_have_alone(states,
         }
         named[name] = found[name] | statistics
         torch.save({"state_dict": named[name]}, tmp_path / f"{name}.ckpt")
-    main.__wrapped__(config((tmp_path, named), tmp_path, "line", margin=2.0))
+    run_command(config((tmp_path, named), tmp_path, "line", margin=2.0))
     record = json.loads((tmp_path / "line.json").read_text())
     trainer = Trainer(**SILENT, limit_val_batches=8)
     for place, name in enumerate(NAMES):
@@ -148,7 +149,7 @@ def test_the_checkpoints_themselves_have_the_values_that_they_have_alone(states,
 
 
 def test_points_without_a_number_are_null_and_never_the_best(states, tmp_path, capsys):
-    main.__wrapped__(config(states, tmp_path, "line", margin=1e14))
+    run_command(config(states, tmp_path, "line", margin=1e14))
     record = json.loads((tmp_path / "line.json").read_text())
     values = [point["metrics"]["val_loss"] for point in record["points"]]
     assert values[0] is None
@@ -157,7 +158,7 @@ def test_points_without_a_number_are_null_and_never_the_best(states, tmp_path, c
 
 
 def test_the_best_is_the_largest_where_more_is_better(states, tmp_path, capsys):
-    main.__wrapped__(config(states, tmp_path, "line", metric="val_accuracy", mode="max"))
+    run_command(config(states, tmp_path, "line", metric="val_accuracy", mode="max"))
     record = json.loads((tmp_path / "line.json").read_text())
     best = max(point["metrics"]["val_accuracy"] for point in record["points"])
     assert f"Best val_accuracy: {best:.4f} at " in capsys.readouterr().out
@@ -177,7 +178,7 @@ def test_the_best_is_the_largest_where_more_is_better(states, tmp_path, capsys):
 )
 def test_what_makes_no_sense_is_refused_by_name(states, tmp_path, kind, changes, message):
     with pytest.raises(SystemExit, match=message):
-        main.__wrapped__(config(states, tmp_path, kind, **changes))
+        run_command(config(states, tmp_path, kind, **changes))
 
 
 def test_points_that_span_no_line_or_plane_are_refused():
@@ -188,4 +189,4 @@ def test_points_that_span_no_line_or_plane_are_refused():
     with pytest.raises(ValueError, match="checkpoints 1 and 2 have the same weights"):
         line([[0, 0], [0, 0]], 3, 0)
     with pytest.raises(SystemExit, match=r"no entry 'landscape'; give \+landscape=line"):
-        main.__wrapped__(OmegaConf.create({}))
+        run_command(OmegaConf.create({}))

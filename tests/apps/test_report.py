@@ -2,13 +2,12 @@
 
 import re
 import subprocess
-import sys
 
 import pytest
 
-from merge_callback.apps.demo.__main__ import closing_table
+from merge_callback.apps.demo.command import closing_table
 from merge_callback.apps.figures import plot_errors, plot_predicted_against_actual, plot_validations
-from merge_callback.apps.report import find, main, page
+from merge_callback.apps.report import find, page, run
 from merge_callback.apps.runs import Validation, read_validations
 from merge_callback.prediction.assessment import (
     Assessed,
@@ -21,6 +20,7 @@ from merge_callback.prediction.assessment import (
 )
 from merge_callback.prediction.bias import BranchOutcome, Prediction
 from merge_callback.prediction.records import AnnealRecord, StableValidation, append_record
+from tests.helpers.commands import MERGE_CALLBACK
 
 PREDICTED = Prediction(2.0, 1.875, 2.25)
 ROWS = [Validation(75, 2.5, None, None), Validation(150, 2.25, 2.125, 0.125, PREDICTED)]
@@ -154,10 +154,10 @@ def test_records_alone_and_a_run_without_anneals_have_a_page_too(folder):
 
 
 def test_the_command_writes_the_page_where_it_is_told(folder, capsys):
-    main([str(folder), "--metric", "val_loss", "--output", str(folder / "own.html")])
+    run([str(folder), "--metric", "val_loss", "--output", str(folder / "own.html")])
     assert capsys.readouterr().out.strip() == str(folder / "own.html")
     assert "<h2>Every anneal</h2>" in (folder / "own.html").read_text()
-    main([str(folder / "anneals.jsonl")])
+    run([str(folder / "anneals.jsonl")])
     assert (folder / "report.html").exists()
 
 
@@ -174,10 +174,10 @@ def test_what_cannot_be_reported_on_is_said_in_one_line(folder, arguments, messa
     (folder / "broken.jsonl").write_text("nonsense\n")
     if arguments[0] == "run":
         (folder / "broken.jsonl").unlink()
-    command = [sys.executable, "-m", "merge_callback.apps.report", *arguments]
+    command = [MERGE_CALLBACK, "report", *arguments]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(rf"merge-callback-report: .*{re.escape(message)}.*\n", done.stderr)
+    assert re.fullmatch(rf"merge-callback report: .*{re.escape(message)}.*\n", done.stderr)
 
 
 def test_where_more_is_better_the_lower_panel_shows_gains_all_the_same():

@@ -16,11 +16,12 @@ from torchmetrics import MinMetric
 import merge_callback
 from merge_callback import MergeCallback
 from merge_callback.apps.grid import LIVE, Cell, CellFile, Grid
-from merge_callback.apps.sweep import heat_maps, main, sweep_table
+from merge_callback.apps.sweep import heat_maps, sweep_table
+from merge_callback.apps.sweep import run as run_command
 from merge_callback.merging.rules import sma, wma
 from tests.helpers.toys import Toy, batches, fit, make
 
-GRID = Path(merge_callback.__file__).parent / "apps" / "conf" / "sweep" / "grid.yaml"
+GRID = Path(merge_callback.__file__).parent / "apps" / "commands" / "groups" / "sweep" / "grid.yaml"
 SILENT = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
 
@@ -59,7 +60,7 @@ def config(run, output, **changes):
 
 
 def sweep(run, output, **changes):
-    main.__wrapped__(config(run, output, **changes))
+    run_command(config(run, output, **changes))
     with (output / "cells.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -134,7 +135,7 @@ def test_a_merge_is_worth_the_same_whatever_was_validated_before(run, tmp_path):
     def best_so_far(output, **changes):
         asked = config(run, output, **changes)
         asked.model.toy_class.path = "tests.apps.test_sweep.BestSoFar"
-        main.__wrapped__(asked)
+        run_command(asked)
         with (output / "cells.csv").open() as file:
             return {row["steps"] + row["rule"]: row["val_best"] for row in csv.DictReader(file)}
 
@@ -149,9 +150,9 @@ def test_a_metric_that_is_called_as_a_column_is_and_one_that_is_mistyped_are_ref
     asked.model.toy_class.path = "tests.apps.test_sweep.BestSoFar"
     asked.model.name = "steps"
     with pytest.raises(SystemExit, match=r"the validation logs 'steps', which is a column of .*cells.csv; rename"):
-        main.__wrapped__(asked)
+        run_command(asked)
     with pytest.raises(SystemExit, match="logs no 'val_los'"):
-        main.__wrapped__(config(run, tmp_path, metric="val_los"))
+        run_command(config(run, tmp_path, metric="val_los"))
     assert not (tmp_path / "cells.csv").exists()
 
 
@@ -217,7 +218,7 @@ def test_a_changed_checkpoint_or_config_is_validated_again(run, tmp_path):
     assert second[2]["val_loss"] != first[1]["val_loss"]
     other = config((run[0], copies), tmp_path, num_snapshots=[3], rules=["sma"])
     other.trainer.limit_val_batches = 2
-    main.__wrapped__(other)
+    run_command(other)
     with (tmp_path / "cells.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 5
 
@@ -254,22 +255,22 @@ def test_the_table_begins_with_the_best_and_the_map_shows_each_value(run, tmp_pa
 )
 def test_what_makes_no_sense_is_refused_by_name(run, tmp_path, changes, message):
     with pytest.raises(SystemExit, match=message):
-        main.__wrapped__(config(run, tmp_path, **changes))
+        run_command(config(run, tmp_path, **changes))
 
 
 def test_checkpoints_of_another_model_are_refused(run, tmp_path):
     other = config(run, tmp_path)
     other.model.toy_class.path = "tests.apps.test_sweep.WideToy"
     with pytest.raises(SystemExit, match=r"(?s)checkpoints are of another model than the config's.*out\.weight"):
-        main.__wrapped__(other)
+        run_command(other)
 
 
 def test_a_missing_extra_is_named_before_anything_is_validated(run, tmp_path, monkeypatch):
     monkeypatch.setattr("merge_callback.utilities.checks.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"matplotlib is not installed: pip install 'merge-callback\[dashboards\]'"):
-        main.__wrapped__(config(run, tmp_path))
+        run_command(config(run, tmp_path))
 
 
 def test_a_config_without_a_sweep_says_how_to_give_one():
     with pytest.raises(SystemExit, match=r"no entry 'sweep'; give \+sweep=grid"):
-        main.__wrapped__(OmegaConf.create({}))
+        run_command(OmegaConf.create({}))

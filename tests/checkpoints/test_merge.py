@@ -18,6 +18,7 @@ from merge_callback.checkpoints.merge import merge_checkpoints
 from merge_callback.checkpoints.read import open_checkpoint
 from merge_callback.checkpoints.write import read_provenance
 from tests.helpers import reference
+from tests.helpers.commands import MERGE_CALLBACK
 from tests.helpers.toys import Toy, fit, make, same
 
 
@@ -246,7 +247,7 @@ def test_an_unknown_step_is_asked_for(tmp_path):
 @pytest.mark.slow
 def test_the_command_merges_a_pattern_of_files_and_says_what_counts(run, tmp_path):
     _, paths = run
-    program = [sys.executable, "-m", "merge_callback.apps.merge"]
+    program = [MERGE_CALLBACK, "merge"]
     arguments = [f"checkpoints='{paths[0].parent}/step=*.ckpt'", "output=m.safetensors", "steps=null"]
     done = subprocess.run([*program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -255,8 +256,8 @@ def test_the_command_merges_a_pattern_of_files_and_says_what_counts(run, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
     wrong = [*program, arguments[0], "output=m.ckpt", "rule=smaa"]
     done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("merge-callback-merge: unknown merge rule 'smaa'")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("merge-callback merge: unknown merge rule 'smaa'")
 
 
 def two(folder, first, second):
@@ -378,6 +379,7 @@ import sys, torch
 from pathlib import Path
 from merge_callback.apps.merge import find_checkpoints
 from merge_callback.checkpoints.merge import merge_checkpoints
+from tests.helpers.commands import MERGE_CALLBACK
 
 def peak():
     # Not `getrusage`, whose peak begins with that of the parent.
@@ -411,16 +413,16 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
 @pytest.mark.slow
 def test_the_command_tells_what_it_needs(tmp_path):
     def told(*arguments):
-        program = [sys.executable, "-m", "merge_callback.apps.merge", *arguments]
+        program = [MERGE_CALLBACK, "merge", *arguments]
         return subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     missing = told()
-    assert missing.returncode == 1
+    assert missing.returncode == 2
     assert "checkpoints and output must be given" in missing.stderr
     assert "Traceback" not in missing.stderr
     described = told("--help").stdout
     for key in ("checkpoints", "output", "rule", "coefficients", "steps", "newest"):
-        assert f"\n{key} " in described
+        assert f"\n  {key} " in described
     (asked,) = re.findall(r"'(rule=\{.*\})'", described)
     for step in (1000, 2000, 2500):
         torch.save({"w": torch.full((3,), float(step))}, tmp_path / f"step={step}.pt")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from merge_callback import MergeCallback, Window
-from merge_callback.apps.report import main
+from merge_callback.apps import report as report_command
 from tests.helpers.toys import Toy, fit, lightning, make
 
 pytestmark = pytest.mark.slow
@@ -147,7 +147,7 @@ def reported_run(folder):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_report_is_readable_on_a_phone_in_light_and_dark_and_asks_for_nothing(tmp_path, scheme):
     report = tmp_path / "report.html"
-    main([str(reported_run(tmp_path)), "--output", str(report)])
+    report_command.run([str(reported_run(tmp_path)), "--output", str(report)])
     phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "color_scheme": scheme}
     with browser.opened_page(**phone) as page:
         asked = []

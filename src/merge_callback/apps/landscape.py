@@ -1,11 +1,13 @@
-"""The loss between checkpoints: on the line through some of them, or on the plane through three; a Hydra app.
-
-    python -m merge_callback.apps.landscape --config-dir conf --config-name train +landscape=plane \\
-        'landscape.checkpoints={first: step-900.ckpt, second: step-1000.ckpt, merged: merged.ckpt}'
+"""Shows the loss between checkpoints: on the line through some of them, or on the plane through three.
 
 Every point of a line or a plane through checkpoints is a weighted sum of them with weights that sum to one, so it is
 made and validated as any merge is; weights beyond zero and one lie outside. The config is that of
-`merge_callback.apps.train`.
+`merge-callback train`.
+
+  merge-callback landscape --config-dir conf --config-name train +landscape=line \\
+      'landscape.checkpoints={live: a.ckpt, merged: merged.ckpt}'
+  merge-callback landscape --config-dir conf --config-name train +landscape=plane \\
+      'landscape.checkpoints={first: a.ckpt, second: b.ckpt, third: c.ckpt}'
 """
 
 import itertools
@@ -17,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from merge_callback.apps.validate import check_mode, chosen_metric, prepare_validation, validated
+from merge_callback.apps.wrong_call import WrongCallError, wrong_calls
 from merge_callback.checkpoints.merge import check_alike
 from merge_callback.checkpoints.merged_tensors import TAKEN_FROM_NEWEST
 from merge_callback.checkpoints.read import open_checkpoint
@@ -144,13 +146,12 @@ def distances(opened: Sequence[StoredCheckpoint]) -> list[list[float]]:
     return [[math.sqrt(each) for each in row] for row in square]
 
 
-@hydra.main(version_base="1.3", config_path=None)
-def main(config: DictConfig) -> None:
+def run(config: DictConfig) -> None:
     """Validates every point, and writes record and picture."""
     if "landscape" not in config:
-        sys.exit("merge_callback.apps.landscape: the config has no entry 'landscape'; give +landscape=line or =plane")
+        raise WrongCallError("the config has no entry 'landscape'; give +landscape=line or +landscape=plane")
     asked = config.landscape
-    try:
+    with wrong_calls():
         check_installed("matplotlib", "dashboards")
         kinds = {"line": line, "plane": plane}
         if asked.kind not in kinds:
@@ -165,13 +166,11 @@ def main(config: DictConfig) -> None:
         check_alike(opened)
         sides = distances(opened)
         places = kinds[asked.kind](sides, asked.num_points, asked.margin)
-        run = prepare_validation(config, asked.limit_batches)
+        fit = prepare_validation(config, asked.limit_batches)
         found: list[dict[str, float]] = []
         for place in tqdm(places, desc="Validating points"):
-            found.append(validated(run, opened, place.coefficients, asked.newest, config.get("seed") or 0))
+            found.append(validated(fit, opened, place.coefficients, asked.newest, config.get("seed") or 0))
             metric = chosen_metric(list(found[-1]), asked.metric, "landscape.metric")
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"merge_callback.apps.landscape: {error}")
     folder = Path(asked.output)
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -187,9 +186,7 @@ def main(config: DictConfig) -> None:
     choose = min if asked.mode == "min" else max
     finite = [point for point in record["points"] if point["metrics"][metric] is not None]
     if not finite:
-        sys.exit(
-            f"merge_callback.apps.landscape: {metric} is NaN or infinite at every point; see {folder / asked.kind}.json"
-        )
+        sys.exit(f"{metric} is NaN or infinite at every point; see {folder / asked.kind}.json")
     draw(record).savefig(folder / f"{asked.kind}.png")
     best = choose(finite, key=lambda point: point["metrics"][metric])
     parts = zip(asked.checkpoints, best["coefficients"], strict=True)
@@ -220,7 +217,3 @@ def draw(record: Mapping[str, Any]) -> "Figure":
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-
-if __name__ == "__main__":
-    main()

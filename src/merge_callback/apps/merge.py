@@ -1,27 +1,35 @@
-"""`merge-callback-merge`: checkpoints on disk merged into one."""
+"""Merges checkpoints on disk into one.
+
+They are read in parts, so that memory does not grow with their number. Tensors of batch norm layers come from the
+newest one.
+
+  merge-callback merge 'checkpoints=runs/points/*.ckpt' output=merged.ckpt
+  merge-callback merge 'checkpoints=[a.ckpt,b.ckpt]' output=c.safetensors 'coefficients=[0.3,0.7]'
+  merge-callback merge 'checkpoints=runs/points/*.ckpt' output=merged.ckpt \\
+      'rule={_target_: merge_callback.Window, span_steps: 1000}'
+"""
 
 import sys
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from merge_callback.apps.wrong_call import WrongCallError, wrong_calls
 from merge_callback.checkpoints.merge import merge_checkpoints
 
 
-@hydra.main(version_base="1.3", config_path="pkg://merge_callback.apps.conf", config_name="merge")
-def main(config: DictConfig) -> None:
-    """The command ``merge-callback-merge``."""
+def run(config: DictConfig) -> None:
+    """Merges as the config says, and prints what counted how much."""
     if missing := OmegaConf.missing_keys(config):
-        sys.exit(
-            f"merge-callback-merge: {' and '.join(sorted(missing))} must be given, as in\n"
-            "  merge-callback-merge checkpoints='runs/trunk/*.ckpt' output=merged.ckpt"
+        raise WrongCallError(
+            f"{' and '.join(sorted(missing))} must be given, as in\n"
+            "  merge-callback merge 'checkpoints=runs/points/*.ckpt' output=merged.ckpt"
         )
-    rule = instantiate(config.rule) if OmegaConf.is_config(config.rule) else config.rule
-    try:
+    with wrong_calls():
+        rule = instantiate(config.rule) if OmegaConf.is_config(config.rule) else config.rule
         origin = merge_checkpoints(
             find_checkpoints(config.checkpoints),
             config.output,
@@ -31,8 +39,6 @@ def main(config: DictConfig) -> None:
             newest=config.newest,
             progress=True,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"merge-callback-merge: {error}")
     for step, value, name in zip(origin["steps"], origin["coefficients"], origin["checkpoints"], strict=True):
         sys.stdout.write(f"{value:10.6f}  step {step}  {name}\n")
     sys.stdout.write(f"{config.output}\n")
@@ -46,7 +52,3 @@ def find_checkpoints(asked: str | Sequence[str]) -> list[str]:
         is_literal = Path(pattern).exists()
         found += [pattern] if is_literal else sorted(glob(pattern)) or [pattern]  # noqa: PTH207
     return found
-
-
-if __name__ == "__main__":
-    main()

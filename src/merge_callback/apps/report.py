@@ -1,7 +1,13 @@
-"""One page about a run: its figures and tables, and those of its anneals.
+"""Writes one HTML page about a run: its figures and tables, and those of its anneals.
 
-`merge-callback-report RUN_OR_RECORDS` writes the page: of a run's folder, with the ``metrics.csv`` of Lightning's
-CSVLogger and whatever records of anneals lie there, or of a file or folder of records alone.
+It is made of a run's folder, with the ``metrics.csv`` of Lightning's CSVLogger and whatever records of anneals lie
+there, or of a file or folder of records alone.
+
+  merge-callback report outputs/demo/2026-11-26_12-00-00
+  merge-callback report anneals.jsonl --metric val_loss --output anneals.html
+
+Arguments: RUN_OR_RECORDS, the folder of a run, its metrics.csv, or records of anneals; --metric NAME, by default the
+first loss; --output FILE, by default report.html beside what it is about.
 """
 
 import argparse
@@ -16,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_callback.apps.runs import VALIDATION_HEADER, Validation, merged_metrics, read_validations, validation_cells
+from merge_callback.apps.wrong_call import wrong_calls
 from merge_callback.prediction.assessment import (
     Assessed,
     Case,
@@ -113,19 +120,17 @@ def page(found: Found) -> str:
     return _PAGE.format(title=escape(f"Merges and anneals: {found.metric}"), body="\n".join(parts))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command ``merge-callback-report``."""
-    parser = argparse.ArgumentParser(prog="merge-callback-report", description="Writes the report of a run as HTML.")
-    parser.add_argument("source", type=Path, metavar="RUN_OR_RECORDS", help="folder of a run, metrics.csv, or records")
-    parser.add_argument("--metric", help="name of the metric, such as val_loss; default: the first loss")
-    parser.add_argument("--output", type=Path, help="default: report.html beside what it is about")
+def run(arguments: Sequence[str]) -> None:
+    """Writes the report that the arguments of the command ask for."""
+    parser = argparse.ArgumentParser(prog="merge-callback report", add_help=False)
+    parser.add_argument("source", type=Path, metavar="RUN_OR_RECORDS")
+    parser.add_argument("--metric")
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     folder = options.source if options.source.is_dir() else options.source.parent
     output = options.output or folder / "report.html"
-    try:
+    with wrong_calls():
         output.write_text(page(find(options.source, options.metric)))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"merge-callback-report: {error}\n")
     sys.stdout.write(f"{output}\n")
 
 
@@ -204,7 +209,3 @@ img {{ max-width: 100%; height: auto; display: block; margin: 1rem 0; }}
 {body}
 </body></html>
 """
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
-"""Which merge of the checkpoints on disk is best: a Hydra app that validates a grid of them.
+"""Validates a grid of merges of checkpoints on disk, to find out which is best.
 
-    python -m merge_callback.apps.sweep --config-dir conf --config-name train +sweep=grid \\
-        'sweep.checkpoints=runs/trunk/*.ckpt' 'sweep.num_snapshots=[3,6,10]' 'sweep.every=[1,2]'
+The config is that of `merge-callback train`: its model, data and trainer validate every merge. One line a merge is
+added to a CSV file; what stands there is not run again. A table and heat maps show all of them.
 
-The config is that of `merge_callback.apps.train`: its ``model``, ``data`` and ``trainer`` validate every merge. One
-line a merge is added to a CSV file; what stands there is not run again. A table and heat maps show all of them.
+  merge-callback sweep --config-dir conf --config-name train +sweep=grid \\
+      'sweep.checkpoints=runs/points/*.ckpt' 'sweep.num_snapshots=[3,6,10]' 'sweep.every=[1,2]'
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from merge_callback.apps.merge import find_checkpoints
 from merge_callback.apps.validate import check_mode, chosen_metric, prepare_validation, validated
+from merge_callback.apps.wrong_call import WrongCallError, wrong_calls
 from merge_callback.checkpoints.merge import check_alike, steps_of
 from merge_callback.checkpoints.read import open_checkpoint
 from merge_callback.checkpoints.stored import StoredCheckpoint
@@ -74,13 +74,12 @@ def heat_maps(values: Mapping[Cell, float], metric: str) -> "Figure":
     return plot_heat_maps(panels, "checkpoints at most", "one of so many", title)
 
 
-@hydra.main(version_base="1.3", config_path=None)
-def main(config: DictConfig) -> None:
+def run(config: DictConfig) -> None:
     """Validates the merges that have no line yet, and shows all."""
     if "sweep" not in config:
-        sys.exit("merge_callback.apps.sweep: the config has no entry 'sweep'; give +sweep=grid sweep.checkpoints=...")
+        raise WrongCallError("the config has no entry 'sweep'; give +sweep=grid 'sweep.checkpoints=...'")
     asked = config.sweep
-    try:
+    with wrong_calls():
         check_installed("matplotlib", "dashboards")
         grid = Grid(
             _rules(asked.rules),
@@ -99,17 +98,15 @@ def main(config: DictConfig) -> None:
         missing = [cell for cell, metrics in found.items() if wanted not in metrics]
         sys.stdout.write(f"{len(cells)} merges, of which {len(cells) - len(missing)} are there already\n")
         if missing:
-            run, seed = prepare_validation(config), config.get("seed") or 0
+            fit, seed = prepare_validation(config), config.get("seed") or 0
             for cell in tqdm(missing, desc="Validating merges"):
                 chosen = [checkpoints[step] for step in cell.steps]
-                found[cell] = validated(run, chosen, grid.coefficients(cell), asked.newest, seed)
+                found[cell] = validated(fit, chosen, grid.coefficients(cell), asked.newest, seed)
                 # Before hours are spent on it.
                 wanted = chosen_metric(list(found[cell]), wanted, "sweep.metric")
                 file.add(cell, found[cell])
         metric = str(wanted)
         by_cell = {cell: metrics[metric] for cell, metrics in found.items()}
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"merge_callback.apps.sweep: {error}")
     sys.stdout.write(sweep_table(by_cell, metric, asked.mode))
     sys.stdout.write(f"Values: {file.path}\n")
     for end in sorted({cell.end for cell in by_cell}):
@@ -139,7 +136,3 @@ def _fingerprints(config: DictConfig, grid: Grid, checkpoints: Mapping[int, Stor
         return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
     return fingerprint
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,11 @@
-"""A Hydra app for any config with ``model``, ``data`` and ``trainer``: trains it, or anneals a branch of such a run.
+"""Trains the model of a Hydra config to the end, or anneals a branch of its run.
 
-    python -m merge_callback.apps.train --config-dir conf --config-name train \\
-        +anneal.from=step-9000.ckpt +anneal.span=0.1
+The entries are those of a common Lightning template, each with a ``_target_``. What stands under ``anneal`` goes to
+`AnnealBranch`, but for ``from``, the checkpoint that the branch begins at.
 
-The entries are those of a common Lightning template, each with a ``_target_``: ``model``, ``data`` (or
-``datamodule``), ``trainer``, mappings ``callbacks`` and ``logger``, and maybe ``seed`` and ``resume_from``. What stands
-under ``anneal`` goes to `AnnealBranch`, but for ``from``, the trunk's checkpoint.
+  merge-callback train --config-dir conf --config-name train callbacks/merge=pma
+  merge-callback train --config-dir conf --config-name train \\
+      +anneal.from=step-9000.ckpt +anneal.span=0.1 +anneal.record=anneals.jsonl
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from merge_callback.apps.wrong_call import wrong_calls
 from merge_callback.callbacks.anneal_branch import AnnealBranch
 
 
@@ -85,17 +85,14 @@ def prepare(
     return Run(trainer, model, data, checkpoint)
 
 
-@hydra.main(version_base="1.3", config_path=None)
-def main(config: DictConfig) -> None:
+def run(config: DictConfig) -> None:
     """Trains to the end, or to the end of the branch."""
-    prepare(config).fit()
+    with wrong_calls():
+        prepared = prepare(config)
+    prepared.fit()
 
 
 def _instantiated(entries: DictConfig | None) -> list[Any]:
     return [
         instantiate(entry) for entry in (entries or {}).values() if OmegaConf.is_dict(entry) and "_target_" in entry
     ]
-
-
-if __name__ == "__main__":
-    main()

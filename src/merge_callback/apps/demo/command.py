@@ -1,4 +1,12 @@
-"""Trains the demo's model as its config says and shows what came of it."""
+"""Trains a small GPT on real text and shows, beside the live loss, the merged one and what annealing would give.
+
+It anneals branches of the run for real, predicts from them, and ends with one more real anneal that the prediction had
+not seen, tables and a picture. On two CPU cores it takes about four minutes.
+
+  merge-callback demo
+  merge-callback demo demo.corpus=my_text.txt callbacks/merge=pma
+  merge-callback demo callbacks/merge=none
+"""
 
 import hashlib
 import logging
@@ -7,7 +15,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningModule
@@ -24,8 +31,7 @@ from merge_callback.prediction.records import AnnealRecord, read_records
 METRIC = "val_loss"
 
 
-@hydra.main(version_base="1.3", config_path="pkg://merge_callback.apps.conf", config_name="demo")
-def main(config: DictConfig) -> None:
+def run(config: DictConfig) -> None:
     """Trains, prints the closing tables, draws the picture, and says where everything is."""
     # Lightning has not followed a deprecation in torch yet; nobody who tries the demo can do anything about it.
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
@@ -40,25 +46,26 @@ def main(config: DictConfig) -> None:
     if config.anneal["from"] is not None:
         branch(config, folder, console)
         return
-    run, anneals = trunk(config, folder, console)
+    fit, anneals = trunk(config, folder, console)
     validations = read_validations(folder / "csv" / "metrics.csv", METRIC)
     console.print(closing_table(validations))
     if anneals:
         console.print(anneal_table(validations, anneals[-1]))
-    description = run.data.corpus.description
+    description = fit.data.corpus.description
     picture = folder / "live_and_merged.png"
     plot_validations(validations, f"{METRIC} (nats per byte)", description, anneals).savefig(picture)
-    console.print(f"Fingerprint of the trained weights: {fingerprint(run.model)}")
+    console.print(f"Fingerprint of the trained weights: {fingerprint(fit.model)}")
     console.print(f"Picture: {picture}")
     # Also where the environment's commands are not on the path.
     python = Path(os.path.relpath(sys.executable))
     python = Path(sys.executable) if ".." in python.parts else python
+    command = python.with_name("merge-callback")
     console.print(f"Charts: {python} -m tensorboard.main --logdir {folder / 'tensorboard'}")
-    console.print(f"Report: {python} -m merge_callback.apps.report {folder}")
+    console.print(f"Report: {command} report {folder}")
     if anneals:
         start = folder / "checkpoints" / f"step-{anneals[-1].start_step}.ckpt"
         console.print(
-            f"Another branch: {python} -m merge_callback.apps.demo anneal.from={start} anneal.span=0.2"
+            f"Another branch: {command} demo anneal.from={start} anneal.span=0.2"
             f" anneal.record={folder / 'anneals.jsonl'}"
         )
 
@@ -122,7 +129,3 @@ def fingerprint(model: LightningModule) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-if __name__ == "__main__":
-    main()

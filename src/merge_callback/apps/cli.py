@@ -1,0 +1,166 @@
+"""The console command ``merge-callback COMMAND``: lists the commands, explains each, and runs them.
+
+Exit codes: 0 if all went well, 1 if a run failed, 2 if the command was called wrongly.
+"""
+
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.resources import files
+from typing import Any
+
+import hydra
+import yaml
+from omegaconf import DictConfig
+
+from merge_callback.apps.wrong_call import WrongCallError
+
+WRONG_CALL = 2
+_CONFIGS = "pkg://merge_callback.apps.commands"
+_GROUPS = f"{_CONFIGS}.groups"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, and where its code and its entries are.
+
+    Args:
+        summary: What it does, in one line.
+        module: Module with a function ``run``; its docstring says what the command does, with an example.
+        entries: File of the command's own entries, below ``commands/``; None if it is called without Hydra.
+        group: What those entries stand under in the user's config.
+        path: Where Hydra looks for configs, beside the user's ``--config-dir``.
+        config: Name of the config that Hydra composes; None if the user names it.
+    """
+
+    summary: str
+    module: str
+    entries: str | None = None
+    group: str = ""
+    path: str | None = None
+    config: str | None = None
+
+
+COMMANDS = {
+    "demo": Command(
+        "train a small GPT on real text, with live and merged loss",
+        "demo.command",
+        "demo.yaml",
+        path=_CONFIGS,
+        config="demo",
+    ),
+    "train": Command("train the model of a Hydra config, or anneal a branch of its run", "train", "train.yaml"),
+    "merge": Command("merge checkpoints on disk into one", "merge", "merge.yaml", path=_CONFIGS, config="merge"),
+    "sweep": Command(
+        "validate a grid of merges of checkpoints", "sweep", "groups/sweep/grid.yaml", "sweep.", path=_GROUPS
+    ),
+    "landscape": Command(
+        "show the loss between checkpoints", "landscape", "groups/landscape/line.yaml", "landscape.", path=_GROUPS
+    ),
+    "report": Command("write an HTML page about a run and its anneals", "report"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs ``merge-callback``."""
+    asked = list(sys.argv[1:] if arguments is None else arguments)
+    if not asked or asked[0] in ("-h", "--help", "help"):
+        sys.stdout.write(overview())
+        return
+    name, *rest = asked
+    if name not in COMMANDS:
+        sys.stderr.write(f"merge-callback: there is no command {name!r}\n\n{overview()}")
+        sys.exit(WRONG_CALL)
+    if {"-h", "--help"} & set(rest):
+        sys.stdout.write(explanation(name))
+        sys.exit(0)
+    run = import_module(f"merge_callback.apps.{COMMANDS[name].module}").run
+    try:
+        if COMMANDS[name].entries is None:
+            run(rest)
+        else:
+            _run_with_config(name, run, rest)
+    except WrongCallError as error:
+        sys.stderr.write(f"merge-callback {name}: {error}\n")
+        sys.exit(WRONG_CALL)
+
+
+def overview() -> str:
+    """All commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: merge-callback COMMAND [ARGUMENT ...]",
+            "",
+            *lines,
+            "",
+            "merge-callback COMMAND --help says what a command does and takes.",
+            "",
+        ]
+    )
+
+
+def explanation(name: str) -> str:
+    """What a command does, an example, and its entries with their defaults."""
+    command = COMMANDS[name]
+    text = (import_module(f"merge_callback.apps.{command.module}").__doc__ or "").replace("``", "")
+    parts = [f"merge-callback {name}: {command.summary}", "", text.strip().partition("\n")[2].strip()]
+    if command.entries is not None:
+        parts += ["", "Entries, as ENTRY=VALUE, with their defaults:", "", *entries(command.entries, command.group)]
+    return "\n".join([*parts, ""])
+
+
+def entries(file: str, group: str = "") -> list[str]:
+    """The entries of a config file with defaults and comments, a line each.
+
+    Args:
+        file: Below ``commands/``.
+        group: What the entries stand under.
+    """
+    text = (files("merge_callback.apps") / "commands" / file).read_text()
+    comments = dict(re.findall(r"^ *(\w+):.*?  # (.*)$", text, flags=re.MULTILINE))
+    config = yaml.safe_load(text)
+    own = {key: value for key, value in config.items() if key not in ("defaults", "hydra")}
+    found = {f"{group}{path}": value for path, value in _leaves(own)}
+    width = max(map(len, found))
+    lines = []
+    for path, value in found.items():
+        default = "(must be given)" if value == "???" else json.dumps(value).replace('"', "") or '""'
+        comment = comments.get(path.rpartition(".")[2])
+        line = f"  {path:{width}}  {default}" + (f"  # {comment}" if comment else "")
+        lines += textwrap.wrap(line, 110, subsequent_indent=" " * (width + 4), break_long_words=False)
+    return lines
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif key != "_target_":
+            yield f"{prefix}{key}", value
+
+
+def _run_with_config(name: str, run: Callable[[DictConfig], None], rest: Sequence[str]) -> None:
+    """Lets Hydra compose the config, and runs the command with it."""
+    has_begun = False
+
+    def task(config: DictConfig) -> None:
+        nonlocal has_begun
+        has_begun = True
+        run(config)
+
+    # Hydra reads the program's arguments, and calls its log after the job.
+    sys.argv = [f"merge-callback {name}", f"hydra.job.name={name}", *rest]
+    command = COMMANDS[name]
+    try:
+        hydra.main(version_base="1.3", config_path=command.path, config_name=command.config)(task)()
+    except SystemExit as ended:
+        # Hydra has said what was wrong with the entries.
+        if ended.code == 1 and not has_begun:
+            sys.exit(WRONG_CALL)
+        raise

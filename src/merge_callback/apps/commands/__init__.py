@@ -1,0 +1,1 @@
+"""Configs of the commands; only the commands themselves see them."""

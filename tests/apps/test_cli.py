@@ -1,0 +1,93 @@
+"""The console command: what it lists and explains, and its exit codes."""
+
+import subprocess
+
+import pytest
+from omegaconf import OmegaConf
+
+from merge_callback.apps import cli
+from tests.helpers.commands import MERGE_CALLBACK
+
+NAMES = ["demo", "train", "merge", "sweep", "landscape", "report"]
+
+
+def call(*arguments, cwd):
+    done = subprocess.run([MERGE_CALLBACK, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_the_commands_are_listed_with_a_line_each(capsys, arguments):
+    cli.main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert listed == NAMES
+    assert all(len(line) <= 80 for line in lines)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_command_says_what_it_does_with_an_example(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"\n  merge-callback {name} " in text
+    assert "hydra" not in text.replace("${hydra:runtime.output_dir}", "").lower() or name == "train"
+    assert "== Config ==" not in text
+
+
+@pytest.mark.parametrize("name", ["demo", "merge", "sweep", "landscape"])
+def test_every_entry_of_the_config_is_listed_with_its_default(name):
+    command = cli.COMMANDS[name]
+    config = OmegaConf.load(cli.files("merge_callback.apps") / "commands" / command.entries)
+    listed = [line.split()[:2] for line in cli.entries(command.entries, command.group) if line[2] != " "]
+    assert len(listed) > 5
+    for path, default in listed:
+        # What is listed is there, and a plain value is the one of the file.
+        parent, _, key = path.removeprefix(command.group).rpartition(".")
+        owner = OmegaConf.select(config, parent) if parent else config
+        assert key in OmegaConf.to_container(owner, resolve=False)
+        if not OmegaConf.is_missing(owner, key) and not OmegaConf.is_interpolation(owner, key):
+            value = owner[key]
+            assert default == str(value) or not isinstance(value, int) or isinstance(value, bool)
+    tops = {path.removeprefix(command.group).partition(".")[0] for path, _ in listed}
+    assert tops == set(config) - {"defaults", "hydra"}
+
+
+def test_a_command_that_is_not_there_is_a_wrong_call(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["swep"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "there is no command 'swep'" in told
+    assert "  sweep " in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merge"], "merge-callback merge: checkpoints and output must be given"),
+        (["merge", "checkpoint=a.ckpt"], "Could not override 'checkpoint'"),
+        (["report"], "the following arguments are required: RUN_OR_RECORDS"),
+        (["report", "nothing.jsonl"], "merge-callback report: nothing.jsonl holds nothing to report on"),
+        (["train"], "merge-callback train: the config has no entry 'model'"),
+    ],
+)
+def test_a_wrong_call_ends_with_exit_code_2(tmp_path, arguments, message):
+    code, _, told = call(*arguments, cwd=tmp_path)
+    assert code == 2
+    assert message in told
+    assert "Traceback" not in told
+
+
+def test_a_run_that_fails_ends_with_exit_code_1(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "train.yaml").write_text(
+        "model: {_target_: lightning.pytorch.demos.boring_classes.BoringModel}\n"
+        "data: {_target_: lightning.pytorch.demos.boring_classes.BoringDataModule}\n"
+        "trainer: {_target_: lightning.pytorch.Trainer, max_steps: 1, enable_checkpointing: false}\n"
+        "resume_from: missing.ckpt\n"
+    )
+    code, _, told = call("train", "--config-dir", "conf", "--config-name", "train", cwd=tmp_path)
+    assert code == 1
+    assert "missing.ckpt" in told
