@@ -34,7 +34,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,7 @@ def record(kind: str) -> None:
     write_runs(RECORDS / f"{kind}.jsonl", runs)
 
 
+@cache
 def planted_table() -> str:
     """Healthy runs, and rises planted in their losses."""
     lines = [

@@ -6,14 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from merge_callback.apps import cli
-from tests.helpers.commands import MERGE_CALLBACK
+from tests.helpers.commands import MERGE_CALLBACK, merge_callback
 
 NAMES = ["demo", "train", "merge", "sweep", "landscape", "report"]
-
-
-def call(*arguments, cwd):
-    done = subprocess.run([MERGE_CALLBACK, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -73,14 +68,22 @@ def test_a_command_that_is_not_there_is_a_wrong_call(capsys):
         (["train"], "merge-callback train: the config has no entry 'model'"),
     ],
 )
-def test_a_wrong_call_ends_with_exit_code_2(tmp_path, arguments, message):
-    code, _, told = call(*arguments, cwd=tmp_path)
-    assert code == 2
-    assert message in told
-    assert "Traceback" not in told
+def test_a_wrong_call_ends_with_exit_code_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = merge_callback(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_a_run_that_fails_ends_with_exit_code_1(tmp_path):
+def test_exit_codes_are_those_of_the_program_too(tmp_path):
+    command = [MERGE_CALLBACK, "merge", "checkpoint=a.ckpt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Could not override 'checkpoint'" in done.stderr
+
+
+def test_a_run_that_fails_ends_with_exit_code_1(tmp_path, monkeypatch):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "train.yaml").write_text(
         "model: {_target_: lightning.pytorch.demos.boring_classes.BoringModel}\n"
@@ -88,6 +91,7 @@ def test_a_run_that_fails_ends_with_exit_code_1(tmp_path):
         "trainer: {_target_: lightning.pytorch.Trainer, max_steps: 1, enable_checkpointing: false}\n"
         "resume_from: missing.ckpt\n"
     )
-    code, _, told = call("train", "--config-dir", "conf", "--config-name", "train", cwd=tmp_path)
-    assert code == 1
-    assert "missing.ckpt" in told
+    monkeypatch.chdir(tmp_path)
+    done = merge_callback("train", "--config-dir", "conf", "--config-name", "train")
+    assert done.returncode == 1
+    assert "missing.ckpt" in done.stderr

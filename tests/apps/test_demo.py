@@ -10,7 +10,7 @@ from merge_callback.apps.demo.corpus import load_corpus
 from merge_callback.apps.demo.data import ByteBlocks, TextDataModule
 from merge_callback.apps.runs import read_validations
 from merge_callback.prediction.records import read_records
-from tests.helpers.commands import MERGE_CALLBACK
+from tests.helpers.commands import MERGE_CALLBACK, merge_callback
 
 SHORT = [
     "trainer.max_steps=60",
@@ -64,6 +64,13 @@ def demo(folder, *overrides):
     return done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def with_merge(tmp_path_factory):
+    """The folder of a short run with the callback and without anneals, and what the run printed."""
+    folder = tmp_path_factory.mktemp("demo") / "with"
+    return folder, demo(folder, *SHORT)
+
+
 def weights(output):
     return re.search(r"Fingerprint of the trained weights: (\w+)", output).group(1)
 
@@ -97,10 +104,9 @@ def test_the_merge_beats_the_live_model_on_real_text_and_predicts_an_anneal_it_h
 
 
 @pytest.mark.slow
-def test_the_trunk_with_branches_is_the_one_without_and_a_branch_is_one_line(tmp_path):
-    whole = demo(tmp_path / "whole", *SHORT)
+def test_the_trunk_with_branches_is_the_one_without_and_a_branch_is_one_line(tmp_path, with_merge):
     branched = demo(tmp_path / "branched", *SHORT, "demo.anneal_at=[30,40,60]", "trainer.val_check_interval=10")
-    assert weights(whole) == weights(branched)
+    assert weights(with_merge[1]) == weights(branched)
     assert "unseen by the prediction" in branched
     steps = [v.step for v in read_validations(tmp_path / "branched" / "csv" / "metrics.csv", "val_loss")]
     assert steps == [10, 20, 30, 40, 50, 60]
@@ -113,7 +119,7 @@ def test_the_trunk_with_branches_is_the_one_without_and_a_branch_is_one_line(tmp
 
 
 @pytest.mark.slow
-def test_any_config_of_the_common_form_can_be_trained_and_branched(tmp_path):
+def test_any_config_of_the_common_form_can_be_trained_and_branched(tmp_path, monkeypatch):
     text = tmp_path / "own.txt"
     text.write_text("a text of one's own, many times over\n" * 2000)
     (tmp_path / "conf").mkdir()
@@ -124,24 +130,24 @@ def test_any_config_of_the_common_form_can_be_trained_and_branched(tmp_path):
         subprocess.run([*program, *arguments], cwd=tmp_path, capture_output=True, check=True)
     (record,) = read_records(tmp_path / "anneals.jsonl")
     assert (record.start_step, record.step) == (8, 10)
+    monkeypatch.chdir(tmp_path)
     for arguments, message in (
-        ([*program, "+anneal.from=none.ckpt"], "anneal.from must be a checkpoint of a run, got 'none.ckpt'"),
-        (program[:3], "the config has no entry 'model'; give one with --config-dir and --config-name"),
+        ([*program[1:], "+anneal.from=none.ckpt"], "anneal.from must be a checkpoint of a run, got 'none.ckpt'"),
+        (["train"], "the config has no entry 'model'; give one with --config-dir and --config-name"),
     ):
-        done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode != 0
+        done = merge_callback(*arguments)
+        assert done.returncode == 2
         assert message in done.stderr
 
 
-def test_without_the_callback_the_demo_trains_the_same_weights(tmp_path):
-    with_merge = demo(tmp_path / "with", *SHORT)
+def test_without_the_callback_the_demo_trains_the_same_weights(tmp_path, with_merge):
     without = demo(tmp_path / "without", *SHORT, "callbacks/merge=none")
-    assert weights(with_merge) == weights(without)
-    assert "up to 20 snapshots" in with_merge
+    assert weights(with_merge[1]) == weights(without)
+    assert "up to 20 snapshots" in with_merge[1]
     assert "MergeCallback" not in without
     live = [
-        [v.live for v in read_validations(tmp_path / run / "csv" / "metrics.csv", "val_loss")]
-        for run in ("with", "without")
+        [v.live for v in read_validations(folder / "csv" / "metrics.csv", "val_loss")]
+        for folder in (with_merge[0], tmp_path / "without")
     ]
     assert live[0] == live[1]
     assert len(live[0]) == 3
@@ -161,15 +167,13 @@ def test_the_demo_trains_on_any_text_file_and_takes_overrides_of_the_callback(tm
     assert "merges: wma" in output
 
 
-def test_a_mistyped_choice_is_answered_with_the_choices(tmp_path):
-    command = [MERGE_CALLBACK, "demo", "callbacks/merge=pmaa"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
+def test_a_mistyped_choice_is_answered_with_the_choices(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = merge_callback("demo", "callbacks/merge=pmaa")
+    assert done.returncode == 2
     assert "pma" in done.stderr.split("Available options")[1]
-    done = subprocess.run(
-        [*command[:3], "+callback/merge=pma"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode != 0
+    done = merge_callback("demo", "+callback/merge=pma")
+    assert done.returncode == 2
     assert "there is no config group 'callback/merge'; the one of MergeCallback is callbacks/merge" in done.stderr
 
 

@@ -1,7 +1,6 @@
 """The report: what is read back, what the figures show, and a page that needs nothing else."""
 
 import re
-import subprocess
 
 import pytest
 
@@ -20,7 +19,7 @@ from merge_callback.prediction.assessment import (
 )
 from merge_callback.prediction.bias import BranchOutcome, Prediction
 from merge_callback.prediction.records import AnnealRecord, StableValidation, append_record
-from tests.helpers.commands import MERGE_CALLBACK
+from tests.helpers.commands import merge_callback
 
 PREDICTED = Prediction(2.0, 1.875, 2.25)
 ROWS = [Validation(75, 2.5, None, None), Validation(150, 2.25, 2.125, 0.125, PREDICTED)]
@@ -169,13 +168,13 @@ def test_the_command_writes_the_page_where_it_is_told(folder, capsys):
         (["run/broken.jsonl"], "line 1, is no record of an anneal"),
     ],
 )
-def test_what_cannot_be_reported_on_is_said_in_one_line(folder, arguments, message):
+def test_what_cannot_be_reported_on_is_said_in_one_line(folder, monkeypatch, arguments, message):
     (folder.parent / "nothing").mkdir()
     (folder / "broken.jsonl").write_text("nonsense\n")
     if arguments[0] == "run":
         (folder / "broken.jsonl").unlink()
-    command = [MERGE_CALLBACK, "report", *arguments]
-    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    monkeypatch.chdir(folder.parent)
+    done = merge_callback("report", *arguments)
     assert done.returncode == 2
     assert re.fullmatch(rf"merge-callback report: .*{re.escape(message)}.*\n", done.stderr)
 

@@ -18,7 +18,7 @@ from merge_callback.checkpoints.merge import merge_checkpoints
 from merge_callback.checkpoints.read import open_checkpoint
 from merge_callback.checkpoints.write import read_provenance
 from tests.helpers import reference
-from tests.helpers.commands import MERGE_CALLBACK
+from tests.helpers.commands import merge_callback
 from tests.helpers.toys import Toy, fit, make, same
 
 
@@ -245,17 +245,16 @@ def test_an_unknown_step_is_asked_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_merges_a_pattern_of_files_and_says_what_counts(run, tmp_path):
+def test_the_command_merges_a_pattern_of_files_and_says_what_counts(run, tmp_path, monkeypatch):
     _, paths = run
-    program = [MERGE_CALLBACK, "merge"]
+    monkeypatch.chdir(tmp_path)
     arguments = [f"checkpoints='{paths[0].parent}/step=*.ckpt'", "output=m.safetensors", "steps=null"]
-    done = subprocess.run([*program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = merge_callback("merge", *arguments)
     assert done.returncode == 0, done.stderr
     assert "  0.166667  step 4  step=4.ckpt" in done.stdout
     assert (tmp_path / "m.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
-    wrong = [*program, arguments[0], "output=m.ckpt", "rule=smaa"]
-    done = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = merge_callback("merge", arguments[0], "output=m.ckpt", "rule=smaa")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("merge-callback merge: unknown merge rule 'smaa'")
 
@@ -379,16 +378,19 @@ import sys, torch
 from pathlib import Path
 from merge_callback.apps.merge import find_checkpoints
 from merge_callback.checkpoints.merge import merge_checkpoints
-from tests.helpers.commands import MERGE_CALLBACK
+from tests.helpers.commands import merge_callback
 
-def peak():
+def memory(kind):
     # Not `getrusage`, whose peak begins with that of the parent.
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind)]
     return int(line.split()[1])
 
-before = peak()
-merge_checkpoints(sorted(Path(sys.argv[1]).glob("step-*.ckpt"))[: int(sys.argv[2])], sys.argv[3])
-print((peak() - before) // 1024)
+before = memory("VmRSS")
+folder, number, *outputs = sys.argv[1:]
+for output in outputs:
+    Path("/proc/self/clear_refs").write_text("5")
+    merge_checkpoints(sorted(Path(folder).glob("step-*.ckpt"))[: int(number)], Path(folder) / output)
+    print((memory("VmHWM") - before) // 1024)
 """
 
 
@@ -398,33 +400,31 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
     for step in range(6):
         torch.save({"state_dict": {str(n): torch.randn(2**21) for n in range(16)}}, tmp_path / f"step-{step}.ckpt")
 
-    def peak(num_checkpoints, output):
-        command = [sys.executable, "-c", MEASURED, str(tmp_path), str(num_checkpoints), str(tmp_path / output)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
     # A tensor and some chunks of it; of a .ckpt, the result once.
-    for output, most in (("m.safetensors", 64), ("m.ckpt", 200)):
-        few, many = peak(2, output), peak(6, output)
-        assert many < most, output
+    most = {"m.safetensors": 64, "m.ckpt": 200}
+
+    def peaks(num_checkpoints):
+        command = [sys.executable, "-c", MEASURED, str(tmp_path), str(num_checkpoints), *most]
+        return map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+    for output, few, many in zip(most, peaks(2), peaks(6), strict=True):
+        assert many < most[output], output
         # What the allocator keeps differs by some MiB; four more checkpoints in memory would be 512.
         assert many - few < 64, output
 
 
 @pytest.mark.slow
-def test_the_command_tells_what_it_needs(tmp_path):
-    def told(*arguments):
-        program = [MERGE_CALLBACK, "merge", *arguments]
-        return subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    missing = told()
+def test_the_command_tells_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    missing = merge_callback("merge")
     assert missing.returncode == 2
     assert "checkpoints and output must be given" in missing.stderr
     assert "Traceback" not in missing.stderr
-    described = told("--help").stdout
+    described = merge_callback("merge", "--help").stdout
     for key in ("checkpoints", "output", "rule", "coefficients", "steps", "newest"):
         assert f"\n  {key} " in described
     (asked,) = re.findall(r"'(rule=\{.*\})'", described)
     for step in (1000, 2000, 2500):
         torch.save({"w": torch.full((3,), float(step))}, tmp_path / f"step={step}.pt")
-    assert told("checkpoints=*.pt", "output=m.safetensors", asked).returncode == 0
+    assert merge_callback("merge", "checkpoints=*.pt", "output=m.safetensors", asked).returncode == 0
     assert load_file(tmp_path / "m.safetensors")["w"].tolist() == [2250.0] * 3

@@ -15,9 +15,10 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from merge_callback.apps.wrong_call import WrongCallError
+from merge_callback.apps.wrong_call import ConfigError, WrongCallError
 
 WRONG_CALL = 2
 _CONFIGS = "pkg://merge_callback.apps.commands"
@@ -145,6 +146,12 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
+def _causes(error: BaseException | None) -> Iterator[str]:
+    while error is not None:
+        yield str(error).strip()
+        error = error.__cause__
+
+
 def _run_with_config(name: str, run: Callable[[DictConfig], None], rest: Sequence[str]) -> None:
     """Lets Hydra compose the config, and runs the command with it."""
     has_begun = False
@@ -152,10 +159,15 @@ def _run_with_config(name: str, run: Callable[[DictConfig], None], rest: Sequenc
     def task(config: DictConfig) -> None:
         nonlocal has_begun
         has_begun = True
-        run(config)
+        try:
+            run(config)
+        except (ConfigError, InstantiationException) as error:
+            raise WrongCallError("\n".join(dict.fromkeys(_causes(error)))) from error
 
-    # Hydra reads the program's arguments, and calls its log after the job.
-    sys.argv = [f"merge-callback {name}", f"hydra.job.name={name}", *rest]
+    # Hydra reads the program's arguments.
+    sys.argv = [f"merge-callback {name}", *rest]
+    # Hydra calls the job, and its log, as the module of the function.
+    task.__module__ = f"merge_callback.apps.{name}"
     command = COMMANDS[name]
     try:
         hydra.main(version_base="1.3", config_path=command.path, config_name=command.config)(task)()

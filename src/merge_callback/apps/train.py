@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from merge_callback.apps.wrong_call import wrong_calls
+from merge_callback.apps.wrong_call import ConfigError
 from merge_callback.callbacks.anneal_branch import AnnealBranch
 
 
@@ -54,16 +54,17 @@ def prepare(
         **trainer_options: Instead of the config's for the trainer.
 
     Raises:
-        ValueError: If an entry is missing, a group is mistyped, or ``anneal.from`` is no file.
+        ConfigError: If an entry is missing, a group is mistyped, or ``anneal.from`` is no file.
     """
     if missing := [name for name in ("model", "trainer") if name not in config]:
-        raise ValueError(f"the config has no entry {missing[0]!r}; give one with --config-dir and --config-name")
+        raise ConfigError(f"the config has no entry {missing[0]!r}; give one with --config-dir and --config-name")
     if mistyped := [name for name in config if "/" in str(name)]:
         # Hydra takes a group that it does not know for a key, when it is asked to add it.
-        raise ValueError(f"there is no config group {mistyped[0]!r}; the one of MergeCallback is callbacks/merge")
+        raise ConfigError(f"there is no config group {mistyped[0]!r}; the one of MergeCallback is callbacks/merge")
     if config.get("seed") is not None:
         seed_everything(config.seed, verbose=False)
-    data = instantiate(config.data if "data" in config else config.datamodule)
+    source = config.get("data", config.get("datamodule"))
+    data = instantiate(source) if source is not None else None
     model = instantiate(config.model)
     # Entries without a target, such as overrides of a callback that is switched off, are left out.
     listed = _instantiated(config.get("callbacks"))
@@ -71,14 +72,14 @@ def prepare(
     anneal = dict(config.get("anneal") or {})
     if (start := anneal.pop("from", None)) is not None:
         if not Path(start).exists():
-            raise ValueError(f"anneal.from must be a checkpoint of a run, got {start!r}")
+            raise ConfigError(f"anneal.from must be a checkpoint of a run, got {start!r}")
         if anneal.get("span") is None and anneal.get("span_steps") is None:
-            raise ValueError("anneal.from needs anneal.span, a share of the steps, or anneal.span_steps")
+            raise ConfigError("anneal.from needs anneal.span, a share of the steps, or anneal.span_steps")
         listed.append(AnnealBranch(**anneal))
         # The branch stops by itself.
         checkpoint, trainer_options = start, {"max_steps": -1, "max_epochs": -1, **trainer_options}
     elif any(anneal.get(name) is not None for name in ("span", "span_steps")):
-        raise ValueError("anneal.span and anneal.span_steps need anneal.from, the checkpoint to branch from")
+        raise ConfigError("anneal.span and anneal.span_steps need anneal.from, the checkpoint to branch from")
     if loggers is None:
         loggers = _instantiated(config.get("logger"))
     trainer = instantiate(config.trainer, callbacks=[*listed, *callbacks], logger=list(loggers), **trainer_options)
@@ -87,9 +88,7 @@ def prepare(
 
 def run(config: DictConfig) -> None:
     """Trains to the end, or to the end of the branch."""
-    with wrong_calls():
-        prepared = prepare(config)
-    prepared.fit()
+    prepare(config).fit()
 
 
 def _instantiated(entries: DictConfig | None) -> list[Any]:

@@ -1,9 +1,11 @@
-"""What a command raises when it was called with something that makes no sense."""
+"""What commands raise when they were called with something that makes no sense."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hydra.errors import InstantiationException
+
+class ConfigError(ValueError):
+    """A config lacks an entry, or holds one that makes no sense."""
 
 
 class WrongCallError(SystemExit):
@@ -26,7 +28,7 @@ def wrong_calls() -> Iterator[None]:
     """Inside the context, errors that tell of arguments are wrong calls, and those of the disk end the program."""
     try:
         yield
-    except (ValueError, TypeError, ModuleNotFoundError, InstantiationException) as error:
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
         raise WrongCallError(str(error)) from error
     except OSError as error:
         raise SystemExit(str(error)) from error
