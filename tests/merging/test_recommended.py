@@ -49,7 +49,7 @@ def test_it_gives_the_arguments_of_the_callback():
         ((0, 1e6), "num_parameters must be above zero and finite, got 0"),
         ((1e9, -1), "tokens_per_step must be above zero and finite, got -1"),
         ((math.inf, 1), "num_parameters must be above zero and finite, got inf"),
-        ((7, 4e6), "num_parameters must be all of them, such as 7e9, got 7"),
+        ((7, 4e6), "num_parameters must be the total number of parameters, such as 7e9, got 7"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(arguments, message):
