@@ -1,7 +1,5 @@
 """Places for snapshots: what they are called with, and what they say of themselves."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -15,16 +13,16 @@ SIZES = CaptureSizes(snapshots=3 * 2**20, averages=2**20, copy=2**20)
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "message"),
+    ("place", "arguments", "error", "message"),
     [
-        (partial(SnapshotMemory, "gpu"), ValueError, "place must be 'device' or 'cpu', got 'gpu'"),
-        (partial(SnapshotMemory, in_checkpoints=1), TypeError, "in_checkpoints must be True or False, got 1"),
-        (partial(SnapshotDirectory, "a", strict=1), TypeError, "strict must be True or False, got 1"),
+        (SnapshotMemory, {"place": "gpu"}, ValueError, "place must be 'device' or 'cpu', got 'gpu'"),
+        (SnapshotMemory, {"in_checkpoints": 1}, TypeError, "in_checkpoints must be True or False, got 1"),
+        (SnapshotDirectory, {"path": "a", "strict": 1}, TypeError, "strict must be True or False, got 1"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name_and_value(make, error, message):
+def test_what_makes_no_sense_is_refused_by_name_and_value(place, arguments, error, message):
     with pytest.raises(error, match=message):
-        make()
+        place(**arguments)
 
 
 def test_words_and_paths_name_places(tmp_path):
