@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests run side by side on two cores, one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-fast test-floors check package smoke docs benchmark-quick clean
+.PHONY: demo test test-fast test-processors test-floors check package smoke docs benchmark-quick clean
 
 demo: .venv/demo
 	$(BIN)/merge-callback demo $(ARGS)
@@ -14,6 +14,14 @@ test: check package
 
 test-fast: .venv/installed
 	$(PYTEST) -m "not slow" $(ARGS)
+
+# What calculates, as on other processors: no test may rest on rounding. CAPABILITY is default, avx2 or avx512.
+CAPABILITY ?= default
+THREADS ?= 2
+NUMERIC := $(addprefix tests/,merging capture prediction live callbacks validation/test_merged_validation.py apps/test_sweep.py)
+test-processors: .venv/installed
+	ATEN_CPU_CAPABILITY=$(CAPABILITY) OMP_NUM_THREADS=$(THREADS) \
+		$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(NUMERIC) $(ARGS)
 
 check: .venv/installed
 	$(BIN)/ruff check .
