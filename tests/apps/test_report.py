@@ -165,7 +165,7 @@ def test_the_command_writes_the_page_where_it_is_told(folder, capsys):
     [
         (["nothing"], "nothing holds nothing to report on: neither records of anneals nor a merged metric"),
         (["run", "--metric", "acc"], "run holds nothing to report on; there are: val_loss"),
-        (["run/broken.jsonl"], "line 1, is no record of an anneal"),
+        (["run/broken.jsonl"], "line 1, is not a record of an anneal"),
     ],
 )
 def test_what_cannot_be_reported_on_is_said_in_one_line(folder, monkeypatch, arguments, message):

@@ -334,7 +334,7 @@ def test_an_average_that_met_nan_is_named_and_begins_anew_once_the_weights_are_s
                 weight.copy_(Breaking.kept)
 
     callback = MergeCallback(merges=Ema(half_life_steps=4))
-    with pytest.warns(UserWarning, match=r"no merge 'ema' at step 12: its average holds NaN or inf, and begins anew"):
+    with pytest.warns(UserWarning, match=r"no merge 'ema' at step 12: its average holds NaN or inf and restarts"):
         run = fit(make(Toy), tmp_path, Breaking(), callback, Breaking())
     assert [step + 1 for step, _ in run.logged("merged/val_loss")] == [4, 8, 16, 20, 24]
     assert all(torch.isfinite(tensor).all() for tensor in callback.merged_state_dict().values())
@@ -344,7 +344,7 @@ def test_an_average_of_another_profile_starts_anew_after_a_resume_and_says_so(tm
     before, after = (MergeCallback(merges=Ema(half_life_steps=half_life)) for half_life in (4, 2))
     first = fit(make(Toy), tmp_path / "a", before, train=ResumableBatches(), max_steps=12)
     first.trainer.save_checkpoint(tmp_path / "12.ckpt")
-    with pytest.warns(UserWarning, match="there is nothing of the average 'ema' to go on from: it starts anew"):
+    with pytest.warns(UserWarning, match="the checkpoint holds no average 'ema' with this profile: it restarts"):
         fit(make(Toy), tmp_path / "b", after, train=ResumableBatches(), ckpt_path=tmp_path / "12.ckpt")
 
 

@@ -225,7 +225,7 @@ def test_files_that_are_cut_short_packed_again_old_or_hostile_are_refused(tmp_pa
     (tmp_path / "empty_1.pt").touch()
     for name, message in (
         ("short", "no checkpoint that can be read in parts"),
-        ("old", "is of torch's old format; load it and save it once more"),
+        ("old", "is in torch's old format; load it and save it again"),
         ("again", "was the file packed again"),
         ("hostile", "no checkpoint that can be read in parts"),
         ("empty", "no checkpoint that can be read in parts"),

@@ -312,7 +312,7 @@ def test_what_is_no_tensor_is_named_where_the_format_takes_none(tmp_path):
     callback = MergeCallback(2, 3)
     fit(make(Extra), tmp_path / "run", callback)
     callback.save_merged(tmp_path / "merge.ckpt")
-    with pytest.raises(ValueError, match="takes tensors only, and _extra_state is none; save the merge as"):
+    with pytest.raises(ValueError, match="takes tensors only, and _extra_state is not one; save the merge as"):
         callback.save_merged(tmp_path / "merge.safetensors")
 
 

@@ -246,7 +246,7 @@ def test_what_hooks_set_in_trainer_optimizers_and_schedulers_is_put_back(tmp_pat
 def test_gradients_that_were_written_to_are_told_of(tmp_path):
     run = fit(make(Toy), tmp_path, max_steps=2)
     run.module.out.bias.grad = torch.ones_like(run.module.out.bias)
-    with pytest.warns(UserWarning, match="writes to gradients"), preserved_trainer(run.trainer):
+    with pytest.warns(UserWarning, match="writes to existing gradients"), preserved_trainer(run.trainer):
         run.module.out.bias.grad.add_(1)
 
 

@@ -218,7 +218,7 @@ def test_uncalibrated_is_said_once(tmp_path, caplog):
 def test_records_that_cannot_be_read_end_a_run_at_its_start_only(tmp_path):
     path = tmp_path / "anneals.jsonl"
     path.write_text("nonsense\n")
-    with pytest.raises(ValueError, match="line 1, is no record"):
+    with pytest.raises(ValueError, match="line 1, is not a record"):
         fit(make(Toy), tmp_path, MergeCallback(1, 4, calibration=path))
 
     class Spoiling(Callback):
@@ -228,7 +228,7 @@ def test_records_that_cannot_be_read_end_a_run_at_its_start_only(tmp_path):
 
     path.unlink()
     prefilled(path)
-    with pytest.warns(UserWarning, match=r"the records of anneals were left alone: .*line 3, is no record"):
+    with pytest.warns(UserWarning, match=r"the records of anneals were left alone: .*line 3, is not a record"):
         run = fit(make(Toy), tmp_path, MergeCallback(1, 4, calibration=path), Spoiling())
     assert len(run.logged(f"annealed/{METRIC}")) == 6
 

@@ -83,12 +83,12 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
     path = tmp_path / "anneals.jsonl"
     append_record(path, record())
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match=r"anneals.jsonl, line 2, is no record of an anneal"):
+    with pytest.raises(ValueError, match=r"anneals.jsonl, line 2, is not a record of an anneal"):
         read_records(path)
 
 
 def test_what_cannot_be_written_is_in_the_error(tmp_path):
-    with pytest.raises(OSError, match=r'was not added to .*It says: {"run": "a"'):
+    with pytest.raises(OSError, match=r'was not added to .*Record: {"run": "a"'):
         append_record(tmp_path, record())
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: read, merged, written."""
+"""Reads, merges and writes checkpoints on disk."""

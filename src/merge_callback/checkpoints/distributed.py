@@ -1,4 +1,4 @@
-"""Folders of `torch.distributed.checkpoint`: where the pieces of each tensor lie."""
+"""Finds the pieces of each tensor in folders of `torch.distributed.checkpoint`."""
 
 import io
 import pickle
@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from merge_callback.checkpoints.stored import Piece, StoredCheckpoint, StoredTensor, refuse_lazy
 
-# What the metadata of a distributed checkpoint is made of; nothing else is unpickled.
+# The classes in the metadata of a distributed checkpoint. Unpickling others could run code of an untrusted file.
 _METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _METADATA_NAMES = {
     ("torch", "Size"),
@@ -31,17 +31,17 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def open_distributed(path: Path) -> StoredCheckpoint:
-    """Finds the tensors in a folder of `torch.distributed.checkpoint`, without reading them.
+    """Opens a folder of `torch.distributed.checkpoint` and finds its tensors, without reading their values.
 
     Raises:
-        ValueError: If it holds several dictionaries, or tensors that were transformed when they were written.
+        ValueError: If the folder holds several dictionaries, or tensors that were transformed when they were written.
     """
     with (path / ".metadata").open("rb") as stream:
         metadata = _MetadataUnpickler(stream).load()
     stored = {
         key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value, TensorStorageMetadata)
     }
-    # Names as they were before nested dicts were flattened.
+    # The planner data maps flattened names to the keys of the nested dicts.
     parts = {key: (metadata.planner_data or {}).get(key, (key,)) for key in stored}
     groups = sorted({str(names[0]) for names in parts.values() if len(names) > 1})
     if len(groups) > 1 and "state_dict" not in groups:
@@ -62,13 +62,13 @@ def open_distributed(path: Path) -> StoredCheckpoint:
             )
         properties = stored[key].properties
         tensors[name] = StoredTensor(tuple(stored[key].size), properties.dtype, tuple(pieces))
-    # Beside the shards Lightning keeps the rest of its checkpoint.
+    # Lightning saves the rest of its checkpoint in this file beside the shards.
     beside = torch.load(path / "meta.pt", weights_only=True) if (path / "meta.pt").exists() else {}
     return StoredCheckpoint(path, tensors, beside.get("global_step"), beside)
 
 
 def _saved_alone(file: Path, offset: int, length: int) -> tuple[int, Tensor]:
-    """Where in a file the data of one tensor lie that ``torch.save`` wrote into a part of it, and the tensor, empty."""
+    """Returns the first byte of a tensor's data that ``torch.save`` wrote into a part of a file, and a meta tensor."""
     with file.open("rb") as stream:
         tensor = torch.load(io.BufferedReader(_Part(stream, offset, length)), map_location="meta", weights_only=True)
     storage = tensor.untyped_storage()
@@ -76,7 +76,7 @@ def _saved_alone(file: Path, offset: int, length: int) -> tuple[int, Tensor]:
 
 
 class _Part(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A part of a file, readable as a file of its own."""
 
     def __init__(self, stream: Any, offset: int, length: int) -> None:
         self._stream, self._offset, self._length, self._at = stream, offset, length, 0

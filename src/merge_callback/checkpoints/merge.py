@@ -1,7 +1,7 @@
-"""Merges checkpoints on disk: a plan of what is merged with which weights, then the file.
+"""Merges checkpoints on disk in two steps: `plan_merge` checks and weights them, `write_merge` writes the file.
 
-Tensors are read in parts and summed by the kernel that merges snapshots in a run, so the result is that of the live
-callback to the bit. Memory does not grow with the number of checkpoints.
+Tensors are read in parts and summed by the same kernel as snapshots in a run, so the result equals that of the live
+callback bit for bit. Memory does not grow with the number of checkpoints.
 """
 
 import math
@@ -27,20 +27,20 @@ from merge_callback.merging.rules import Rule, merge_coefficients, resolve_rule,
 from merge_callback.utilities.checks import check_count, patterns
 from merge_callback.utilities.files import SAFETENSORS_DTYPES, atomic_write, write_safetensors
 
-# Entries of a Lightning checkpoint that go into the merged one: what a module is made again from.
+# Entries of a Lightning checkpoint that are copied to the merged one, since modules are rebuilt from them.
 _KEPT = ("hparams_name", "hyper_parameters", "hparams_type", "datamodule_hparams_name", "datamodule_hyper_parameters")
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Checkpoints that can be merged, and with which weights; nothing was read of their tensors yet.
+    """Checkpoints that fit together, and their coefficients. Tensor values have not been read yet.
 
     Args:
-        checkpoints: Alike, oldest first.
-        coefficients: One for each, summing to one.
-        steps: One for each, as the provenance will tell them.
-        rule: What to call the rule in the provenance.
-        newest: Patterns of tensors that are taken from the newest checkpoint instead of merged.
+        checkpoints: Checkpoints with the same tensors, oldest first.
+        coefficients: One coefficient per checkpoint, summing to one.
+        steps: One step per checkpoint, for the provenance.
+        rule: Name of the rule, for the provenance.
+        newest: Patterns of tensor names. Tensors that match are taken from the newest checkpoint instead of merged.
     """
 
     checkpoints: list[StoredCheckpoint]
@@ -50,7 +50,7 @@ class MergePlan:
     newest: tuple[str, ...]
 
     def provenance(self) -> dict[str, Any]:
-        """What the merged file tells about itself: version, rule, steps, coefficients, implied decay, checkpoints."""
+        """Returns the provenance of the merge: version, rule, steps, coefficients, implied decay, checkpoints."""
         names = [checkpoint.path.name for checkpoint in self.checkpoints]
         by_step = sorted(zip(self.steps, self.coefficients, names, strict=True))
         origin = provenance(self.rule, {step: value for step, value, _ in by_step})
@@ -65,19 +65,20 @@ def plan_merge(
     steps: Sequence[int] | None = None,
     newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
 ) -> MergePlan:
-    """Opens checkpoints, checks that they fit together, and weights them.
+    """Opens checkpoints, checks that they fit together, and calculates their coefficients.
 
     Args:
-        paths: Lightning ``.ckpt`` files, files of ``torch.save``, ``.safetensors`` (alone, or an index of several),
-            folders of `torch.distributed.checkpoint`. They are put into the order of their steps.
-        rule: Name of a rule, or a rule: of the checkpoints' steps.
-        coefficients: Instead of a rule, one for each path; divided by their sum. The last path given is then the
-            newest.
-        steps: Of the checkpoints, in the order given; None reads them from the files or their names.
-        newest: A pattern, or several, of names that are taken from the newest checkpoint instead of merged.
+        paths: Lightning ``.ckpt`` files, files of ``torch.save``, ``.safetensors`` files (one, or an index of several),
+            or folders of `torch.distributed.checkpoint`. They are sorted by step.
+        rule: Name of a rule, or a rule, applied to the checkpoints' steps.
+        coefficients: One coefficient per path instead of a rule. They are divided by their sum. Unless ``steps`` are
+            given, the paths keep their order and the last one is the newest.
+        steps: One step per path. None reads the steps from the files or their names.
+        newest: One or several patterns of tensor names. Tensors that match are taken from the newest checkpoint instead
+            of merged.
 
     Raises:
-        ValueError: If checkpoints do not fit together; the message names checkpoint and tensor.
+        ValueError: If the checkpoints do not fit together. The message names the checkpoint and the tensor.
     """
     resolve_rule(rule)
     kept = patterns("newest", newest)
@@ -88,7 +89,7 @@ def plan_merge(
     if twice := [path for path, where in zip(asked, resolved, strict=True) if resolved.count(where) > 1]:
         raise ValueError(f"checkpoints must be different ones, got {' and '.join(map(str, twice))}")
     opened = [open_checkpoint(path) for path in asked]
-    # With coefficients the order is that of the paths, unless steps are given.
+    # Coefficients belong to paths, so without given steps the order of the paths counts and no step is needed.
     is_in_order = coefficients is not None and steps is None
     known = list(range(1, len(opened) + 1)) if is_in_order else steps_of(opened, steps)
     values = _values(known, rule, coefficients)
@@ -101,20 +102,20 @@ def plan_merge(
 
 
 def write_merge(plan: MergePlan, output: str | Path, *, progress: bool = False) -> dict[str, Any]:
-    """Merges checkpoints into one file, which appears when it is complete.
+    """Merges the checkpoints of a plan into one file, which appears only when it is complete.
 
     Args:
-        plan: What `plan_merge` found.
-        output: Ends in ``.ckpt`` or ``.safetensors``. Of the latter, one tensor at a time is in memory; a ``.ckpt`` is
-            in memory as a whole once.
+        plan: The result of `plan_merge`.
+        output: File that ends in ``.ckpt`` or ``.safetensors``. For ``.safetensors`` one tensor at a time is in memory;
+            for ``.ckpt`` the whole merge is.
         progress: Whether to show a progress bar.
 
     Returns:
-        The provenance that the file holds.
+        The provenance in the file.
 
     Raises:
-        ValueError: If the output is no file for a merge, or is one of the checkpoints; or if a tensor holds NaN or inf,
-            or integers that differ. Nothing is written then.
+        ValueError: If the output has another suffix, is a folder or is one of the checkpoints; or if a tensor holds NaN
+            or inf, integers that differ, or a dtype that cannot be merged or written. Nothing is written then.
         OSError: If the file cannot be written.
     """
     output = Path(output)
@@ -147,17 +148,17 @@ def merge_checkpoints(
     newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Merges checkpoints into one file: `plan_merge`, then `write_merge`, which tell the arguments and errors."""
+    """Merges checkpoints into one file. Calls `plan_merge`, then `write_merge`: see these for arguments and errors."""
     check_suffix(Path(output))
     plan = plan_merge(paths, rule, coefficients=coefficients, steps=steps, newest=newest)
     return write_merge(plan, output, progress=progress)
 
 
 def steps_of(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None = None) -> list[int]:
-    """Steps of the checkpoints, in their order: those given, or those that the checkpoints or their names tell.
+    """Returns the step of each checkpoint: the given one, or the one in the checkpoint or its file name.
 
     Raises:
-        ValueError: If a step is unknown, or that of two checkpoints.
+        ValueError: If a step is unknown, or two checkpoints have the same step.
     """
     if given is not None and len(given) != len(opened):
         raise ValueError(f"steps must be as many as checkpoints, {len(opened)}, got {len(given)}")
@@ -175,13 +176,13 @@ def steps_of(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None = N
 
 
 def _told_steps(opened: Sequence[StoredCheckpoint]) -> list[int] | None:
-    """Steps that the checkpoints tell themselves; None unless all tell different ones."""
+    """Returns the steps in the checkpoints or their file names; None unless all have one and all differ."""
     told = [checkpoint.step for checkpoint in opened if checkpoint.step is not None]
     return told if len(set(told)) == len(opened) else None
 
 
 def _values(steps: Sequence[int], rule: str | Rule, coefficients: Sequence[float] | None) -> list[float]:
-    """Coefficients in the order of the steps given."""
+    """Returns the coefficients in the order of the given steps."""
     if coefficients is None:
         ordered = sorted(steps)
         by_step = dict(zip(ordered, merge_coefficients(rule, ordered), strict=True))
@@ -195,10 +196,10 @@ def _values(steps: Sequence[int], rule: str | Rule, coefficients: Sequence[float
 
 
 def check_alike(opened: Sequence[StoredCheckpoint]) -> None:
-    """Raises unless all have the same tensors, of the same shapes and dtypes.
+    """Raises ValueError unless all checkpoints have the same tensor names, shapes and dtypes.
 
     Raises:
-        ValueError: The message names checkpoint and tensor.
+        ValueError: If they differ. The message names the checkpoints and the tensor.
     """
     first, *others = opened
     for other in others:
@@ -226,7 +227,7 @@ def _check_dtypes(checkpoint: StoredCheckpoint, newest: Sequence[str], output: P
 
 
 def _lightning_checkpoint(plan: MergePlan, state: dict[str, Tensor]) -> dict[str, Any]:
-    """A checkpoint of weights alone, with what a module is made again from; tied tensors are tied again."""
+    """Returns a checkpoint with weights and hyperparameters only. Tensors that were tied share memory again."""
     last = plan.checkpoints[-1]
     by_place: dict[Any, str] = {}
     for name, stored in last.tensors.items():

@@ -1,4 +1,4 @@
-"""The tensors of a merge of checkpoints, one at a time, by the kernel that merges snapshots in a run."""
+"""Merges the tensors of checkpoints one at a time, with the same kernel as snapshots in a run."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from merge_callback.checkpoints.stored import StoredCheckpoint
 from merge_callback.live.names import fits
 from merge_callback.merging.combine import combine_
 
-# Statistics and counters of batch norm layers are those of the newest checkpoint, as in a run.
+# Batch norm statistics and counters are taken from the newest checkpoint, as in a run.
 TAKEN_FROM_NEWEST = ("*running_mean", "*running_var", "*num_batches_tracked")
 
 
@@ -21,16 +21,17 @@ def merged_tensors(
     newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
     progress: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and merge of every tensor, one at a time.
+    """Yields the name and merged tensor for each tensor of the checkpoints.
 
     Args:
-        opened: Checkpoints that are alike, oldest first.
-        values: A coefficient for each.
-        newest: A pattern, or several, of names that are taken from the newest checkpoint instead of merged.
+        opened: Checkpoints with the same tensors, oldest first.
+        values: One coefficient per checkpoint.
+        newest: One or several patterns of tensor names. Tensors that match are taken from the newest checkpoint instead
+            of merged.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If a tensor holds NaN or inf, or is of integers that differ; the message names it.
+        ValueError: If a tensor holds NaN or inf, or integers that differ. The message names it.
     """
     last = opened[-1]
     num_bytes = sum(tensor.numel * tensor.dtype.itemsize for tensor in last.tensors.values())
@@ -49,7 +50,7 @@ def merged_tensors(
 
 @dataclass(frozen=True)
 class _Finite:
-    """A row of the sum, refused where it holds NaN or inf."""
+    """One checkpoint's tensor as a row of the sum. Reading a part with NaN or inf raises ValueError."""
 
     checkpoint: StoredCheckpoint
     name: str
@@ -62,7 +63,7 @@ class _Finite:
 
 
 def _same(opened: Sequence[StoredCheckpoint], name: str) -> Tensor:
-    """What all of them hold, to the bit; integers are not averaged."""
+    """Returns the tensor's value, which must be equal in all checkpoints, since integers are not averaged."""
     last = opened[-1].tensors[name][:]
     for checkpoint in opened[:-1]:
         if not torch.equal(checkpoint.tensors[name][:], last):

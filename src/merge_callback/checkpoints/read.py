@@ -1,4 +1,4 @@
-"""Opens checkpoints on disk, whatever wrote them: finds the tensors in them, and reads and unpickles none."""
+"""Opens checkpoints of several formats and finds their tensors, without reading values or unpickling objects."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from merge_callback.checkpoints.distributed import open_distributed
 from merge_callback.checkpoints.stored import StoredCheckpoint, StoredTensor, in_one_piece, refuse_lazy
 from merge_callback.utilities.files import SAFETENSORS_DTYPES, read_header
 
-# What files that are cut short, changed or of other kinds lead to.
+# Errors that truncated, modified or foreign files may raise.
 _BROKEN = (
     OSError,
     LookupError,
@@ -29,14 +29,16 @@ _BROKEN = (
 
 
 def open_checkpoint(path: Path) -> StoredCheckpoint:
-    """Finds the tensors of a checkpoint, without reading them.
+    """Opens a checkpoint and finds its tensors, without reading their values.
 
     Args:
-        path: A Lightning ``.ckpt`` or another file of ``torch.save``; a ``.safetensors`` file, or the
-            ``.safetensors.index.json`` of several, or a folder with one; a folder of `torch.distributed.checkpoint`.
+        path: A Lightning ``.ckpt`` or another file of ``torch.save``; a ``.safetensors`` file; the
+            ``.safetensors.index.json`` of several such files, or a folder with one; or a folder of
+            `torch.distributed.checkpoint`.
 
     Raises:
-        ValueError: If it is none of these, or was cut short, repacked, or holds what only unpickling would read.
+        ValueError: If the path is none of these, or the file is truncated, was repacked, or holds objects that would
+            have to be unpickled.
     """
     if not path.exists():
         raise ValueError(f"there is no checkpoint {path}")
@@ -60,7 +62,7 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
 
 
 def step_in_name(path: Path) -> int | None:
-    """The step that a file's name tells: after ``step``, or its only number.
+    """Returns the step in a file's name: the number after ``step``, or the only number. None without either.
 
     Examples:
         >>> step_in_name(Path("epoch=3-step=1200.ckpt")), step_in_name(Path("model_500.safetensors"))
@@ -78,14 +80,14 @@ def _open_torch(path: Path) -> StoredCheckpoint:
     if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"{path}: {others[0]} is no tensor")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is of torch's old format; load it and save it once more")
+        raise ValueError(f"{path} is in torch's old format; load it and save it again")
     contents = _zip_contents(path)
     tensors = {}
     for name, tensor in state.items():
         refuse_lazy(path, name, tensor)
         storage = tensor.untyped_storage()
         position: int = getattr(storage, "_checkpoint_offset", None) or 0
-        # torch calculates the position; a file that was packed again has it elsewhere.
+        # torch calculates the position from the layout that it writes; in a repacked zip file it may differ.
         if storage.nbytes() and contents.get(position) != storage.nbytes():
             raise ValueError(f"{path}: {name} is not where torch would have written it; was the file packed again?")
         begin = position + tensor.storage_offset() * tensor.element_size()
@@ -99,7 +101,7 @@ def _open_index(path: Path) -> StoredCheckpoint:
     known = {}
     for name in sorted(set(files.values())):
         if Path(name).name != name:
-            raise ValueError(f"{path} names a file elsewhere: {name!r}")
+            raise ValueError(f"{path} names a file in another folder: {name!r}")
         known[name] = _safetensors(path.with_name(name))
     return StoredCheckpoint(path, {name: known[file][name] for name, file in files.items()})
 
@@ -121,7 +123,7 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in dtypes:
-            raise ValueError(f"{path}: {name} is of a dtype that is not known here: {entry['dtype']}")
+            raise ValueError(f"{path}: {name} has an unsupported dtype: {entry['dtype']}")
         shape, dtype = tuple(entry["shape"]), dtypes[entry["dtype"]]
         start, end = entry["data_offsets"]
         if end - start != math.prod(shape) * dtype.itemsize:
@@ -131,7 +133,7 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _zip_contents(path: Path) -> dict[int, int]:
-    """Position -> length of everything that lies in a zip file as it is, not compressed."""
+    """Returns position -> length in bytes of every uncompressed entry of a zip file."""
     contents = {}
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for entry in archive.infolist():

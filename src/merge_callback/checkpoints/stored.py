@@ -1,7 +1,7 @@
-"""Tensors that lie in files, read in parts: nothing is loaded whole, and files are not mapped into memory.
+"""Tensors in files that are read in parts, so that many large checkpoints can be merged with little memory.
 
-Every format comes down to pieces: in which file, from which byte on, a part of a tensor lies. So many large checkpoints
-can be merged with little memory. Mapping the files into memory instead would count all of them.
+In every format a tensor is a list of pieces: the file, the first byte, and the part of the tensor that is stored there.
+Files are not mapped into memory, since all mapped pages would count as memory of the process.
 """
 
 import math
@@ -18,17 +18,17 @@ from merge_callback.utilities.files import read_into
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangular part of a tensor, in a file."""
+    """A rectangular part of a tensor, stored in a file."""
 
     file: Path
     position: int
-    # Where it lies in the whole tensor, and its own shape and strides.
+    # Offsets in the whole tensor; shape and strides (in elements) of the piece.
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Its part from one index of the first dimension to another."""
+        """Reads the rows ``start`` to ``stop`` of the piece's first dimension."""
         shape = (stop - start, *self.shape[1:])
         span = 1 + sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
         content = torch.empty(span, dtype=dtype)
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk; indexing it with a slice reads that part of it, flat."""
+    """A tensor on disk. Indexing it with a slice reads that part of the flattened tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -51,14 +51,14 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def like(self, device: str) -> Tensor:
-        """A tensor of its shape and dtype, without its values."""
+        """Returns an uninitialised tensor of the same shape and dtype."""
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
     def __getitem__(self, part: slice, /) -> Tensor:
         start, stop, _ = part.indices(self.numel)
         if start >= stop:
             return torch.empty(0, dtype=self.dtype)
-        # A number of its own is a row of one.
+        # A scalar is read as one row of one element.
         shape = self.shape or (1,)
         row_numel = math.prod(shape[1:])
         first, last = start // row_numel, -(-stop // row_numel)
@@ -80,24 +80,24 @@ def _as_rows(piece: Piece) -> Piece:
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """A checkpoint on disk: its tensors by name, the step it was taken at, and what stands beside the tensors."""
+    """A checkpoint on disk: its tensors by name, its step if known, and its other entries."""
 
     path: Path
     tensors: dict[str, StoredTensor]
     step: int | None = None
-    # Of a Lightning checkpoint: hyperparameters and the like.
+    # Other entries of a Lightning checkpoint, such as hyperparameters.
     beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 def in_one_piece(
     path: Path, position: int, shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...] | None = None
 ) -> StoredTensor:
-    """A tensor that lies in a file as a whole, contiguous unless strides are given."""
+    """Returns a tensor that is stored as one piece, contiguous unless a stride is given."""
     stride = stride if stride is not None else torch.empty(shape, device="meta").stride()
     return StoredTensor(shape, dtype, (Piece(path, position, (0,) * len(shape), shape, stride),))
 
 
 def refuse_lazy(path: Path, name: str, tensor: Tensor) -> None:
-    """Raises `ValueError` for values that torch calculates when they are asked for: they are not those in the file."""
+    """Raises ValueError for lazily conjugated or negated tensors, whose values differ from those in the file."""
     if tensor.is_conj() or tensor.is_neg():
         raise ValueError(f"{path}: {name} is a lazily conjugated or negated view; save it resolved")

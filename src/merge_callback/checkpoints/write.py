@@ -1,4 +1,4 @@
-"""Merged checkpoints with provenance: written whole or not at all."""
+"""Writes merged checkpoints with their provenance; a file appears only when it is complete."""
 
 import json
 import os
@@ -20,14 +20,17 @@ from merge_callback.live.sharding import all_gather_dict, full_tensor, rank
 from merge_callback.merging.rules import decay_from_coefficients
 from merge_callback.utilities.files import atomic_write, write_safetensors
 
-# Under this key a `.ckpt` holds its provenance; a `.safetensors` holds the same entries as metadata.
+# Key of the provenance in a `.ckpt`. A `.safetensors` file holds the same entries as metadata.
 PROVENANCE_KEY = "merge_callback"
 
 
 def provenance(rule: str, coefficients: Mapping[int, float] | None = None, step: int | None = None) -> dict[str, Any]:
-    """Where a merge comes from: package version, rule, snapshot steps, coefficients and implied decay.
+    """Returns the origin of a merge: package version, rule, snapshot steps, coefficients and implied decay.
 
-    An average over every step has its last step instead of coefficients.
+    Args:
+        rule: Name of the rule.
+        coefficients: Snapshot step -> coefficient. None for an average over every step.
+        step: Last step of an average over every step.
     """
     origin: dict[str, Any] = {"version": version("merge-callback"), "rule": rule}
     if coefficients is None:
@@ -38,22 +41,25 @@ def provenance(rule: str, coefficients: Mapping[int, float] | None = None, step:
 
 
 def fresh_run_entries(step: int) -> dict[str, Any]:
-    """What Lightning wants to find in a checkpoint beside weights, for a run that begins with them."""
+    """Returns the entries beside the weights that Lightning needs to start a new run from a checkpoint."""
     return {
         "pytorch-lightning_version": lightning.__version__,
         "epoch": 0,
         "global_step": step,
-        # Both have to be there before a fit, and as many are restored as there are.
+        # Lightning requires both keys; empty lists restore no state.
         "optimizer_states": [],
         "lr_schedulers": [],
     }
 
 
 def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: int) -> dict[str, Any]:
-    """A Lightning checkpoint of weights alone, from which a new fit starts as from any initialisation."""
+    """Returns a Lightning checkpoint with weights, hyperparameters and the entries of ``on_save_checkpoint``.
+
+    It has no optimizer state, so a fit from it starts as a new run.
+    """
     checkpoint: dict[str, Any] = {"state_dict": state, **fresh_run_entries(step)}
     if module.hparams:
-        # As Lightning writes them: the name of the argument that took them all, and the class of a config object.
+        # As Lightning saves them: also the name of the single argument that took them, and the class of a config.
         if hasattr(module, "_hparams_name"):
             checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module._hparams_name
         if isinstance(module.hparams, Container):
@@ -66,10 +72,10 @@ def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: 
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The provenance of a file that `save` wrote.
+    """Returns the provenance in a file that `save` wrote.
 
     Raises:
-        ValueError: If the file is no ``.ckpt`` or ``.safetensors``, or holds no merge.
+        ValueError: If the file is not a ``.ckpt`` or ``.safetensors`` file, or holds no merge.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -85,22 +91,24 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
-    """Writes merged weights to a file, which appears under its name when it is complete; all ranks call it.
+    """Writes merged weights to a file. All ranks must call it.
 
-    Before that, or after an error, what was there stays. Of a whole model rank 0 writes what it has. The tensors of a
-    sharded one are gathered one after the other: a ``.safetensors`` file is written as they come in, and for a
-    ``.ckpt`` rank 0 keeps them all in host memory. A sharded model may also be written to a path without an ending,
-    which becomes a folder of `torch.distributed.checkpoint` with the provenance in ``merge.json``.
+    The file appears only when it is complete; until then, and after an error, an existing file stays as it was. For an
+    unsharded model rank 0 writes the file. The tensors of a sharded model are gathered one at a time: a
+    ``.safetensors`` file is written as they arrive, and for a ``.ckpt`` rank 0 collects all of them in host memory. A
+    sharded model can also be written to a path without suffix, which becomes a folder of
+    `torch.distributed.checkpoint` with the provenance in ``merge.json``.
 
     Args:
-        path: Ends in ``.ckpt`` (the whole checkpoint, for Lightning) or ``.safetensors`` (its ``state_dict`` alone).
-            Missing folders are made.
-        checkpoint: A Lightning checkpoint whose ``state_dict`` holds the merge, a tensor of its own for every name.
-        origin: As `provenance` makes it.
+        path: Ends in ``.ckpt`` (the whole checkpoint, for Lightning) or ``.safetensors`` (only its ``state_dict``).
+            Missing folders are created.
+        checkpoint: A Lightning checkpoint whose ``state_dict`` holds the merge. The tensors must not share memory.
+        origin: The result of `provenance`.
 
     Raises:
-        ValueError: If the path ends otherwise, or the state dict holds what the format does not take.
-        OSError: If it cannot be written, on all ranks of a sharded model; the message says what was not saved.
+        ValueError: If the path has another suffix, or the format does not support an entry of the state dict.
+        OSError: If the file cannot be written; raised on all ranks for a sharded model. The message says which merge
+            was not saved.
     """
     path = Path(path)
     if any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values()):
@@ -113,17 +121,17 @@ def _save_whole(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str, 
     check_suffix(path)
     others = [key for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
     if others and path.suffix == ".safetensors":
-        raise ValueError(f"a .safetensors file takes tensors only, and {others[0]} is none; save the merge as .ckpt")
+        raise ValueError(f"a .safetensors file takes tensors only, and {others[0]} is not one; save the merge as .ckpt")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as unfinished:
             if path.suffix == ".ckpt":
                 torch.save({**checkpoint, PROVENANCE_KEY: dict(origin)}, unfinished)
             else:
-                # The format takes contiguous tensors that share nothing; a merged state dict is made of copies already.
+                # The format needs contiguous tensors that share no memory. Merged tensors are copies already.
                 tensors = {key: value.contiguous() for key, value in checkpoint["state_dict"].items()}
                 _safetensors().torch.save_file(tensors, unfinished, safetensors_metadata(origin))
-    # A full disk is a RuntimeError to torch, and to safetensors an error of its own.
+    # For a full disk, torch raises RuntimeError and safetensors its own error.
     except (OSError, RuntimeError, _safetensors_error()) as error:
         raise OSError(f"the merge of steps {origin['steps']} was not saved to {path}: {error}") from error
 
@@ -149,7 +157,7 @@ def _save_sharded(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str
                 write_safetensors(unfinished, state, (tensor for _, tensor in gathered), safetensors_metadata(origin))
     except OSError as error:
         problem = f"the merge of steps {origin['steps']} was not saved to {path}: {error}"
-    # Whatever happened to the file, the others wait for this rank's part of each tensor.
+    # Gathering is collective: after an error on this rank, the others still wait for its part of each tensor.
     for _ in gathered:
         pass
     if found := all_gather_dict({} if problem is None else {rank(): problem}):
@@ -157,12 +165,12 @@ def _save_sharded(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str
 
 
 def safetensors_metadata(origin: Mapping[str, Any]) -> dict[str, str]:
-    """The provenance as a ``.safetensors`` file holds it; loaders of pre-trained models look for the format."""
+    """Returns the provenance as .safetensors metadata, with the ``format`` that loaders of pre-trained models need."""
     return {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
 
 
 def check_suffix(path: Path) -> None:
-    """Raises unless a merge can be saved under that name."""
+    """Raises ValueError unless the path ends in ``.ckpt`` or ``.safetensors``."""
     if path.suffix not in (".ckpt", ".safetensors"):
         raise ValueError(f"a merge is saved as .ckpt or .safetensors, got {path.name!r}")
 

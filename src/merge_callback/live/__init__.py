@@ -1,1 +1,1 @@
-"""The run under training: read, swapped, put back, evaluated."""
+"""Reads the live model, swaps its weights, evaluates it, and restores everything afterwards."""

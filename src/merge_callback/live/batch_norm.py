@@ -1,4 +1,4 @@
-"""Statistics of batch norm layers for weights that no training step has seen: from the latest training inputs."""
+"""Recalibrates batch norm statistics for merged weights from the latest training inputs."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -22,15 +22,15 @@ from merge_callback.utilities.messages import Messages
 
 
 class RecentInputs:
-    """Copies of the latest inputs of a model in training, on the device where they were used.
+    """A rolling buffer with copies of the latest training inputs, on the device where they were used.
 
     Args:
-        num_batches: How many.
+        num_batches: Number of batches to keep.
     """
 
     def __init__(self, num_batches: int) -> None:
         self._inputs: deque[Any] = deque(maxlen=num_batches)
-        # Clean names of the submodules that were in training mode for the latest of them.
+        # Clean names of the submodules that were in training mode for the latest batch.
         self.in_training: set[str] = set()
         self._modes: list[tuple[str, bool]] = []
 
@@ -42,17 +42,17 @@ class RecentInputs:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a safe load of a checkpoint would take them: tensors, numbers and strings in lists and dicts."""
+        """Whether ``weights_only=True`` can load all inputs: tensors, numbers and strings in lists and dicts."""
         return all(map(_is_plain, self._inputs))
 
     def append(self, module: nn.Module, batch: Any) -> None:
-        """Takes a copy of a batch's inputs, since loaders use their memory again, and note of the module's modes.
+        """Copies the inputs of a batch, since loaders may reuse the memory, and records which submodules are training.
 
         Args:
-            module: The model, which is about to be trained on the batch.
-            batch: The first item of what is a list or tuple is the input, else all of it.
+            module: The model that is about to train on the batch.
+            batch: If it is a list or tuple, its first item is the input; otherwise the whole batch is.
         """
-        # To clean the names takes longer than to go through them, and modes hardly ever change.
+        # Cleaning all names is slow and the modes rarely change, so names are cleaned only after a change.
         if (modes := [(name, each.training) for name, each in module.named_modules()]) != self._modes:
             self._modes = modes
             self.in_training = {clean_name(name) for name, is_training in modes if is_training}
@@ -60,27 +60,27 @@ class RecentInputs:
         self._inputs.append(apply_to_collection(inputs, Tensor, torch.clone))
 
     def clear(self) -> None:
-        """Forgets them."""
+        """Drops all inputs."""
         self._inputs.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The modes, and the inputs where they are plain."""
+        """Returns the training modes, and the inputs if they are plain (`is_plain`)."""
         inputs = list(self._inputs) if self.is_plain else []
         return {"inputs": inputs, "in_training": sorted(self.in_training)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Takes over what `state_dict` gave."""
+        """Restores the result of `state_dict`, with the inputs on ``device``."""
         self.clear()
         self._inputs.extend(move_data_to_device(inputs, device) for inputs in state["inputs"])
         self.in_training, self._modes = set(state["in_training"]), []
 
 
 class Recalibration:
-    """Keeps the latest training inputs, and finds the statistics of a merge from them.
+    """Keeps the latest training inputs and recalibrates the batch norm statistics of a merge with them.
 
     Args:
-        num_batches: From how many batches; None does nothing.
-        messages: For the user.
+        num_batches: Number of batches to use. None turns recalibration off.
+        messages: Where warnings go.
     """
 
     def __init__(self, num_batches: int | None, messages: Messages) -> None:
@@ -91,12 +91,12 @@ class Recalibration:
         self._is_tried = False
 
     def begin(self, trainer: Trainer) -> None:
-        """Another fit, in the trainer's precision."""
+        """Starts a new fit, in the trainer's precision."""
         self._step_context = trainer.precision_plugin.train_step_context
         self._is_tried = False
 
     def check(self, module: LightningModule) -> None:
-        """Raises `ValueError` if the module has nothing to recalibrate, or no inputs that could be kept."""
+        """Raises ValueError if the module has no batch norm layers, or its training step takes ``dataloader_iter``."""
         if self.num_batches is None:
             return
         if not batch_norms(module):
@@ -105,15 +105,16 @@ class Recalibration:
             raise ValueError("recalibrate_batches needs a training step that takes batches, not dataloader_iter")
 
     def remember(self, module: nn.Module, batch: Any, *, is_saved: bool) -> None:
-        """Keeps the inputs of a batch that the module is about to be trained on.
+        """Keeps the inputs of a batch that the module is about to train on.
 
         Args:
             module: The live model.
-            batch: As its training step gets it.
-            is_saved: Whether checkpoints are to hold them.
+            batch: The batch that the training step gets.
+            is_saved: Whether checkpoints should contain the inputs.
 
         Raises:
-            ValueError: If the module cannot be called with them; the first time, before hours of training.
+            ValueError: If the module cannot be called with the inputs. Tried only with the first batch, so that the
+                error comes before hours of training.
         """
         if self.num_batches is None:
             return
@@ -124,19 +125,19 @@ class Recalibration:
         if is_saved and not self.inputs.is_plain:
             self._messages.warn(
                 "inputs other than tensors, numbers and strings in lists and dicts do not go into checkpoints; after a"
-                f" resume batch norm statistics are those of {self.num_batches} batches only once so many have been"
-                " trained on",
+                f" resume, batch norm statistics come from fewer than {self.num_batches} batches until that many have"
+                " been trained on",
                 "inputs",
             )
 
     def apply_(self, module: nn.Module) -> None:
-        """`recalibrate_`, where it is asked for."""
+        """Calls `recalibrate_` on the module, unless ``num_batches`` is None."""
         if self.num_batches is not None:
             recalibrate_(module, self.inputs, self._step_context)
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """The batch norm layers that keep running statistics."""
+    """Returns the batch norm layers that keep running statistics."""
     return [each for each in module.modules() if _keeps_statistics(each)]
 
 
@@ -144,16 +145,16 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
 def recalibrate_(
     module: nn.Module, inputs: RecentInputs, step_context: Callable[[], AbstractContextManager[Any]]
 ) -> None:
-    """Replaces running means and variances by those of the module's present weights, averaged over inputs.
+    """Replaces running means and variances with those of the module's present weights, averaged over the inputs.
 
-    As `torch.optim.swa_utils.update_bn` does, by forward passes as in training. Layers that are kept in evaluation mode
-    there, and layers that none of the inputs reach, keep what they have. Nothing else changes: random states, other
-    buffers, modes, attributes and metric objects of the module are afterwards as before, and nothing is logged.
+    Makes forward passes in training mode, as `torch.optim.swa_utils.update_bn` does. Layers that training keeps in
+    evaluation mode, and layers that no input reaches, keep their statistics. Nothing else changes: random states, other
+    buffers, modes, attributes and metric objects of the module are restored, and nothing is logged.
 
     Args:
-        module: Called with each of the inputs; those that are not finite are left out.
-        inputs: None at all leave the statistics as they are.
-        step_context: Made anew around each pass, for its precision.
+        module: The model, called once with each input.
+        inputs: The inputs. Those with NaN or inf are skipped. Without inputs the statistics stay as they are.
+        step_context: Called for a new context around each forward pass, which sets its precision.
 
     Raises:
         ValueError: If a forward pass fails.
@@ -167,7 +168,10 @@ def recalibrate_(
 def batch_statistics(
     module: nn.Module, inputs: RecentInputs, step_context: Callable[[], AbstractContextManager[Any]]
 ) -> list[tuple[_BatchNorm, dict[str, Tensor]]]:
-    """What `recalibrate_` writes: for each layer that the inputs reach, its running mean and variance."""
+    """Returns what `recalibrate_` writes: each batch norm layer with its new running mean and variance.
+
+    The dict of a layer that no input reaches is empty.
+    """
     named = [(clean_name(name), each) for name, each in module.named_modules()]
     modes = [(each, each.training) for _, each in named]
     norms = [each for name, each in named if name in inputs.in_training and _keeps_statistics(each)]
@@ -177,21 +181,21 @@ def batch_statistics(
     momenta = [norm.momentum for norm in norms]
     communicates = any(map(is_shard, module.parameters())) or any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     buffers = dict(module.named_buffers())
-    # A checkpoint that a signal handler saves meanwhile has all live buffers.
+    # With swapped buffers, a checkpoint that a signal handler saves meanwhile still gets the live ones.
     with preserved_rng(), preserved_attributes(module), swapped_weights(buffers, local_clones(buffers)):
-        # Attributes of the instance, which do not outlast this block.
+        # Set on the instance: `preserved_attributes` removes them at the end of the block.
         module.log = module.log_dict = _log_nothing  # type: ignore[assignment]
         try:
             for name, each in named:
                 each.training = name in inputs.in_training
             for norm in norms:
                 norm.reset_running_stats()
-                # The average of all batches instead of one that forgets.
+                # None makes torch average all batches equally, instead of exponentially.
                 norm.momentum = None
             for batch in inputs:
                 own = apply_to_collection(move_data_to_device(batch, device), Tensor, torch.clone)
                 is_bad = not _is_finite(own)
-                # Where a forward pass communicates, all ranks have to make it, or none.
+                # If forward passes communicate, a rank that skips one alone would leave the others waiting.
                 if bool(all_reduce_sum(torch.tensor(float(is_bad)))) if communicates else is_bad:
                     continue
                 with step_context():
@@ -229,7 +233,7 @@ def _keeps_statistics(module: nn.Module) -> TypeGuard[_BatchNorm]:
 
 
 def _statistics(norm: _BatchNorm) -> dict[str, Tensor]:
-    """What a layer has found; nothing if it saw no input."""
+    """Returns copies of a layer's statistics; an empty dict if the layer saw no input."""
     assert norm.num_batches_tracked is not None
     if norm.num_batches_tracked == 0:
         return {}

@@ -1,14 +1,15 @@
-"""A validation of other weights inside fit: the module's own hooks over the same batches, with nothing left behind.
+"""Validates other weights during fit, with the module's own hooks and the same batches, and without side effects.
 
-How it runs. A `ValidationObserver` is called before each live validation of a fit, when the loaders stand ready and no
-batch has been drawn. There it may call `evaluate` as often as it likes: a second evaluation loop of Lightning's own
-class, with its own results, over the live loop's loaders, so that every reduction (batch sizes, several loaders, ranks,
-metric objects) is Lightning's. Random states are put back afterwards, so the live validation that follows sees the same
-batches and the same draws as it would have alone, and as the evaluations before it. When the live validation has ended
-its epoch, and while Lightning still takes values for it, the observer is given the live values and answers what to log
-beside them: same step, same row, and visible to whatever monitors a metric.
+A `ValidationObserver` is called before each live validation of a fit, when the loaders are ready and no batch has been
+drawn. It may call `evaluate` any number of times. Each call runs a second evaluation loop of Lightning's own class
+over the live loop's loaders, with its own results. So every reduction (batch sizes, several loaders, ranks, metric
+objects) is Lightning's. Random states are restored afterwards, so each evaluation and the live validation see the same
+batches and the same random draws.
 
-Lightning keeps these loops private. Every private name that this package touches is touched in this file.
+At the end of the live validation epoch, while Lightning still accepts values for it, the observer gets the live values
+and returns what to log beside them. These values have the same step and row, and callbacks can monitor them.
+
+Lightning keeps these loops private. Only this file and `observe` use their private names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ from merge_callback.live.swap import swapped_weights
 
 @dataclass(frozen=True)
 class LoggedValue:
-    """A metric at the end of a validation epoch, and how it was logged."""
+    """The value of a metric at the end of a validation epoch, and the options it was logged with."""
 
     value: Tensor
     prog_bar: bool = False
@@ -37,9 +38,9 @@ class LoggedValue:
 
 
 class _SilentCallback:
-    """Stands in for a callback: its hooks do nothing, all else is the callback's own, its class included.
+    """A proxy for a callback whose hooks do nothing. Everything else, also its class, is the callback's own.
 
-    Taking the callbacks away would be seen: user code asks the trainer for them, and so does the thread that draws
+    Removing the callbacks instead would break user code that looks them up on the trainer, and the thread that draws
     Lightning's rich progress bar.
     """
 
@@ -55,7 +56,7 @@ class _SilentCallback:
 
 
 class _SilentLogger:
-    """Stands in for a logger: what is logged goes nowhere; names, folders and the class are the logger's own."""
+    """A proxy for a logger that logs nothing. Names, folders and the class are the logger's own."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
@@ -76,22 +77,24 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict[str, LoggedValue]:
-    """Validates the weights that the model holds now, over the batches of the validation that is about to begin.
+    """Validates the model's present weights on the batches of the validation that is about to begin.
 
-    To be called from `ValidationObserver.before_validation`. Runs the module's ``validation_step`` and its hooks as
-    ``Trainer.validate`` would, without callbacks and loggers; they find the metrics that were logged before. Afterwards
-    all that `merge_callback.live.preserve` tells of is as it was, also after an exception: random states, loaders,
-    metric objects, what the module keeps, and what its hooks set in trainer, optimizers and schedulers. So are buffers.
+    Call it from `ValidationObserver.before_validation`. It runs the module's ``validation_step`` and hooks as
+    ``Trainer.validate`` would, without callbacks and loggers. Hooks can read the metrics that were logged before.
+    Afterwards, also after an exception, everything that `merge_callback.live.preserve` covers is restored: random
+    states, loaders, metric objects, the module's attributes, and what its hooks set in trainer, optimizers and
+    schedulers. Buffers are restored too.
 
     Args:
         trainer: A trainer in the middle of a fit.
-        limit_batches: Number of batches per loader, or share of each; None for all that the live validation takes.
+        limit_batches: Number of batches per loader (int), or share of each loader (float). None takes as many as the
+            live validation.
 
     Returns:
-        Name -> value, for everything that was logged for the epoch.
+        Metric name -> value, for everything that was logged for the epoch.
 
     Raises:
-        ValueError: If a share was asked of a loader without length.
+        ValueError: If a share is given and a loader has no length.
     """
     live_loop = trainer.fit_loop.epoch_loop.val_loop
     loop = type(live_loop)(
@@ -103,14 +106,14 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
     loop._max_batches = [_limited(num_batches, limit_batches) for num_batches in live_loop._max_batches]
     loop._last_val_dl_reload_epoch = live_loop._last_val_dl_reload_epoch
     connector = type(trainer._logger_connector)(trainer)
-    # Hooks may ask for what was logged before.
+    # Hooks may read metrics that were logged before.
     for kind in ("_callback_metrics", "_progress_bar_metrics", "_logged_metrics"):
         getattr(connector, kind).update(getattr(trainer._logger_connector, kind))
     module = trainer.lightning_module
     live = {name: getattr(trainer, name) for name in ("callbacks", "loggers", "_logger_connector", "save_checkpoint")}
 
     def save_live_checkpoint(*arguments: Any, **options: Any) -> None:
-        # A signal handler, such as that of a cluster that is about to stop the job, may save at any moment.
+        # A signal handler may save at any moment, such as one for a cluster that is about to stop the job.
         with _replaced(trainer.fit_loop.epoch_loop, val_loop=live_loop), _replaced(trainer, **live):
             trainer.save_checkpoint(*arguments, **options)
 
@@ -122,7 +125,8 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         buffers = dict(module.named_buffers())
         stack.enter_context(swapped_weights(buffers, local_clones(buffers)))
         if isinstance(wrapper := trainer.model, DistributedDataParallel):
-            # DDP takes over rank 0's buffers at the first evaluation after a training step; that is still to come.
+            # DDP copies rank 0's buffers in the first evaluation after a training step, then clears this flag. The live
+            # validation still needs that copy.
             is_due = wrapper.require_forward_param_sync
             stack.enter_context(_replaced(wrapper, require_forward_param_sync=is_due))
         stack.enter_context(_replaced(trainer.fit_loop.epoch_loop, val_loop=loop))
@@ -140,7 +144,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
 
 
 def num_limited_batches(trainer: Trainer, limit_batches: int | float | None) -> tuple[int | float, int | float]:
-    """How many batches, over all loaders, `evaluate` would take under that limit, and how many the live validation."""
+    """Returns the number of batches over all loaders, for `evaluate` with this limit and for the live validation."""
     max_batches = trainer.fit_loop.epoch_loop.val_loop._max_batches
     return sum(_limited(num_batches, limit_batches) for num_batches in max_batches), sum(max_batches)
 
@@ -159,7 +163,7 @@ def _limited(num_batches: int | float, limit_batches: int | float | None) -> int
 
 
 def _epoch_values(results: Any, callback_metrics: Mapping[str, Tensor]) -> dict[str, LoggedValue]:
-    """What the hooks of one evaluation loop logged for the epoch, out of all metrics of the trainer."""
+    """Returns the values that one evaluation loop logged for the epoch; ``callback_metrics`` may hold others too."""
     values = {}
     for item in results.values():
         if not item.meta.on_epoch:
@@ -180,7 +184,7 @@ def _epoch_values(results: Any, callback_metrics: Mapping[str, Tensor]) -> dict[
 
 @contextmanager
 def _replaced(owner: object, **attributes: Any) -> Iterator[None]:
-    """Other attributes for a while; one that came from the class is the class's again afterwards."""
+    """Replaces attributes inside the context. Afterwards, inherited ones are deleted from the instance again."""
     saved = {name: getattr(owner, name) for name in attributes}
     inherited = {n for n in attributes if n not in vars(owner) and not isinstance(getattr(type(owner), n), property)}
     try:

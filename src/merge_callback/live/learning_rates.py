@@ -1,4 +1,4 @@
-"""Learning rates as optimizer steps use them, also where a decay lies over what the schedulers set."""
+"""Learning rates as the optimizer steps use them, including a decay on top of the schedulers' rates."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,19 +13,19 @@ _overlays: WeakKeyDictionary[Optimizer, "RateOverlay"] = WeakKeyDictionary()
 
 
 class RateOverlay:
-    """Multiplies the rates of some optimizers during their steps, and only then.
+    """Multiplies the learning rates of optimizers, only while they step.
 
-    Outside ``optimizer.step`` the rates are the schedulers' own, so that schedulers which go on from the current rate
-    are not disturbed, and nothing is left behind in checkpoints or after `remove`.
+    Outside ``optimizer.step`` the rates are the schedulers' own. So schedulers that compute the next rate from the
+    current one are not disturbed, and nothing is left in checkpoints or after `remove`.
 
     Args:
-        optimizers: Whose rates.
-        multiplier: Called at every step of each of them.
-        is_decay: Whether the rates count as moved, so that what watches for constant ones sees it. A short lowering of
-            them is none.
+        optimizers: Optimizers whose rates are multiplied.
+        multiplier: Returns the factor; called at every step of every optimizer.
+        is_decay: Whether `learning_rates` includes the factor, so that the rates no longer count as constant. False for
+            a short reduction, such as after a loss spike.
 
     Raises:
-        ValueError: If an optimizer has no rate to multiply, or its rates are multiplied already.
+        ValueError: If an optimizer has no learning rate, or another overlay already multiplies its rates.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class RateOverlay:
         self.multiplier = multiplier
         self.num_steps = 0
         self._set_aside: dict[Optimizer, list[Any]] = {}
-        # The step of a subclass that calls its base's may call the hooks once for each.
+        # The hooks may run twice per step if the step of a subclass calls that of its base; only the outer one counts.
         self._depth: dict[Optimizer, int] = {}
         for optimizer in self.optimizers:
             name = type(optimizer).__name__
@@ -56,7 +56,7 @@ class RateOverlay:
             _overlays[optimizer] = self
 
     def remove(self) -> None:
-        """From here on the rates are the schedulers' own again; after a step that failed, too."""
+        """Stops multiplying and restores the schedulers' rates, also after a step that failed."""
         for handle in self._handles:
             handle.remove()
         for optimizer in self.optimizers:
@@ -71,7 +71,7 @@ class RateOverlay:
         self.num_steps += 1
         multiplier = self.multiplier()
         rates = [group["lr"] for group in optimizer.param_groups]
-        # A rate may be a tensor whose address is in use: it is written in place, and put back exactly.
+        # A tensor rate may be in use by address, so it is written in place and restored exactly.
         self._set_aside[optimizer] = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate.mul_(multiplier) if isinstance(rate, Tensor) else rate * multiplier
@@ -88,14 +88,14 @@ class RateOverlay:
 
 
 def optimizer_step(trainer: Trainer) -> int:
-    """Rounds of optimizer steps so far; Lightning counts the steps of all optimizers."""
+    """Returns the steps of one optimizer so far. Lightning's ``global_step`` counts the steps of all optimizers."""
     return trainer.global_step // max(1, len(trainer.optimizers))
 
 
 def learning_rates(optimizers: Iterable[Optimizer]) -> list[float]:
-    """The rates of all parameter groups, as a step now would use them, but for a short lowering.
+    """Returns the rate that a step would use now for each parameter group, without short reductions (`is_decay` False).
 
-    NaN for a schedule-free optimizer, which keeps its real rate to itself.
+    The rate of a schedule-free optimizer is NaN, since its effective rate is internal.
     """
     return [
         math.nan if "train_mode" in group else float(group["lr"]) * _multiplier(optimizer)
@@ -111,5 +111,5 @@ def _multiplier(optimizer: Optimizer) -> float:
 
 
 def is_overlaid(optimizers: Iterable[Optimizer]) -> bool:
-    """Whether something multiplies the rates of one of them already."""
+    """Returns True if a `RateOverlay` multiplies the rates of one of the optimizers."""
     return any(optimizer in _overlays for optimizer in optimizers)

@@ -1,4 +1,4 @@
-"""Names of a model's tensors as its author wrote them, and patterns that select some of them."""
+"""Tensor names without the prefixes of wrappers, and patterns that select parameters by name."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_f
 
 
 def clean_name(name: str) -> str:
-    """The name that a tensor has in the module as its author wrote it, without what wrappers add.
+    """Returns a tensor's name in the original module, without the parts that wrappers add.
 
     Examples:
         >>> clean_name("gpt._orig_mod.blocks.0._checkpoint_wrapped_module.mlp.weight")
@@ -22,7 +22,7 @@ def clean_name(name: str) -> str:
 
 
 def fits(name: str, patterns: str | Iterable[str]) -> bool:
-    """Whether a name fits one pattern, or any of several.
+    """Returns True if a name matches the pattern, or any of several patterns (shell style, as in `fnmatch`).
 
     Examples:
         >>> fits("norm.running_var", "*running_var"), fits("norm.weight", ["*bias", "*running_var"])
@@ -33,11 +33,11 @@ def fits(name: str, patterns: str | Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which parameters are merged, by patterns of their clean names; the others stay live.
+    """Selects the parameters to merge by patterns of their clean names. The others stay live.
 
     Args:
-        include: One of these has to fit; ``"*"`` fits all.
-        exclude: None of these may fit.
+        include: Patterns of which at least one must match. ``"*"`` matches all names.
+        exclude: Patterns of which none may match.
 
     Examples:
         >>> selection = Selection(exclude=("*.router.*",))
@@ -53,7 +53,7 @@ class Selection:
 
     @property
     def is_everything(self) -> bool:
-        """Whether it leaves nothing out, whatever the model."""
+        """Whether the selection includes every parameter of any model."""
         return "*" in self.include and not self.exclude
 
 
@@ -61,10 +61,10 @@ EVERYTHING = Selection()
 
 
 def check_patterns(module: nn.Module, selection: Selection) -> None:
-    """Raises if a pattern fits no parameter, trainable or not: it would be mistyped.
+    """Raises ValueError if a pattern matches no parameter, trainable or not, since it is probably mistyped.
 
     Raises:
-        ValueError: The message names the pattern, and the parameters that there are.
+        ValueError: If a pattern matches nothing. The message names the pattern and all parameters.
     """
     names = [clean_name(name) for name, _ in module.named_parameters()]
     for argument, patterns in (("include", selection.include), ("exclude", selection.exclude)):

@@ -12,18 +12,19 @@ from merge_callback.live.swap import live_weights
 
 
 class ValidationObserver(Protocol):
-    """What `observe_validations` calls around every validation of a fit, the sanity check excepted."""
+    """The interface of an observer: called around every validation of a fit, except the sanity check."""
 
     def before_validation(self, trainer: Trainer) -> None:
-        """Called before the live validation; the place for `evaluate`.
+        """Called before the live validation. This is the place to call `evaluate`.
 
-        Other weights may be swapped in: who saves a checkpoint meanwhile, as a signal handler may, saves the live ones.
+        The observer may swap in other weights. A checkpoint that is saved meanwhile, such as by a signal handler, still
+        holds the live weights.
         """
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> Mapping[str, LoggedValue]:
-        """Called with the live values once their epoch has ended; returns what to log beside them.
+        """Called with the live values at the end of their epoch; returns the values to log beside them.
 
-        What is to stand in the progress bar stands there under the first part of its name, ``merged``.
+        The progress bar shows a value under the first part of its name, such as ``merged``.
         """
 
 
@@ -36,7 +37,7 @@ def observe_validations(trainer: Trainer, observer: ValidationObserver) -> None:
 
 
 def stop_observing_validations(trainer: Trainer, observer: ValidationObserver) -> None:
-    """Undoes `observe_validations`; does nothing where there is nothing to undo."""
+    """Undoes `observe_validations`; does nothing if the observer is not registered."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     if isinstance(loop.run, _ObservedRun) and observer in loop.run.observers:
         loop.run.observers.remove(observer)
@@ -45,12 +46,12 @@ def stop_observing_validations(trainer: Trainer, observer: ValidationObserver) -
 
 
 class _ObservedRun:
-    """Stands in for the ``run`` of the fit's validation loop."""
+    """Replaces the ``run`` method of the fit's validation loop."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.observers: list[ValidationObserver] = []
-        # Lightning's results keep a name from one validation to the next.
+        # Names that observers logged. Lightning's results keep them, and they are not live values in later validations.
         self.published: set[str] = set()
 
     def __call__(self) -> Any:
@@ -73,17 +74,17 @@ class _ObservedRun:
         for observer in self.observers:
             for name, value in observer.after_validation(self.trainer, live).items():
                 if name in now or name in live:
-                    # Lightning would log the mean of both.
+                    # Lightning would silently log the mean of both values.
                     raise ValueError(f"{name} is logged twice; give the callback, or its merge, another name")
                 now.add(name)
                 self.published.add(name)
-                # Not through `self.log`, which refuses the names of values that belong to one of several loaders. The
-                # values are reduced over ranks already: asking for a reduction that does nothing keeps them so.
+                # `self.log` refuses names that belong to one of several loaders. The values are already reduced over
+                # ranks: `sync_dist` with the default reduction of results, which does nothing, keeps them unchanged.
                 results.log(
                     "on_validation_epoch_end", name, value.value, logger=value.logger, sync_dist=True, batch_size=1
                 )
                 if value.prog_bar:
-                    # Under a short name, which leaves the line its place, and which nothing else has to know.
+                    # A short name keeps the line short. It exists only in the progress bar.
                     shown = {name.partition("/")[0]: value.value.item()}
                     self.trainer._logger_connector._progress_bar_metrics.update(shown)
 
@@ -92,13 +93,13 @@ class _ObservedRun:
 def _called_after_epoch_end(module: LightningModule, function: Callable[[], None]) -> Iterator[None]:
     """Calls the function right after the module's own ``on_validation_epoch_end``.
 
-    The hook of the same name that callbacks have runs before the module's, too early to see what the module logs there.
+    Lightning runs the callbacks' hook of that name before the module's, too early to see what the module logs in it.
     """
     with ExitStack() as replaced:
         own_hook = module.on_validation_epoch_end
 
         def hook() -> None:
-            # Gone before anyone could copy or pickle the module with it.
+            # Removed first, so that the module can be copied or pickled in its own hook.
             replaced.close()
             own_hook()
             function()
@@ -109,7 +110,7 @@ def _called_after_epoch_end(module: LightningModule, function: Callable[[], None
 
 @contextmanager
 def _saving_live_weights(trainer: Trainer) -> Iterator[None]:
-    """Inside the context, whoever saves a checkpoint saves the live weights, whatever is swapped."""
+    """Inside the context, every saved checkpoint holds the live weights, even while others are swapped in."""
     save = trainer.save_checkpoint
 
     def save_live_checkpoint(*arguments: Any, **options: Any) -> None:
@@ -121,17 +122,17 @@ def _saving_live_weights(trainer: Trainer) -> Iterator[None]:
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether a validation follows the training batch that has just ended; for ``on_train_batch_end``.
+    """Returns True if a validation follows the training batch that has just ended. For ``on_train_batch_end``.
 
-    A count of validations that is kept in checkpoints has to go up here. Lightning saves some checkpoints before the
-    validation that is due at their step, and passes over that validation when it resumes from them.
+    A count of validations that is saved in checkpoints must increase here. Lightning saves some checkpoints before the
+    validation of their step, and skips that validation when it resumes from them.
     """
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def is_last_validation(trainer: Trainer) -> bool:
-    """Whether the fit ends with the validation that runs now."""
+    """Returns True if the fit ends after the validation that runs now."""
     is_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     has_all_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
@@ -139,5 +140,5 @@ def is_last_validation(trainer: Trainer) -> bool:
 
 
 def logged_step(trainer: Trainer, live: Mapping[str, LoggedValue]) -> int:
-    """The step under which Lightning hands the values of a validation to its loggers; ``step`` if the user logs it."""
+    """Returns the step of a validation's values in the loggers: the value of ``step`` if the user logs it."""
     return int(live["step"].value) if "step" in live else trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,6 +1,5 @@
-"""What an extra validation would leave behind, remembered before and put back after: random states, metric objects, the
-lists and numbers that modules keep as attributes, what hooks set in trainer, optimizers and schedulers, and the
-generators of loaders."""
+"""Undoes the side effects of an extra validation: on random states, metric objects, plain attributes of modules, what
+hooks set in trainer, optimizers and schedulers, and the generators of loaders."""
 
 import operator
 import random
@@ -25,24 +24,24 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 
-# Plain tensors up to this size (sums, counters) are remembered; larger ones are taken to be data that nobody changes.
+# Plain tensors up to this size (sums, counters) are restored; larger ones are assumed to be constant data.
 MAX_TENSOR_BYTES = 2**20
-# Likewise lists and dicts up to this length.
+# Lists and dicts up to this length are restored.
 MAX_ITEMS = 100_000
-# How deep lists inside dicts inside lists are followed.
+# How deep nested containers and objects are followed.
 MAX_DEPTH = 4
-# Where what is not the user's own is installed.
+# Folders of installed packages; classes that are defined there are not the user's own.
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _NOT_THE_USERS = ("torch", "torchmetrics", "lightning", "pytorch_lightning", "merge_callback")
-# What every module has: parameters, buffers, submodules and hooks are not the business of this file.
+# Attributes of every module: this file does not restore parameters, submodules and hooks.
 _MODULE_MACHINERY = frozenset(vars(nn.Module()))
 _ABSENT = object()
 
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Whatever is drawn inside, the global generators of torch, CUDA, numpy and Python are afterwards as before."""
-    # Lightning's `isolate_rng` does the same, but not when an exception passes through it.
+    """Restores the global random states of torch, CUDA, numpy and Python after the context."""
+    # Lightning's `isolate_rng` does not restore the states after an exception.
     states = _collect_rng_states()
     on_gpus = dict(enumerate(states.pop("torch.cuda")))
     try:
@@ -50,18 +49,18 @@ def preserved_rng() -> Iterator[None]:
     finally:
         _set_rng_states(states)
         for gpu, state in on_gpus.items():
-            # Setting one, even to what it is, lets the dropout of cuDNN's recurrent layers begin anew.
+            # Even setting the same state would restart the dropout of cuDNN's recurrent layers.
             if not torch.equal(torch.cuda.get_rng_state(gpu), state):
                 torch.cuda.set_rng_state(state, gpu)
 
 
 @contextmanager
 def preserved_attributes(module: nn.Module) -> Iterator[None]:
-    """Metric objects of the module are empty inside; they and its plain attributes are afterwards as before.
+    """Resets the module's metric objects inside the context; afterwards restores them and its plain attributes.
 
-    Covers what people keep on modules, also nested: numbers, lists, dicts, sets, arrays and tensors up to 1 MiB, random
-    generators, buffers that are replaced by others, metric objects in the module tree or in plain lists, and objects of
-    the user's own classes, such as a meter. Objects of other installed packages are left alone.
+    Covers common attributes, also nested: numbers, lists, dicts, sets, arrays and tensors up to 1 MiB, random
+    generators, replaced buffers, metric objects in the module tree or in plain lists, and objects of the user's own
+    classes, such as a meter. Does not cover objects of installed packages.
     """
     with ExitStack() as undo:
         memory = _Memory(undo, own_package=_package(type(module)))
@@ -73,11 +72,11 @@ def preserved_attributes(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved_trainer(trainer: Trainer) -> Iterator[None]:
-    """What hooks of the module may set elsewhere to act on the training is afterwards as before.
+    """Restores what the module's hooks may set outside the module to act on the training.
 
-    Covers the options of optimizers (rates), the state of schedulers, which parameters are trained, gradients that are
-    made or replaced, and numbers of the trainer (``should_stop``) and of its datamodule. What a signal handler sets in
-    the trainer stays, as that of a cluster which is about to stop the job.
+    Covers the options of optimizers (rates), the state of schedulers, ``requires_grad``, new or replaced gradients, and
+    numbers of the trainer (``should_stop``) and of its datamodule. Numbers that a signal handler sets in the trainer
+    stay, such as one for a cluster that is about to stop the job.
     """
     with ExitStack() as undo:
         memory = _Memory(undo)
@@ -96,21 +95,21 @@ def preserved_trainer(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def preserved_loaders(loaders: Iterable[Any]) -> Iterator[None]:
-    """Numbers and generators of loaders, their samplers and datasets, in this process, are rewound afterwards."""
+    """Restores numbers and random generators of loaders, samplers and datasets in this process."""
     with ExitStack() as undo:
         memory = _Memory(undo)
         for loader in loaders:
-            # Lists and tensors of a dataset are its data.
+            # Only numbers and generators: lists and tensors of a dataset are its data, and may be large.
             for part in _parts(loader):
                 memory.remember_numbers(part)
             if getattr(loader, "_iterator", _ABSENT) is None:
-                # Workers that persist would be those of the extra pass: the live one starts its own, with its own seed.
+                # Persistent workers must not survive: the live validation has to start its own, with its own seed.
                 undo.callback(_stop_workers, loader)
         yield
 
 
 class _Memory:
-    """What some objects hold; leaving the stack brings the same objects back to it, all of them, whatever fails."""
+    """Remembers the contents of objects and restores them in place when the stack closes, also after an exception."""
 
     def __init__(self, undo: ExitStack, own_package: str | None = None) -> None:
         self.metrics: list[Metric | MetricCollection] = []
@@ -128,7 +127,7 @@ class _Memory:
             if len(value) <= MAX_ITEMS:
                 self._remember_container(value, depth)
         elif isinstance(value, Tensor):
-            # Inference tensors and those with a graph cannot be written in place by a validation either.
+            # A validation cannot write in place to inference tensors and those that require gradients.
             if value.nbytes <= MAX_TENSOR_BYTES and not value.is_inference() and not value.requires_grad:
                 self._undo.callback(_set_tensor, value, value.clone(), value._version)
         elif isinstance(value, np.ndarray):
@@ -155,11 +154,11 @@ class _Memory:
             self.metrics.append(module)
         own = {name: attribute for name, attribute in vars(module).items() if name not in _MODULE_MACHINERY}
         self._undo.callback(_set_attributes, module, own)
-        # Which tensors the buffers are; what these hold is the business of whoever swaps them.
+        # Restores which tensors are buffers. The caller restores their values, by swapping in copies.
         self._undo.callback(_refill, module._buffers, dict(module._buffers))
         for child in module.children():
             self.remember(child)
-        # A metric's states are replaced and not written to when it is reset, so only its lists need care.
+        # Resetting a metric replaces its states without writing to them, so only its lists need to be copied.
         inner_depth = 1 if isinstance(module, Metric) else depth - 1
         for attribute in own.values():
             self.remember(attribute, inner_depth)
@@ -183,7 +182,7 @@ class _Memory:
 
 @contextmanager
 def _noted_by_signals(owner: object, numbers: dict[str, Any]) -> Iterator[None]:
-    """Inside the context, numbers that signal handlers set in an owner are set among the given ones, too."""
+    """Inside the context, numbers that signal handlers set on ``owner`` are also stored in ``numbers``."""
 
     def noting(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
         def handle(signal_number: int, frame: FrameType | None) -> None:
@@ -218,7 +217,7 @@ def _content(container: Any) -> Any:
 
 
 def _refill(container: Any, content: Any) -> None:
-    """Puts the content back, unless it is what the container holds: some dicts allow no change."""
+    """Restores a container's content. Writes only if it has changed, since some dicts are read-only."""
     if isinstance(container, dict):
         same = list(container) == list(content) and all(container[key] is content[key] for key in content)
     elif isinstance(container, set):
@@ -255,8 +254,8 @@ def _set_trained(parameter: nn.Parameter, requires_grad: bool, grad: Tensor | No
         parameter.grad = grad
     if _version(grad) != version:
         warnings.warn(
-            "A hook of the validation writes to gradients that are there already. After the validation of a merge they"
-            " cannot be put back: with gradients accumulated over batches, training is not the same as without it.",
+            "A validation hook writes to existing gradients. They cannot be restored after the validation of a merge:"
+            " if gradients are accumulated over batches, training differs from a run without the merge callback.",
             stacklevel=2,
         )
 
@@ -267,7 +266,7 @@ def _version(tensor: Tensor | None) -> int:
 
 @cache
 def _is_the_users(package: str, own_package: str | None) -> bool:
-    """Whether the classes of a package are the user's: of the module's own, or of files that are not installed."""
+    """Returns True if a package is the user's: the package of the module itself, or one that is not installed."""
     if package in (own_package, "__main__"):
         return True
     file = getattr(sys.modules.get(package), "__file__", None)
@@ -281,7 +280,7 @@ def _package(owner: type) -> str:
 
 
 def _parts(loader: Any) -> Iterator[Any]:
-    """A loader, its samplers, and its dataset with the datasets inside it."""
+    """Yields a loader, its samplers, and its dataset with all datasets inside it."""
     yield loader
     found = [getattr(loader, name, None) for name in ("sampler", "batch_sampler", "dataset")]
     for part in found:

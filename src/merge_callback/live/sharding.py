@@ -1,12 +1,12 @@
-"""Sharded models: what a rank holds of each tensor, and how it is told to the rest of the world.
+"""Sharded models: local shards, gathering them, and communication between ranks.
 
-Merging is elementwise, so every rank captures and merges its own shards, and nothing is communicated. Facts of torch's
-FSDP2 and tensor parallelism that decide how:
+Merging is elementwise, so every rank captures and merges its own shards, and nothing is communicated. Two facts of
+torch's FSDP2 and tensor parallelism decide how:
 
-- After a forward pass FSDP2 may leave gathered, plain parameters in the place of the sharded ones. Whoever reads or
-  writes a model has to put the shards back first (`reshard`).
-- Its all-gather reads a buffer of its own that the shards are views of, so shards are written in place; another pointer
-  would be ignored.
+- After a forward pass FSDP2 may leave gathered, plain parameters in place of the sharded ones. Code that reads or
+  writes a model must put the shards back first (`reshard`).
+- Its all-gather reads an internal buffer, and the shards are views of it. So shards must be written in place; exchanged
+  pointers would be ignored.
 """
 
 import math
@@ -22,19 +22,19 @@ from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this process holds only its part of the tensor."""
+    """Returns True if this process holds only a part of the tensor (a DTensor)."""
     return isinstance(tensor, DTensor)
 
 
 def reshard(module: nn.Module) -> None:
-    """Puts FSDP2's sharded parameters in their place; nothing is communicated, and the next forward pass gathers."""
+    """Puts FSDP2's sharded parameters back, without communication. The next forward pass gathers them again."""
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
             submodule.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of the tensor, by reference and without a graph; a plain tensor itself."""
+    """Returns this process's shard of a tensor, or a plain tensor itself. It shares memory and has no graph."""
     if isinstance(tensor, DTensor):
         with torch.no_grad():
             return tensor.to_local()
@@ -42,14 +42,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def rank() -> int:
-    """The number of this process among those of the job."""
+    """Returns the global rank of this process; zero without torch.distributed."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all ranks of a job."""
+    """Returns the sum of the tensor over all ranks, on the CPU."""
     if torch.distributed.is_initialized():
-        # NCCL knows tensors of a GPU only.
+        # NCCL supports GPU tensors only.
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
         tensor = tensor.to(device)
         torch.distributed.all_reduce(tensor)
@@ -57,17 +57,17 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def local_clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of what this process holds of each tensor."""
+    """Returns a copy of this process's shard of each tensor (see `local`)."""
     return {name: local(tensor).clone() for name, tensor in tensors.items()}
 
 
 def export_copy(tensor: Tensor) -> Tensor:
-    """A copy to be saved: in host memory, but of a shard where the shard is, since it is still to be gathered."""
+    """Returns a copy to save, in host memory. A shard stays on its device, since it must still be gathered."""
     return tensor.detach().clone() if is_shard(tensor) else tensor.detach().to("cpu", copy=True)
 
 
 def all_gather_dict(found: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The entries of all ranks, in an order that is the same everywhere."""
+    """Returns the entries of all ranks, sorted by key. If ranks share a key, the lowest rank's value counts."""
     if not torch.distributed.is_initialized():
         return dict(found)
     entries: list[Any] = [None] * torch.distributed.get_world_size()
@@ -77,15 +77,15 @@ def all_gather_dict(found: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered from all ranks if it is sharded, on the device where they communicate."""
+    """Returns the whole tensor. A sharded one is gathered from all ranks, on the device of its mesh."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # An offloaded shard lies in host memory.
+    # `join` moves an offloaded shard from host memory to the mesh's device.
     return _Spec.of(tensor).join(local(tensor)).full_tensor()
 
 
 def local_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`local` of each."""
+    """Returns `local` of each tensor."""
     return {name: local(tensor) for name, tensor in tensors.items()}
 
 
@@ -98,18 +98,18 @@ class _Spec:
 
     @classmethod
     def of(cls, tensor: DTensor) -> "_Spec":
-        """How a distributed tensor is spread; global shape and stride have to be told, since shards may be uneven."""
+        """Returns the layout of a DTensor, with global shape and stride: uneven shards do not determine them."""
         return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.stride())
 
     def join(self, part: Tensor) -> DTensor:
-        """The distributed tensor of which this process holds that part; moves it to the device of the mesh."""
+        """Returns the DTensor of which ``part`` is this process's shard. Moves the part to the mesh's device."""
         return DTensor.from_local(
             part, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
         )
 
 
 class Sharding:
-    """How the tensors of a model are spread over ranks, so that tensors shaped like its shards can be, too.
+    """The sharding of a model's tensors, to gather or shard other tensors in the same way.
 
     Args:
         tensors: Name -> live tensor, sharded or plain.
@@ -117,24 +117,24 @@ class Sharding:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._specs = {name: _Spec.of(tensor) for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-        # By the model's mesh and a kind of device; see `_mesh`.
+        # Cache of `_mesh`, by the model's mesh and device type.
         self._meshes: dict[tuple[DeviceMesh, str], DeviceMesh] = {}
 
     @property
     def is_sharded(self) -> bool:
-        """Whether any tensor is."""
+        """Whether any tensor is sharded."""
         return bool(self._specs)
 
     def gather(self, found: Mapping[Any, Any]) -> dict[Any, Any]:
-        """The entries of all ranks; of a model that is not sharded, those of this process, without communication."""
+        """Returns the entries of all ranks. For an unsharded model: those of this process, without communication."""
         return all_gather_dict(found) if self._specs else dict(found)
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks; of a model that is not sharded, the tensor itself, without communication."""
+        """Returns the sum over all ranks. For an unsharded model: the tensor itself, without communication."""
         return all_reduce_sum(tensor) if self._specs else tensor
 
     def num_replicas(self, names: Iterable[str]) -> dict[str, int]:
-        """How many ranks hold the same elements of each tensor; one for a model that is not sharded."""
+        """Returns how many ranks hold the same elements of each tensor; one for an unsharded model."""
         if not self._specs:
             return dict.fromkeys(names, 1)
         return {name: self._num_replicas_of(name) for name in names}
@@ -147,38 +147,38 @@ class Sharding:
         return num_ranks // math.prod(shards)
 
     def shapes(self, locals_: Mapping[str, torch.Size]) -> dict[str, list[int]]:
-        """Shapes of the whole tensors, given those of this process's."""
+        """Returns the shapes of the whole tensors, given the shapes of this process's shards."""
         return {
             name: list(self._specs[name].shape if name in self._specs else shape) for name, shape in locals_.items()
         }
 
     def full_tensor(self, name: str, part: Tensor) -> Tensor:
-        """The tensor of which every rank holds its part, gathered where the live one of that name is sharded."""
+        """Returns the whole tensor, gathered from every rank's part if the live tensor of that name is sharded."""
         return self._specs[name].join(part).full_tensor() if name in self._specs else part
 
     def as_dtensor(self, name: str, part: Tensor) -> Tensor:
-        """A part of a distributed tensor as one: left where it is, to be written or read, and not gathered.
+        """Wraps this process's part of a tensor as a DTensor, to save or load it. It stays on its device, ungathered.
 
         Args:
-            name: Of a live tensor; where that is plain, the part itself is returned.
-            part: What this process holds of a tensor that is shaped like it.
+            name: Name of the live tensor with the same shape. If that is plain, the part itself is returned.
+            part: This process's part.
         """
         if (spec := self._specs.get(name)) is None:
             return part
         return replace(spec, mesh=self._mesh(spec, part.device)).join(part)
 
     def own_part(self, name: str, tensor: Tensor) -> Tensor:
-        """What this process holds of a whole tensor that is shaped like a live one; nothing is communicated."""
+        """Returns this process's part of a whole tensor with the shape of a live one, without communication."""
         if (spec := self._specs.get(name)) is None:
             return tensor
         mesh = self._mesh(spec, tensor.device)
         return distribute_tensor(tensor, mesh, spec.placements, src_data_rank=None).to_local()
 
     def _mesh(self, spec: _Spec, device: torch.device) -> DeviceMesh:
-        """The mesh of the live tensor, for tensors on another kind of device.
+        """Returns a copy of the live tensor's mesh for another type of device.
 
-        torch would move them to the device of the live tensor's mesh, and a GPU need not hold what host memory was
-        chosen for. The names keep it from passing for the model's own mesh, which torch looks results up by.
+        With the live mesh, torch would move tensors from host memory to the GPU, which may have no room for them. The
+        dimensions have their own names: torch looks results up by mesh, and must not take this one for the model's.
         """
         if (key := (spec.mesh, device.type)) not in self._meshes:
             names = tuple(f"of_snapshots_{axis}" for axis in range(spec.mesh.ndim))

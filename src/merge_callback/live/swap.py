@@ -1,4 +1,4 @@
-"""The only writer of a live model: other values in, and always the live ones back."""
+"""Swaps other weights into the live model and always restores the live ones. Only this file writes to a live model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 from merge_callback.live.sharding import is_shard, local
 from merge_callback.merging.combine import ScratchBuffer, flat_chunks
 
-# What is swapped at the moment, outermost first.
+# The active swaps, outermost first.
 _swaps: list["_Exchange"] = []
 
 
@@ -25,22 +25,23 @@ def swapped_weights(
     *,
     in_place: bool = False,
 ) -> Iterator[None]:
-    """Inside the context the live tensors hold other values; afterwards, whatever happened, their own again.
+    """Gives live tensors other values inside the context, and always restores their own afterwards.
 
-    Of plain tensors the pointers are exchanged, nothing is copied: the live values are never touched, tied tensors stay
-    tied, optimizers keep their parameters, and compiled code is not compiled anew. Shards (DTensors) are written in
-    place, since FSDP2 would ignore another pointer, and so is what has its other values on another device; ``other``
-    then holds the live values from there on.
+    For plain tensors only pointers are exchanged and nothing is copied. So the live values are never touched, tied
+    tensors stay tied, optimizers keep their parameters, and compiled code is not recompiled. Two kinds are written in
+    place instead: shards (DTensors), since FSDP2 would ignore another pointer, and tensors whose other values are on
+    another device. For these, ``other`` is the storage for the live values, and keeps them from then on.
 
     Args:
         live: Name -> parameter or buffer of the live model.
-        other: Name -> tensor of the same shape and dtype as what this process holds of the live one, for every name in
-            ``live``. Its own while the context lasts.
-        before: Called before each exchange; for a sharded model, `merge_callback.live.sharding.reshard` of it.
-        in_place: Whether all tensors are written in place, as a CUDA graph wants it, which knows them by address.
+        other: Name -> tensor, for every name in ``live``, with the shape and dtype of this process's part of the live
+            tensor. The context owns these tensors while it lasts.
+        before: Called before each exchange. For a sharded model this must call `merge_callback.live.sharding.reshard`.
+        in_place: Whether all tensors are written in place. CUDA graphs need this, since they use fixed addresses.
 
     Raises:
-        ValueError: If a tensor is missing, differs in shape or dtype, or has no values; nothing was exchanged then.
+        ValueError: If a tensor is missing, differs in shape or dtype, or has no values (meta device). Nothing is
+            exchanged then.
 
     Examples:
         >>> import torch
@@ -60,7 +61,7 @@ def swapped_weights(
         try:
             exchange.put_back(for_good=True)
         except BaseException:
-            # An impatient interrupt: all of it once more.
+            # A second interrupt may have stopped the restore halfway. Restoring can be repeated, so do all of it again.
             exchange.put_back(for_good=True)
             raise
         finally:
@@ -69,15 +70,15 @@ def swapped_weights(
 
 @torch.no_grad()
 def overwrite_(live: Mapping[str, Tensor], values: Mapping[str, Tensor], before: Callable[[], None] = _nothing) -> None:
-    """Copies values into live tensors, for good: for what acts on training, which goes on from them.
+    """Copies values into live tensors permanently; training continues from them.
 
     Args:
         live: Name -> parameter or buffer of the live model.
-        values: Name -> tensor of the same shape, for every name in ``live``; of shards, this process's own.
-        before: As for `swapped_weights`.
+        values: Name -> tensor, for every name in ``live``, with the shape of this process's part of the live tensor.
+        before: Called before writing, as in `swapped_weights`.
 
     Raises:
-        ValueError: If a tensor is missing or has another shape; nothing was written then.
+        ValueError: If a tensor is missing or has another shape. Nothing is written then.
     """
     before()
     pairs = []
@@ -94,9 +95,9 @@ def overwrite_(live: Mapping[str, Tensor], values: Mapping[str, Tensor], before:
 
 @contextmanager
 def live_weights() -> Iterator[None]:
-    """Inside the context all that `swapped_weights` holds swapped has its live values; afterwards the others again.
+    """Restores the live values of all active `swapped_weights` inside the context, and swaps the others in afterwards.
 
-    For whoever comes in between, such as a signal handler that saves the run.
+    For code that runs in the middle of a swap, such as a signal handler that saves the run.
     """
     put_back = []
     try:
@@ -110,17 +111,17 @@ def live_weights() -> Iterator[None]:
 
 
 class _Exchange:
-    """Live tensors and what takes their place; both ways can be repeated, also after either was cut short."""
+    """Live tensors and the values that replace them. Both directions can be repeated, also after an interrupt."""
 
     def __init__(
         self, live: Mapping[str, Tensor], other: Mapping[str, Tensor], before: Callable[[], None], in_place: bool
     ) -> None:
         self._before = before
-        # FSDP2 may still be reading shards that it keeps in host memory: a GPU does what it is asked for later.
+        # FSDP2 may still be copying offloaded shards from host memory to the GPU, which runs asynchronously.
         self._is_offloaded = torch.cuda.is_initialized() and any(
             is_shard(tensor) and local(tensor).device.type == "cpu" for tensor in live.values()
         )
-        # Live tensor, its own values, the others.
+        # Live tensor, its own values, its other values.
         self._pointers: list[tuple[Tensor, Tensor, Tensor]] = []
         self._contents: list[_Contents] = []
         scratches: dict[tuple[torch.dtype, torch.device], ScratchBuffer] = {}
@@ -129,7 +130,7 @@ class _Exchange:
                 raise ValueError(f"no tensor to put in the place of {name}")
             is_part = is_shard(tensor)
             own = local(tensor) if is_part else tensor.data
-            # A wrong dtype would be taken without a word, and the forward pass would then run in it.
+            # torch accepts `data` of another dtype silently, and the forward pass would run in that dtype.
             if own.shape != values.shape or own.dtype != values.dtype or own.is_meta != values.is_meta:
                 raise ValueError(_misfit(name, own, values))
             if in_place or is_part or own.device != values.device:
@@ -151,7 +152,8 @@ class _Exchange:
         self._settle()
         for tensor, own, _ in self._pointers:
             tensor.data = own
-        # The one that an interrupt came upon has its live values in the scratch buffer of all: it comes first.
+        # In reverse order: an interrupted exchange has its live values only in the shared scratch buffer, and must be
+        # restored before others use it.
         for contents in reversed(self._contents):
             contents.put_back(for_good=for_good)
 
@@ -168,19 +170,19 @@ def _misfit(name: str, own: Tensor, values: Tensor) -> str:
 
 
 class _Contents:
-    """Two tensors that exchange their contents through a scratch buffer that others use in between."""
+    """Exchanges the contents of two tensors through a scratch buffer, which all exchanges share."""
 
     def __init__(self, live: Tensor, other: Tensor, scratch: ScratchBuffer) -> None:
         self._live, self._other, self._scratch = live, other, scratch
         self._is_in = False
-        # The live values, while they are nowhere else.
+        # The live values in the scratch buffer, while an exchange is incomplete.
         self._own: Tensor | None = None
 
     def put_in(self) -> None:
         if self._is_in:
             return
         own = self._scratch.like(self._live).copy_(self._live)
-        # A signal handler runs when a copy has ended, and may have done all of it.
+        # A signal handler may run after a copy and complete the whole exchange.
         if self._is_in:
             return
         self._own = own
@@ -192,7 +194,7 @@ class _Contents:
 
     def put_back(self, *, for_good: bool) -> None:
         if self._own is not None:
-            # Something came in between: the live tensor holds the other values already.
+            # Interrupted halfway: the live tensor may already hold the other values.
             if not for_good:
                 self._other.copy_(self._live)
             self._live.copy_(self._own)

@@ -1,4 +1,4 @@
-"""Which tensors of a live model are merged, under which names. The only reader of a live model."""
+"""Finds the tensors of a live model that are merged, by name. Only this file reads a live model."""
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -15,15 +15,15 @@ from merge_callback.live.sharding import is_shard, local_tensors, reshard
 
 
 def merged_parameters(module: nn.Module, selection: Selection = EVERYTHING) -> dict[str, nn.Parameter]:
-    """The parameters that a merge averages: trainable, floating point, each once however often it is tied.
+    """Returns the parameters that a merge averages: trainable, floating point, and each tied one only once.
 
     Args:
         module: The live model.
-        selection: Leaves some of them out; a tied one is known by the first of its names.
+        selection: Which parameters to merge; all by default. A tied parameter has the first of its names.
 
     Returns:
-        Clean name -> live parameter, in the module's order; of a sharded model the sharded ones. Frozen ones are
-        absent: they come from the live model.
+        Clean name -> live parameter, in the module's order. For a sharded model, the sharded parameters. Frozen
+        parameters are absent; a merge takes them from the live model.
     """
     reshard(module)
     named = ((clean_name(name), parameter) for name, parameter in module.named_parameters())
@@ -35,7 +35,7 @@ def merged_parameters(module: nn.Module, selection: Selection = EVERYTHING) -> d
 
 
 def describe_left_out(module: nn.Module, selection: Selection) -> str:
-    """Which trainable parameters a selection leaves to the live model, in words; empty if it leaves none."""
+    """Returns a phrase about the trainable parameters that a selection excludes; empty if it excludes none."""
     if selection.is_everything:
         return ""
     out = {name: p for name, p in merged_parameters(module).items() if not selection(name)}
@@ -45,17 +45,17 @@ def describe_left_out(module: nn.Module, selection: Selection) -> str:
 
 
 def snapshot_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a merge takes from the newest snapshot: floating point and part of the state dict.
+    """Returns the buffers that a merge takes from the newest snapshot: floating point and part of the state dict.
 
     Returns:
         Clean name -> live buffer. Integer buffers (counters, position ids) and non-persistent ones (caches, masks) are
-        absent: they come from the live model and are never averaged.
+        absent. A merge takes them from the live model, and never averages them.
     """
     return _owned_buffers(_buffer_owners(module))
 
 
 def _buffer_owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where `snapshot_buffers` finds them: the submodule and the name in it."""
+    """Returns clean name -> (submodule, name in it) for each of the `snapshot_buffers`."""
     owners = {}
     for name, buffer in module.named_buffers():
         path, _, leaf = name.rpartition(".")
@@ -70,13 +70,13 @@ def _owned_buffers(owners: Mapping[str, tuple[nn.Module, str]]) -> dict[str, Ten
 
 
 class LiveTensors:
-    """What of a module is merged, found anew only when the module has changed.
+    """The tensors of a module that are merged. They are searched again only if the module has changed.
 
-    A walk over the names of many submodules takes longer than averaging their weights does, and is due at every step.
+    They are needed at every step, and a search through many submodules takes longer than averaging their weights.
 
     Args:
         module: The live model.
-        selection: As for `merged_parameters`.
+        selection: Which parameters to merge, as in `merged_parameters`.
     """
 
     def __init__(self, module: nn.Module, selection: Selection = EVERYTHING) -> None:
@@ -86,7 +86,7 @@ class LiveTensors:
         self._find()
 
     def find(self) -> int:
-        """Looks whether the module has changed; returns a number that goes up when it has."""
+        """Updates the tensors if the module has changed. Returns a number that increases with each change."""
         for submodule in self._resharded:
             submodule.reshard()
         if self._is_changed():
@@ -94,11 +94,11 @@ class LiveTensors:
         return self._num_found
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """`merged_parameters`, or of a sharded model what this process holds of them; as of the last `find`."""
+        """Returns `merged_parameters`, or this process's shards of them, as of the last `find`."""
         return self._own(self._parameters)
 
     def buffers(self) -> dict[str, Tensor]:
-        """`snapshot_buffers`; as of the last `find`."""
+        """Returns `snapshot_buffers` as of the last `find`."""
         return _owned_buffers(self._owners)
 
     def _find(self) -> None:
@@ -107,7 +107,7 @@ class LiveTensors:
         self._resharded = [submodule for submodule in submodules if isinstance(submodule, FSDPModule)]
         self._parameters = merged_parameters(self.module, self.selection)
         self._owners = _buffer_owners(self.module)
-        # Plain parameters are their own local tensors; to ask each of thousands at every step takes too long.
+        # Calling `local` on thousands of plain parameters at every step would take too long.
         self._own: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = (
             local_tensors if any(map(is_shard, self._parameters.values())) else _same
         )
@@ -115,12 +115,12 @@ class LiveTensors:
             contents for submodule in submodules for contents in (submodule._modules, submodule._parameters)
         ]
         buffers = [submodule._buffers for submodule in submodules]
-        # Most are empty; that they still are is seen by their sizes.
+        # Most of these dicts are empty. Their total size tells if one of them is no longer empty.
         self._contents = [*fixed, *buffers]
         self._num_entries = sum(map(len, self._contents))
         self._fixed, self._buffers = [each for each in fixed if each], [each for each in buffers if each]
         self._not_persistent = [each._non_persistent_buffers_set for each in submodules if each._buffers]
-        # Held, so that no others can pass for them.
+        # Keeps references, so that a new object cannot have the identity of a deleted one.
         self._found = _values(self._fixed)
         self._all_parameters = [each for each in self._found if isinstance(each, Tensor)]
         self._decisive = self._look()
@@ -133,7 +133,7 @@ class LiveTensors:
         return not is_same or self._look() != self._decisive
 
     def _look(self) -> list[Any]:
-        """What decides whether parameters and buffers are merged, and as what; other buffers may take their places."""
+        """Returns all that decides which tensors are merged, and under which names. Replacing a buffer is no change."""
         parameters = [(each.dtype, each.shape) if each.requires_grad else None for each in self._all_parameters]
         buffers = [None if buffer is None else buffer.dtype for buffer in _values(self._buffers)]
         names = chain.from_iterable([*self._fixed, *self._buffers])
@@ -149,10 +149,10 @@ def _same(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def tensors_by_name(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The module's live parameters and buffers of those clean names, whether trainable or not.
+    """Returns the module's live parameters and buffers with the given clean names, trainable or not.
 
     Raises:
-        ValueError: If the module has no tensor of a name.
+        ValueError: If the module has no tensor with one of the names.
     """
     reshard(module)
     live: dict[str, Tensor] = {clean_name(name): tensor for name, tensor in module.named_parameters()}
@@ -163,20 +163,20 @@ def tensors_by_name(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor
 
 
 def has_lazy_parameters(module: nn.Module) -> bool:
-    """Whether some parameters get their shapes only in the first forward pass."""
+    """Returns True if some parameters get their shapes only in the first forward pass."""
     return any(is_lazy(parameter) for parameter in module.parameters())
 
 
 @torch.no_grad()
 def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity; reads each tensor once and synchronises once."""
+    """Returns the names of tensors with NaN or inf. If all are finite, reads each tensor once and synchronises once."""
     norms = torch._foreach_norm(list(tensors.values()))
     if norms and torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).isfinite().all():
         return []
-    # A norm may overflow where no element does, so the verdict is by element.
+    # A norm may overflow although all elements are finite, so check each element.
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
 def size_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that the tensors' elements take."""
+    """Returns the total size of the tensors' elements in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

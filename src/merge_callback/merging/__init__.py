@@ -1,1 +1,1 @@
-"""Snapshots' steps to coefficients, and weighted sums: shared by live and offline merges."""
+"""Merge rules and weighted sums, shared by live and offline merges."""

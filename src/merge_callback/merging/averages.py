@@ -1,4 +1,4 @@
-"""Profiles of averages over every optimizer step: half-life (Ema) and power function (PowerEma, arXiv 2312.02696)."""
+"""Averages over every optimizer step: `Ema` with a half-life, `PowerEma` with a power function (arXiv 2312.02696)."""
 
 import math
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ from merge_callback.utilities.checks import check_exactly_one, check_numbers
 
 
 class Average(Protocol):
-    """What tells a shadow how much of it stays at an update."""
+    """An average of the weights that is updated at every optimizer step, kept as one extra copy (the shadow)."""
 
     def beta(self, step: int, gap: int) -> float:
-        """Share that stays, over ``gap`` optimizer steps that end at ``step``."""
+        """Share of the old average that an update keeps, over the ``gap`` optimizer steps that end at ``step``."""
 
     def span_steps(self, step: int) -> float:
-        """Length of the linear decay whose merge is as old on average."""
+        """Length in steps of the linear decay that has the same mean age."""
 
 
 @dataclass(frozen=True)
 class Ema:
     """An exponential average of the weights with a given half-life, updated at every optimizer step.
 
-    Unlike the rule ``"ema"``, which averages snapshots, it costs one more copy of the weights and no snapshots.
+    The rule ``"ema"`` averages snapshots instead. This average needs one more copy of the weights and no snapshots.
 
     Args:
-        half_life_steps: Optimizer steps after which a weight vector counts half as much.
-        half_life: The same as a share of the steps trained so far, in (0, 1]. Give exactly one of the two.
+        half_life_steps: Optimizer steps after which the weights of a step count half as much.
+        half_life: The half-life as a share of the steps trained so far, in (0, 1]. Give exactly one of the two.
 
     Raises:
-        ValueError: If neither or both are given, or one is out of its range.
+        ValueError: If neither or both are given, or the value is out of range.
 
     Examples:
         >>> Ema(half_life_steps=100).beta(step=1000, gap=100)
@@ -55,11 +55,11 @@ class Ema:
             raise ValueError(f"half_life must be a share of training in (0, 1], got {self.half_life}")
 
     def beta(self, step: int, gap: int) -> float:
-        """Share that stays, over ``gap`` optimizer steps that end at ``step``."""
+        """Share of the old average that an update keeps, over the ``gap`` optimizer steps that end at ``step``."""
         return 0.5 ** (gap / in_steps(self.half_life_steps, self.half_life, step))
 
     def span_steps(self, step: int) -> float:
-        """Length of the linear decay whose merge is as old on average: twice the mean age."""
+        """Length in steps of the linear decay that has the same mean age: twice the mean age."""
         if self.half_life is not None:
             # beta is (1 - gap / step) ** (ln 2 / half_life) to first order, a power function.
             return 2 * step / (math.log(2) / self.half_life + 1)
@@ -71,10 +71,10 @@ class PowerEma:
     """The power-function average of EDM2 (arXiv 2312.02696), updated at every optimizer step.
 
     Args:
-        sigma_rel: Width of the profile as a share of training, in (0, 0.28).
+        sigma_rel: Width of the profile (its standard deviation) as a share of training, in (0, 0.28).
 
     Raises:
-        ValueError: If the width is out of its range.
+        ValueError: If the width is out of range.
 
     Examples:
         >>> round(PowerEma(sigma_rel=0.05).gamma, 2), round(PowerEma(sigma_rel=0.10).gamma, 2)
@@ -85,32 +85,34 @@ class PowerEma:
 
     def __post_init__(self) -> None:
         check_numbers(sigma_rel=self.sigma_rel)
-        # At gamma = 0 the profile is flat, and its width sqrt(1/12).
+        # At gamma = 0 the profile is flat and its width is sqrt(1/12).
         if not 0 < self.sigma_rel < math.sqrt(1 / 12):
             raise ValueError(f"sigma_rel must lie in (0, {math.sqrt(1 / 12):.4f}), got {self.sigma_rel}")
 
     @cached_property
     def gamma(self) -> float:
-        """Exponent of the profile: the largest real root that gives it its width (algorithm 2)."""
+        """Exponent of the profile: the largest real root of the equation for its width (EDM2, algorithm 2)."""
         inverse = self.sigma_rel**-2
         return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
     def beta(self, step: int, gap: int) -> float:
-        """Share that stays, over ``gap`` optimizer steps that end at ``step``."""
+        """Share of the old average that an update keeps, over the ``gap`` optimizer steps that end at ``step``."""
         return (1 - gap / step) ** (self.gamma + 1)
 
     def span_steps(self, step: int) -> float:
-        """Length of the linear decay whose merge is as old on average: twice the mean age."""
+        """Length in steps of the linear decay that has the same mean age: twice the mean age."""
         return 2 * step / (self.gamma + 2)
 
 
 def synthesis_coefficients(stored: Sequence[tuple[int, PowerEma]], step: int, average: PowerEma) -> list[float]:
-    """How to combine stored power-function averages into one of another width: least squares over their profiles.
+    """Returns coefficients that combine stored power-function averages into one of another width.
+
+    They are a least-squares fit of the stored profiles to the wanted profile (EDM2, arXiv 2312.02696).
 
     Args:
-        stored: Step and profile of every average at hand, all begun at step zero.
+        stored: Step and profile of each stored average. All averages began at step zero.
         step: The step at which the wanted average ends.
-        average: Its profile.
+        average: Profile of the wanted average.
 
     Returns:
         One coefficient for each stored average, summing to one.
@@ -129,7 +131,7 @@ def synthesis_coefficients(stored: Sequence[tuple[int, PowerEma]], step: int, av
     gammas = np.array([profile.gamma for _, profile in stored])
     grams = _profile_product(steps[:, None], gammas[:, None], steps[None, :], gammas[None, :])
     wanted = _profile_product(steps, gammas, np.array(float(step)), np.array(average.gamma))
-    # Many profiles are nearly alike: the smallest coefficients among the best fits.
+    # Many profiles are nearly equal. Among the best fits, lstsq then returns the one with the smallest coefficients.
     coefficients = np.linalg.lstsq(grams, wanted, rcond=1e-12)[0]
     return [float(c) for c in coefficients / coefficients.sum()]
 
@@ -142,5 +144,5 @@ def _profile_product(t_a: Any, gamma_a: Any, t_b: Any, gamma_b: Any) -> Any:
 
 
 def is_average(merge: Any) -> TypeIs[Average]:
-    """Whether a merge is kept as a shadow rather than made of snapshots."""
+    """Returns True if the merge is an average over every step, and False if it is made of snapshots."""
     return callable(getattr(merge, "beta", None))

@@ -1,8 +1,8 @@
-"""The kernel behind every merge: weighted sums of flat rows, several at once, each row read once.
+"""The kernel behind every merge: several weighted sums of flat rows in one pass over the rows.
 
-A sum is a chain of interpolations, ``m_j = m_(j-1) + (c_j / (c_1 + ... + c_j)) (x_j - m_(j-1))``: one operation a row,
-accumulated in float32 or better, and equal rows give exactly that row. Rows are gone through in chunks that stay in a
-cache while they are summed.
+A sum is a chain of interpolations, ``m_j = m_(j-1) + (c_j / (c_1 + ... + c_j)) (x_j - m_(j-1))``. Each row takes one
+operation, accumulated in float32 or better, and a sum of equal rows is exactly that row. Rows are processed in chunks
+that stay in the cache while they are summed.
 """
 
 from collections import defaultdict
@@ -12,22 +12,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Elements of a chunk for each thread of a CPU: its own cache holds a row's and the sum's, and to wake it is worth it.
+# Elements of a chunk per CPU thread: few enough that row and sum fit the cache, enough to be worth waking the thread.
 CHUNK_NUMEL = 2**17
-# Whatever the number of threads, a chunk takes little memory.
+# Limits the memory of a chunk on machines with many threads.
 MAX_CHUNK_NUMEL = 2**21
-# A GPU has to be asked for more at a time than it takes to ask.
+# A GPU needs large chunks, so that launching a kernel takes less time than running it.
 GPU_CHUNK_NUMEL = 2**22
 
 
 class Row(Protocol):
-    """A flat row, or what gives parts of one: a tensor, or a file that is read as far as it is asked for."""
+    """A flat tensor, or a file that returns the part of the tensor that is sliced."""
 
     def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
 def chunks(start: int, stop: int, device: torch.device) -> Iterator[slice]:
-    """The stretch from one element to another in pieces that suit a device."""
+    """Yields consecutive slices that cover ``start`` to ``stop``, of a size that suits the device."""
     on_cpu = min(CHUNK_NUMEL * torch.get_num_threads(), MAX_CHUNK_NUMEL)
     numel = on_cpu if device.type == "cpu" else GPU_CHUNK_NUMEL
     for first in range(start, stop, numel):
@@ -35,7 +35,7 @@ def chunks(start: int, stop: int, device: torch.device) -> Iterator[slice]:
 
 
 def flat_chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Two tensors of one shape in flat pieces that suit the first one's device; whole if their memory is not flat."""
+    """Yields matching flat chunks of two tensors of the same shape, or both tensors whole if one is not contiguous."""
     cuts = list(chunks(0, first.numel(), first.device))
     if len(cuts) > 1 and first.is_contiguous() and second.is_contiguous():
         first, second = first.view(-1), second.view(-1)
@@ -48,13 +48,13 @@ def flat_chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]
 def combine_(outs: Sequence[Tensor], rows: Sequence[Row], coefficients: Sequence[Sequence[float]]) -> None:
     """Writes ``sum_j coefficients[k][j] * rows[j]`` into ``outs[k]``.
 
-    Each row is read once for all sums whose coefficients have the same signs; without negative ones, once.
+    If no coefficient is negative, each row is read once. Otherwise it is read once for each pattern of signs.
 
     Args:
-        outs: ``[num_elements]`` each, where the sums go: of one floating dtype, on one device.
-        rows: As long as these, of any floating dtype.
-        coefficients: For each sum one per row, summing to one. Rows without any coefficient but zero are not read.
-            Negative ones come last in the sum, which keeps the running total positive.
+        outs: The sums, ``[num_elements]`` each, of one floating dtype and on one device.
+        rows: ``[num_elements]`` each, of any floating dtype.
+        coefficients: ``[len(outs)][len(rows)]``; those of each sum add up to one. A row whose coefficients are all zero
+            is not read. Rows with negative coefficients are added last, which keeps the running total positive.
     """
     by_order = defaultdict(list)
     for out, values in zip(outs, coefficients, strict=True):
@@ -79,7 +79,7 @@ def combine_(outs: Sequence[Tensor], rows: Sequence[Row], coefficients: Sequence
 
 
 def _shares(coefficients: Sequence[float], order: Sequence[int]) -> dict[int, float]:
-    """How far each row draws the sum so far towards itself, by the row's position."""
+    """Interpolation weight of each row in the running sum, by the row's position."""
     shares, total = {}, 0.0
     for position in order:
         if coefficients[position]:
@@ -89,21 +89,21 @@ def _shares(coefficients: Sequence[float], order: Sequence[int]) -> dict[int, fl
 
 
 class ScratchBuffer:
-    """Room for parts in another dtype, taken once: touching fresh memory would cost more than summing."""
+    """Reusable memory for parts of rows in another dtype. Fresh memory would cost more time than the sum itself."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._scratch: Tensor | None = None
 
     def like(self, part: Tensor) -> Tensor:
-        """Uninitialised, of the same shape; the same memory at each call."""
+        """Returns an uninitialised tensor of the shape of ``part``. Every call returns the same memory."""
         if self._scratch is None or self._scratch.numel() < part.numel():
             self._scratch = part.new_empty(part.numel(), dtype=self.dtype)
         return self._scratch[: part.numel()].view(part.shape)
 
 
 class _Sum:
-    """One sum, chunk by chunk."""
+    """One weighted sum, computed chunk by chunk."""
 
     def __init__(self, out: Tensor, shares: Mapping[int, float]) -> None:
         self.dtype = torch.promote_types(out.dtype, torch.float32)
@@ -117,7 +117,7 @@ class _Sum:
         self._so_far: Tensor | None = None
 
     def add(self, position: int, part: Tensor, *, is_kept: bool) -> None:
-        """Takes in a part of a row; if it is kept as it is until the end, the first one need not be copied."""
+        """Adds a part of a row. ``is_kept``: the part stays unchanged until `end`, so the first one is not copied."""
         if position not in self._shares:
             return
         if self._so_far is None and is_kept:

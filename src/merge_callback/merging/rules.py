@@ -1,18 +1,18 @@
-"""Rules: the steps of some snapshots in, one merge coefficient per snapshot out.
+"""Merge rules: functions from the steps of the snapshots to one coefficient per snapshot.
 
 A merge is ``sum_j c_j x_j`` over the snapshots ``x_1 .. x_N``, oldest first, with coefficients that sum to one. At a
 constant learning rate every snapshot is the first one minus the updates made since, so the merge equals a run whose
 updates between snapshot ``i - 1`` and snapshot ``i`` were multiplied by ``w_i = c_i + c_(i+1) + ... + c_N``
-(arXiv 2507.17634): merging *is* a learning-rate decay that needs no training.
+(arXiv 2507.17634). In this sense merging *is* a learning-rate decay that needs no training.
 
-**How a window maps to a decay.** ``N`` snapshots, ``V`` steps apart, span ``N - 1`` gaps of ``V`` steps, and stand for
-a decay over ``N * V`` steps: each snapshot answers for the ``V`` steps around it, half of them before and half after.
-The updates in the ``i``-th gap get the shape's value at the middle of that gap, which is ``i / N`` of the way down. So
-ten snapshots 100 steps apart, averaged uniformly, are a linear decay over 1,000 steps, in nine stairs of 0.9 to 0.1.
+**How a window maps to a decay.** ``N`` snapshots, ``V`` steps apart, have ``N - 1`` gaps of ``V`` steps between them.
+They stand for a decay over ``N * V`` steps: each snapshot covers the ``V`` steps around it, half before and half after.
+The updates in the ``i``-th gap get the shape's value at the middle of that gap, which is ``i / N`` of the decay. So the
+uniform average of ten snapshots 100 steps apart is a linear decay over 1,000 steps, in nine stairs from 0.9 to 0.1.
 
-Two families share this frame. The paper's rules (``sma``, ``wma``, ``ema``; arXiv 2505.12082) give each snapshot its
-weight by rank, whatever the spacing. The decay-equivalent rules (``linear``, ``1-sqrt``, ``cosine``) weight a snapshot
-by the steps it stands for, so they keep their meaning when the spacing is uneven.
+There are two families of rules. The paper's rules (``sma``, ``wma``, ``ema``; arXiv 2505.12082) weight each snapshot by
+its rank and ignore the spacing. The decay-equivalent rules (``linear``, ``1-sqrt``, ``cosine``) weight a snapshot by
+the steps that it covers, so they keep their meaning when the spacing is uneven.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from typing import Protocol
 
 
 class Rule(Protocol):
-    """Anything that turns snapshot steps, oldest first, into as many coefficients; any function of that form is one."""
+    """A function that returns one coefficient for each snapshot step. Steps are ordered from oldest to newest."""
 
     def __call__(self, steps: Sequence[int], /) -> Sequence[float]: ...
 
@@ -50,10 +50,10 @@ def wma(steps: Sequence[int]) -> list[float]:
 
 
 def ema(alpha: float = 0.2) -> Rule:
-    """A rule that averages snapshots exponentially: ``m_i = alpha x_i + (1 - alpha) m_(i-1)``, ``m_1 = x_1``.
+    """Returns a rule that averages snapshots exponentially: ``m_i = alpha x_i + (1 - alpha) m_(i-1)``, ``m_1 = x_1``.
 
-    This is the average over *snapshots* of arXiv 2505.12082 (alpha 0.1 or 0.2), not an average over every step. Its
-    closed form is started by the oldest snapshot, which therefore gets ``(1 - alpha)^(N-1)`` and makes the sum one.
+    This is the average over *snapshots* of arXiv 2505.12082 (alpha 0.1 or 0.2), not an average over every step. The
+    recursion starts with the oldest snapshot, whose coefficient is therefore ``(1 - alpha)^(N-1)``. The sum is one.
 
     Args:
         alpha: Weight of the newest snapshot, in (0, 1].
@@ -75,7 +75,7 @@ def ema(alpha: float = 0.2) -> Rule:
     return ema_rule
 
 
-# Multiplier of the learning rate as a function of the share of the decay that is done: 1 at 0, 0 at 1.
+# Multiplier of the learning rate as a function of the finished share of the decay: 1 at 0, 0 at 1.
 DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: 1 - share,
     "1-sqrt": lambda share: 1 - math.sqrt(share),
@@ -84,11 +84,12 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def decay(shape: str) -> Rule:
-    """A rule whose merge stands for a decay of the given shape over the window.
+    """Returns a rule whose merge is equivalent to a learning-rate decay of the given shape over the window.
 
-    The window reaches from half a gap before the oldest snapshot to half a gap after the newest; the updates between
-    two snapshots are multiplied by the shape's value at the middle of their gap (arXiv 2507.17634, theorem 1; even
-    spacing gives its coefficients). The oldest snapshot is the heaviest under ``1-sqrt``, which decays fastest first.
+    The window reaches from half a gap before the oldest snapshot to half a gap after the newest. The updates between
+    two snapshots are multiplied by the shape's value at the middle of their gap. With even spacing these are the
+    coefficients of arXiv 2507.17634, theorem 1. Under ``1-sqrt``, which decays fastest at the start, the oldest
+    snapshot has the largest coefficient.
 
     Args:
         shape: ``"linear"``, ``"1-sqrt"`` or ``"cosine"``.
@@ -122,22 +123,22 @@ RULES: dict[str, Rule] = {"sma": sma, "wma": wma, "ema": ema(), **{shape: decay(
 
 
 def in_steps(num_steps: float | None, share: float | None, step: int) -> float:
-    """A length that is given in steps, or as a share of the steps so far."""
+    """Returns a length in steps that was given in steps or as a share of the steps so far."""
     return num_steps if num_steps is not None else (share or 0.0) * step
 
 
 def required_span(rule: str | Rule, step: int) -> float:
-    """Steps behind ``step`` that the buffer has to cover for a rule; zero if the rule takes what there is."""
+    """Returns how many steps before ``step`` the buffer must cover; zero if the rule uses whatever the buffer holds."""
     method: Callable[[int], float] | None = getattr(rule, "required_span", None)
     return method(step) if method is not None else 0.0
 
 
 def resolve_rule(rule: str | Rule) -> Rule:
-    """The rule of that name, or the rule itself.
+    """Returns the rule with that name, or the rule itself if it is one.
 
     Raises:
-        ValueError: If the name is unknown; the message suggests the nearest one.
-        TypeError: If it is neither a name nor callable.
+        ValueError: If the name is unknown. The message suggests the nearest one.
+        TypeError: If the argument is neither a name nor callable.
     """
     if isinstance(rule, str):
         if rule not in RULES:
@@ -149,7 +150,7 @@ def resolve_rule(rule: str | Rule) -> Rule:
 
 
 def rule_label(rule: str | Rule) -> str:
-    """What to call a rule: its name, also when it is given as a function.
+    """Returns the name of a rule, also if it is given as a function.
 
     Examples:
         >>> rule_label(sma), rule_label("1-sqrt")
@@ -162,18 +163,18 @@ def rule_label(rule: str | Rule) -> str:
 
 
 def merge_coefficients(rule: str | Rule, steps: Sequence[int]) -> list[float]:
-    """Coefficients of the merge, one per snapshot, checked and summing to one.
+    """Returns the coefficients of a merge, checked and summing to one.
 
     Args:
-        rule: Name of a rule, or a rule. A function's weights are divided by their sum.
-        steps: Optimizer steps of the snapshots, ascending, at least one.
+        rule: Name of a rule, or a rule. The weights that a function returns are divided by their sum.
+        steps: Optimizer steps of the snapshots, ascending. At least one.
 
     Returns:
-        As many coefficients as steps, oldest first; they may be zero or negative.
+        One coefficient per step, oldest first. They may be zero or negative.
 
     Raises:
-        ValueError: If a rule fails, or gives another number of weights, a NaN or infinity, or weights that sum to
-            zero; the message names the rule and the steps.
+        ValueError: If the rule raises, or returns the wrong number of weights, a NaN or infinity, or weights that sum
+            to zero. The message names the rule and the steps.
 
     Examples:
         >>> merge_coefficients(lambda steps: steps, [100, 300])
@@ -191,19 +192,19 @@ def merge_coefficients(rule: str | Rule, steps: Sequence[int]) -> list[float]:
     total = math.fsum(weights)
     if abs(total) <= 1e-12 * max(map(abs, weights)):
         raise ValueError(f"merge rule {label} gave weights that sum to zero for steps {list(steps)}: {weights}")
-    # Weights that sum to one up to rounding stay as the rule wrote them.
+    # Dividing by a sum that is one up to rounding would only change the last bits.
     return weights if abs(total - 1) < 1e-12 else [weight / total for weight in weights]
 
 
 def decay_from_coefficients(coefficients: Sequence[float]) -> list[float]:
-    """Learning-rate multipliers that a merge stands for: ``w_i = c_i + ... + c_N`` (arXiv 2507.17634).
+    """Returns the learning-rate multipliers that a merge stands for: ``w_i = c_i + ... + c_N`` (arXiv 2507.17634).
 
     Args:
         coefficients: One per snapshot, oldest first, summing to one.
 
     Returns:
-        As many multipliers: the ``i``-th applies to the updates that led up to snapshot ``i`` from the one before. The
-        first is one: all that happened before the window counts in full.
+        One multiplier per snapshot. The ``i``-th applies to the updates between snapshot ``i - 1`` and snapshot ``i``.
+        The first is one, since the updates before the window count in full.
 
     Examples:
         >>> decay_from_coefficients([0.25, 0.25, 0.25, 0.25])
@@ -213,10 +214,12 @@ def decay_from_coefficients(coefficients: Sequence[float]) -> list[float]:
 
 
 def coefficients_from_decay(multipliers: Sequence[float]) -> list[float]:
-    """Coefficients of the merge that stands for a decay: ``c_j = w_j - w_(j+1)``; undoes `decay_from_coefficients`.
+    """Returns the coefficients of the merge that is equivalent to a decay: ``c_j = w_j - w_(j+1)``.
+
+    The inverse of `decay_from_coefficients`.
 
     Args:
-        multipliers: One per snapshot, oldest first, starting at one.
+        multipliers: One learning-rate multiplier per snapshot, oldest first. The first is one.
 
     Examples:
         >>> coefficients_from_decay([1.0, 0.75, 0.5, 0.25])

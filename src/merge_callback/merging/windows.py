@@ -1,4 +1,4 @@
-"""Rules over a recent part of the snapshots, and extrapolation of merges."""
+"""Rules over the recent part of the snapshots, and rules that extrapolate merges."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from merge_callback.utilities.checks import check_exactly_one, check_numbers
 
 @dataclass(frozen=True)
 class Window:
-    """A rule over only the recent part of the buffer.
+    """A rule that uses only the recent part of the buffer.
 
-    A snapshot counts when it lies less than the span behind the newest one, so a span of ``N * V`` steps holds ``N``
-    snapshots ``V`` steps apart. When the ring is full and covers less than the span, it is thinned (every second
-    snapshot is dropped, the interval doubles), so a share of training keeps its meaning in a run of unknown length. The
-    other merges of the same callback then use the thinned ring too.
+    A snapshot is used if it is less than the span older than the newest one. So a span of ``N * V`` steps holds ``N``
+    snapshots ``V`` steps apart. If the ring is full but covers less than the span, it is thinned: every second snapshot
+    is dropped and the interval doubles. A span as a share of training therefore works in a run of unknown length. The
+    other merges of the same callback use the thinned ring too.
 
     Args:
         rule: Name of a rule, or a rule, applied to the snapshots inside the window.
@@ -23,7 +23,7 @@ class Window:
         span: Length of the window as a share of the steps trained so far, in (0, 1]. Give exactly one of the two.
 
     Raises:
-        ValueError: If neither or both spans are given, or one is out of its range, or the rule is unknown.
+        ValueError: If neither or both spans are given, the span is out of range, or the rule is unknown.
 
     Examples:
         >>> Window(span_steps=200)([100, 200, 300, 400])
@@ -46,7 +46,7 @@ class Window:
             raise ValueError(f"span must be a share of training in (0, 1], got {self.span}")
 
     def required_span(self, step: int) -> float:
-        """Steps behind ``step`` that the buffer has to cover for this window."""
+        """Returns how many steps before ``step`` the buffer must cover for this window."""
         return in_steps(self.span_steps, self.span, step)
 
     def __call__(self, steps: Sequence[int]) -> Sequence[float]:
@@ -56,21 +56,20 @@ class Window:
 
 @dataclass(frozen=True)
 class Extrapolate:
-    """A step further along the line from an older merge to the newest: ``m_t + amount (m_t - m_(t-gap))``.
+    """A rule that extrapolates from an older merge through the newest one: ``m_t + amount (m_t - m_(t-gap))``.
 
-    Successive merges lie nearly on a line (Extra-Merge, arXiv 2605.26484). Nothing uses it by default: what it gained,
-    which was little and mostly less than nothing, is in ``benchmarks/annealing/REPORT.md``. The older merge is
-    the same rule over those snapshots that were there a gap before the newest; as long as there are none, this is the
-    rule itself.
+    Successive merges lie nearly on a line (Extra-Merge, arXiv 2605.26484). Nothing uses this rule by default: in
+    ``benchmarks/annealing/REPORT.md`` it gained little, and mostly lost. The older merge applies the same rule to the
+    snapshots that are at least one gap older than the newest. While there are none, the result is the rule itself.
 
     Args:
-        rule: Name of a rule, or a rule; with a `Window` both merges are as wide.
-        amount: How far to go, as a share of the way from the older merge to the newest.
-        gap: How far the older merge lies back, as a share of the steps trained so far, in (0, 1).
-        gap_steps: The same in optimizer steps. Give exactly one of the two.
+        rule: Name of a rule, or a rule. With a `Window`, both merges have the same width.
+        amount: How far to extrapolate, as a share of the way from the older merge to the newest.
+        gap: Age of the older merge, as a share of the steps trained so far, in (0, 1).
+        gap_steps: Age of the older merge in optimizer steps. Give exactly one of the two.
 
     Raises:
-        ValueError: If neither or both gaps are given, one is out of its range, or the rule is unknown.
+        ValueError: If neither or both gaps are given, the gap is out of range, or the rule is unknown.
 
     Examples:
         >>> Extrapolate(Window(span_steps=200), amount=0.5, gap_steps=200)([100, 200, 300, 400])
@@ -93,7 +92,7 @@ class Extrapolate:
             raise ValueError(f"amount must be finite, got {self.amount}")
 
     def required_span(self, step: int) -> float:
-        """Steps behind ``step`` that the buffer has to cover for both merges."""
+        """Returns how many steps before ``step`` the buffer must cover for both merges."""
         gap_steps = in_steps(self.gap_steps, self.gap, step)
         return gap_steps + required_span(self.rule, round(step - gap_steps))
 

@@ -1,4 +1,4 @@
-"""How well predictions of real anneals did: each predicted from the ones before it, or from other runs. Pure."""
+"""Measures prediction errors: each real anneal is predicted from earlier ones, or from other runs. Pure functions."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ Form = Literal["ratio", "offset", "relative"]
 
 @dataclass(frozen=True)
 class Case:
-    """One metric of one real anneal, with the trunk's values that belong to it."""
+    """One metric of one real anneal, with the matching live and merged values of the stable run."""
 
     run: str
     step: int
@@ -30,31 +30,31 @@ class Case:
     outcome: BranchOutcome
 
     def is_like(self, other: "Case") -> bool:
-        """Whether both decays are of one kind: the same shape, over about the same share of the steps."""
+        """Returns True if both decays have the same shape and about the same span, as a share of the steps."""
         return self.shape == other.shape and is_same_span(self.span, other.span)
 
 
 @dataclass(frozen=True)
 class Assessed:
-    """A case, and what was predicted for it without having seen it."""
+    """A case and its prediction, which was made without the case itself."""
 
     case: Case
     prediction: Prediction
 
     @property
     def error(self) -> float:
-        """Predicted minus annealed."""
+        """The predicted minus the annealed value."""
         return self.prediction.value - self.case.outcome.annealed
 
     @property
     def is_inside(self) -> bool:
-        """Whether the interval held the annealed value."""
+        """Whether the annealed value lies in the predicted interval."""
         return self.prediction.low <= self.case.outcome.annealed <= self.prediction.high
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Errors of several predictions, in the metric's unit."""
+    """Errors of several predictions in the metric's unit; ``inside`` is the share of intervals that held the value."""
 
     num_cases: int
     mean_absolute: float
@@ -64,7 +64,7 @@ class Summary:
 
 
 def cases_of(records: Iterable[AnnealRecord], metric: str) -> list[Case]:
-    """The matched cases among some records that have the metric."""
+    """Returns a case for each record that has the metric and matched values of the stable run."""
     return [
         Case(record.run, record.step, record.span, record.shape, outcome)
         for record in records
@@ -73,12 +73,12 @@ def cases_of(records: Iterable[AnnealRecord], metric: str) -> list[Case]:
 
 
 def from_earlier(cases: Sequence[Case], form: Form = "ratio", *, weighted: bool = True) -> list[Assessed]:
-    """Predicts every case from those of its own run and kind that ended before it, where there are two.
+    """Predicts every case from the earlier cases of the same run and kind. Cases with fewer than two are left out.
 
     Args:
-        cases: Of one or several runs.
-        form: As in `merge_callback.prediction.bias.Calibration`.
-        weighted: Whether earlier ones count less, as in a run's own predictions.
+        cases: Cases of one or several runs.
+        form: Form of the fit, as in `merge_callback.prediction.bias.Calibration`.
+        weighted: Whether older cases count less (`merge_callback.prediction.bias.age_weight`), as in a live run.
     """
 
     def weight(case: Case, other: Case) -> float:
@@ -92,24 +92,24 @@ def from_earlier(cases: Sequence[Case], form: Form = "ratio", *, weighted: bool 
 def from_other_runs(
     cases: Sequence[Case], is_source: Callable[[Case], bool] = lambda case: True, form: Form = "ratio"
 ) -> list[Assessed]:
-    """Predicts every case from those of its kind in other runs.
+    """Predicts every case from the cases of the same kind in other runs.
 
     Args:
-        cases: Of several runs.
-        is_source: Which cases may be learnt from.
-        form: As in `merge_callback.prediction.bias.Calibration`.
+        cases: Cases of several runs.
+        is_source: Returns True for the cases that may be used for the fit; all by default.
+        form: Form of the fit, as in `merge_callback.prediction.bias.Calibration`.
     """
     return _assess(cases, lambda case, other: float(other.run != case.run and is_source(other)), form)
 
 
 def from_earlier_and_others(cases: Sequence[Case], form: Form = "ratio") -> list[Assessed]:
-    """Predicts every case as a run does that is given the records of other runs too: see `bias.pooled_branches`.
+    """Predicts every case from earlier cases of its run together with those of other runs: see `bias.pooled_branches`.
 
-    Cases with fewer than two earlier ones in their own run are left out, as by `from_earlier`.
+    As in `from_earlier`, cases with fewer than two earlier ones in their own run are left out.
 
     Args:
-        cases: Of several runs.
-        form: As in `merge_callback.prediction.bias.Calibration`.
+        cases: Cases of several runs.
+        form: Form of the fit, as in `merge_callback.prediction.bias.Calibration`.
     """
     assessed = []
     for case in cases:
@@ -123,7 +123,7 @@ def from_earlier_and_others(cases: Sequence[Case], form: Form = "ratio") -> list
 
 
 def summarise(assessed: Sequence[Assessed]) -> Summary:
-    """Mean absolute error, signed bias, worst absolute error, and share of intervals that held; NaN without cases."""
+    """Returns mean absolute error, mean error, worst absolute error and interval coverage; NaN without cases."""
     errors = [each.error for each in assessed]
     if not errors:
         return Summary(0, math.nan, math.nan, math.nan, math.nan)
@@ -133,7 +133,7 @@ def summarise(assessed: Sequence[Assessed]) -> Summary:
 
 
 def _assess(cases: Sequence[Case], weight: Callable[[Case, Case], float], form: Form) -> list[Assessed]:
-    """Each case by the others of its kind that have a weight for it."""
+    """Predicts each case from the cases of its kind whose weight for it is not zero."""
     assessed = []
     for case in cases:
         weighed = [(other, weight(case, other)) for other in cases if other.is_like(case)]
@@ -143,7 +143,7 @@ def _assess(cases: Sequence[Case], weight: Callable[[Case, Case], float], form: 
 
 
 def _assessed(case: Case, known: Sequence[BranchOutcome], form: Form) -> list[Assessed]:
-    """The case with its prediction; nothing while that is uncalibrated."""
+    """Returns a list with the predicted case, or an empty list if there are too few branches for a fit."""
     calibration = calibrate(known, form)
     if calibration is None:
         return []

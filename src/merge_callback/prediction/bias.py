@@ -1,19 +1,20 @@
-"""From a merge to the annealed value: gains, bias fits on real anneals, predictions with intervals, forecasts. Pure.
+"""Predicts annealed values from merged ones: gains, bias fits on real anneals, intervals, forecasts. Pure functions.
 
-A merge is a biased proxy of what a real decay of the learning rate would give, with a regular bias. For a metric with
-live value ``L``, merged value ``M`` and annealed value ``A``, the *gain ratio* ``rho = (L - A) / (L - M)`` says how
-much more a decay gains than the merge, and the *recovered share* ``1 / rho`` how much of it the merge recovers. A decay
-is predicted as ``L - rho (L - M)``, with ``rho`` from earlier decays. Signs cancel, so this holds for metrics where
-more is better too.
+An anneal is a real decay of the learning rate; a branch is an anneal that starts from a checkpoint of the stable run. A
+merge approximates the result of an anneal with a regular bias. For a metric with live value ``L``, merged value ``M``
+and annealed value ``A``, the *gain ratio* is ``rho = (L - A) / (L - M)``: how much more the anneal gains than the
+merge. The *recovered share* is ``1 / rho``: the part of the anneal's gain that the merge has. An anneal is predicted as
+``L - rho (L - M)``, with ``rho`` from earlier anneals. The signs cancel, so this also holds for metrics where more is
+better.
 
-**What the intervals assume.** Errors of the earlier branches are taken as independent draws from one normal
-distribution, of the same size in the metric's own unit, and the next error as another draw; the interval is then
-Student's, and wide after two branches. Within one run the bias changes as training goes on, so that earlier branches
-count less (`age_weight`), in the fit and in what is expected of the next error; branches of other runs add what a few
-of the run's own would (`pooled_branches`). An interval knows nothing of a training that changes its character.
+**What the intervals assume.** The errors of the earlier branches and the next error are independent draws from one
+normal distribution, of the same size in the metric's unit. The interval then follows Student's distribution, and is
+wide after two branches. Within one run the bias changes as training goes on. Older branches therefore count less, in
+the fit and in the size of the next error (`age_weight`). Branches of other runs together count as much as a few of the
+run's own (`pooled_branches`). An interval does not cover changes of the training itself, such as new data.
 
-*Matched* values belong to a window that ends with the decay, *forecast* values to one that ends where it begins. A fit
-on the one says nothing about the other; nothing here mixes them.
+*Matched* values belong to a window that ends where the decay ends. *Forecast* values belong to a window that ends where
+the decay begins. A fit on one kind says nothing about the other, and this file never mixes them.
 """
 
 import math
@@ -27,13 +28,13 @@ from scipy.special import stdtrit
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Share of the cases that an interval is meant to hold.
+# Share of the cases that an interval should contain.
 LEVEL = 0.9
-# Fewer branches say nothing about the size of the error.
+# Fewer branches give no estimate of the error.
 MIN_BRANCHES = 2
-# How many branches of its own a run's neighbours are worth to it, all together.
+# All branches of other runs together count as this many of the run's own.
 OTHER_RUNS_WEIGHT = 2.0
-# A forecast looks at merges of this last share of the steps, and needs so many of them.
+# A forecast uses the merges in this last share of the steps, and needs at least this many.
 FORECAST_SHARE = 0.5
 MIN_FORECAST_POINTS = 4
 
@@ -43,7 +44,7 @@ Value = TypeVar("Value", float, "Tensor")
 
 @dataclass(frozen=True)
 class BranchOutcome:
-    """One metric of one branch: values of the live model, the merge and the real decay, and how much they count."""
+    """One metric of one branch: live, merged and annealed value, and the weight of the branch in a fit."""
 
     live: float
     merged: float
@@ -52,13 +53,13 @@ class BranchOutcome:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all three are numbers."""
+        """Whether all three values are finite."""
         return all(map(math.isfinite, (self.live, self.merged, self.annealed)))
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A predicted value, and the interval that is meant to hold the real one in nine cases of ten."""
+    """A predicted value and its interval, which should contain the real value in nine cases of ten by default."""
 
     value: float
     low: float
@@ -66,7 +67,7 @@ class Prediction:
 
 
 def gain(live: Value, other: Value, higher_is_better: bool = False) -> Value:
-    """How much better another value is than the live one.
+    """Returns how much better another value is than the live one; positive is better.
 
     Examples:
         >>> gain(1.5, 1.25), gain(0.5, 0.75, higher_is_better=True)
@@ -76,16 +77,19 @@ def gain(live: Value, other: Value, higher_is_better: bool = False) -> Value:
 
 
 def curvature_gain(coefficients: Mapping[int, float], losses: Mapping[int, float], merged: float) -> float | None:
-    """How far the loss of a merge lies below the mean loss of what was merged; None if a loss is not known.
+    """Returns the weighted mean loss of the merged snapshots minus the loss of the merge.
 
-    In second order around a minimum that is ``1/2 * sum_(i<j) c_i c_j (x_i - x_j)' H (x_i - x_j)``, so it is positive
-    where the snapshots lie around a minimum rather than on one slope, and says nothing about the latest snapshot. For
-    the uniform merge this is the second-order expansion of arXiv 2505.12082 ("theoretical analysis").
+    To second order around a minimum it is ``1/2 * sum_(i<j) c_i c_j (x_i - x_j)' H (x_i - x_j)``. So it is positive if
+    the snapshots lie around a minimum rather than on one slope. It says nothing about the latest snapshot. For the
+    uniform merge this is the second-order expansion of arXiv 2505.12082 ("theoretical analysis").
 
     Args:
-        coefficients: By snapshot step, summing to one.
-        losses: Live loss by step.
+        coefficients: Snapshot step -> coefficient, summing to one.
+        losses: Step -> live loss.
         merged: Loss of the merge.
+
+    Returns:
+        The gain in units of the loss; None if the loss of a snapshot with a coefficient is unknown.
 
     Examples:
         >>> curvature_gain({10: 0.5, 20: 0.5}, {10: 1.5, 20: 1.25}, merged=1.0)
@@ -98,7 +102,7 @@ def curvature_gain(coefficients: Mapping[int, float], losses: Mapping[int, float
 
 
 def recovered_share(outcome: BranchOutcome) -> float:
-    """Share of a decay's gain that the merge has; NaN where the decay changed nothing.
+    """Returns the share of the decay's gain that the merge has; NaN if the decay changed nothing.
 
     Examples:
         >>> recovered_share(BranchOutcome(live=1.5, merged=1.125, annealed=1.0))
@@ -109,7 +113,7 @@ def recovered_share(outcome: BranchOutcome) -> float:
 
 
 def gain_ratio(outcome: BranchOutcome) -> float:
-    """``rho``: the decay's gain over the merge's; NaN where the merge changed nothing.
+    """Returns ``rho``, the decay's gain divided by the merge's; NaN if the merge changed nothing.
 
     Examples:
         >>> gain_ratio(BranchOutcome(live=1.5, merged=1.25, annealed=1.0))
@@ -120,10 +124,10 @@ def gain_ratio(outcome: BranchOutcome) -> float:
 
 
 def age_weight(step: int, now: int) -> float:
-    """How much a branch that ended at a step counts for a prediction at a later one of the same run.
+    """Returns the weight of a branch that ended at ``step`` in a prediction at step ``now`` of the same run.
 
-    The square of the share of the steps that were done then: in the benchmark, what branches of the first quarter teach
-    about later ones was the largest source of error.
+    The weight is ``(step / now) ** 2``. In the benchmark, predictions of late branches from those of the first quarter
+    were the largest source of error.
 
     Examples:
         >>> age_weight(500, now=1000)
@@ -133,10 +137,10 @@ def age_weight(step: int, now: int) -> float:
 
 
 def pooled_branches(own: Sequence[BranchOutcome], others: Sequence[BranchOutcome]) -> list[BranchOutcome]:
-    """What a prediction is fitted on: a run's own earlier branches, and with less weight those of other runs.
+    """Returns the branches for a fit: the run's own earlier ones, and those of other runs with less weight.
 
-    A run's own branches are few; in the benchmark both together did better than either alone. Below two of its own the
-    others stand alone.
+    A run has few branches of its own. In the benchmark both kinds together predicted better than either alone. With
+    fewer than two branches of its own, only those of other runs are used, with full weight.
 
     Examples:
         >>> branch = BranchOutcome(1.5, 1.4, 1.39)
@@ -150,17 +154,17 @@ def pooled_branches(own: Sequence[BranchOutcome], others: Sequence[BranchOutcome
 
 @dataclass(frozen=True)
 class Calibration:
-    """What earlier branches say about the next: the bias of the merge, and how far they scatter around it.
+    """The bias of the merge, fitted on earlier branches, and the scatter of the branches around the fit.
 
     Args:
-        form: ``"ratio"``: the decay gains ``coefficient`` times what the merge gains; the error has one size, whatever
-            the gain. ``"offset"``: the decay ends ``coefficient`` below the merge. ``"relative"``: as ``"ratio"``, with
-            an error in proportion to the gain, so that it can be carried over to another run.
+        form: ``"ratio"``: the decay gains ``coefficient`` times as much as the merge; the error does not depend on the
+            gain. ``"offset"``: the decay ends ``coefficient`` below the merge. ``"relative"``: as ``"ratio"``, but the
+            error is proportional to the gain, so the fit can be used for another run.
         coefficient: Gain ratio, or offset in the metric's unit.
-        deviation: Standard deviation of the branches around the fit; of the gain ratio for ``"relative"``.
-        num_branches: How many branches it was fitted on.
-        weight: Sum of the squared regressors, for the uncertainty of the coefficient itself; of branches that count
-            differently, that of as many alike as would leave it as uncertain.
+        deviation: Standard deviation of the branches around the fit; for ``"relative"``, of the gain ratio.
+        num_branches: Number of branches in the fit.
+        weight: Sum of the squared regressors, from which the uncertainty of the coefficient follows. If branches have
+            different weights: the sum for equally weighted branches that would give the same uncertainty.
     """
 
     form: Literal["ratio", "offset", "relative"]
@@ -170,7 +174,7 @@ class Calibration:
     weight: float
 
     def predict(self, live: float, merged: float, level: float = LEVEL) -> Prediction:
-        """The annealed value for a live and a merged one, with the interval that holds it in this share of cases."""
+        """Returns the predicted annealed value and the interval that contains it in a share ``level`` of cases."""
         regressor, base = (1.0, merged) if self.form == "offset" else (live - merged, live)
         value = base - self.coefficient * regressor
         scale = abs(regressor) * math.sqrt(1 + 1 / self.weight)
@@ -186,11 +190,12 @@ def calibrate(
     """Fits the bias of the merge on earlier branches, by weighted least squares.
 
     Args:
-        outcomes: One metric of each branch, all of one alignment, span and shape. Those with a NaN are left out.
-        form: As in `Calibration`.
+        outcomes: One metric of each branch. All are either matched or forecast, of one span and shape. Branches with a
+            NaN are left out.
+        form: Form of the fit, as in `Calibration`.
 
     Returns:
-        None below two branches, or if no merge differs from its live model: uncalibrated.
+        The fit; None with fewer than two branches, or if no merge differs from its live model.
 
     Examples:
         >>> branches = [BranchOutcome(1.50, 1.40, 1.39), BranchOutcome(1.40, 1.32, 1.31)]
@@ -208,7 +213,7 @@ def calibrate(
         is_moved = regressors != 0
         targets, weights = targets[is_moved] / regressors[is_moved], weights[is_moved]
         regressors = np.ones_like(targets)
-    # Sums without rounding: the same on every machine, whatever its vector units.
+    # math.fsum rounds once, so results do not depend on the vector units of the machine.
     norm = math.fsum(weights * regressors**2)
     if len(targets) < MIN_BRANCHES or norm == 0:
         return None
@@ -222,22 +227,22 @@ def calibrate(
 def forecast(
     steps: Sequence[int], merged: Sequence[float], bias: Calibration, step: int, level: float = LEVEL
 ) -> Prediction | None:
-    """Predicts a decay that has not begun: the value at its end, some steps from now.
+    """Predicts the value of a metric at the end of a decay that has not begun.
 
-    Extrapolates the merged curve as ``a + b log(step)``, fitted by least squares over the last half of the steps so
-    far, to the end of the decay, and takes off the offset between merge and anneal that earlier branches had. The
-    interval adds the scatter of the curve around the fit to that of the offset; it trusts the form, so it means little
-    for a decay much longer than the steps it is fitted on.
+    Fits ``a + b log(step)`` by least squares to the merged values in the last half of the steps so far, and
+    extrapolates it to the end of the decay. Then subtracts the offset between merge and anneal in earlier branches.
+    The interval adds the scatter around the fit to that of the offset. It assumes that the curve keeps this form, so it
+    means little for a decay that is much longer than the fitted steps.
 
     Args:
         steps: Optimizer steps of the validations so far, ascending.
-        merged: The matched merge's value at each of them.
+        merged: Value of the merge at each of these steps, from a window that ends there.
         bias: A calibration of form ``"offset"``, fitted on matched values of earlier branches.
-        step: Optimizer steps at the end of the decay.
-        level: Share of cases that the interval is meant to hold.
+        step: Optimizer step at the end of the decay.
+        level: Share of cases that the interval should contain.
 
     Returns:
-        None with fewer than four validations in the last half of the steps.
+        The forecast; None with fewer than four validations in the last half of the steps.
 
     Raises:
         ValueError: If the calibration is of another form.

@@ -1,4 +1,4 @@
-"""Predictions of annealed metrics: a run's own validations joined with records of real anneals."""
+"""Predicts annealed metrics from a run's own validations and records of real anneals."""
 
 import json
 import math
@@ -36,7 +36,7 @@ SAME_SPAN_FACTOR = 1.5
 
 @dataclass(frozen=True)
 class AnnealFit:
-    """What a prediction stands on: real decays of one kind, and the bias that they show."""
+    """The bias of the merge for one kind of decay, fitted on real decays of that kind."""
 
     span: float
     shape: str
@@ -45,7 +45,7 @@ class AnnealFit:
     offset: Calibration | None
 
     def predict(self, now: StableValidation, metric: str) -> Prediction:
-        """The annealed value, given live and merged values now."""
+        """Returns the predicted annealed value of a metric from its live and merged values now."""
         return self.calibration.predict(now.live[metric], now.merged[metric])
 
     def __str__(self) -> str:
@@ -54,55 +54,56 @@ class AnnealFit:
 
 
 class AnnealPredictor:
-    """Predicts what a run would be if it were annealed now, from its own validations and from records of real anneals.
+    """Predicts the metrics that a run would have if it were annealed now.
 
-    Branches of the run itself count, as far as they have ended, where there are two of a kind, and with less weight
-    those of other runs in the same file; below two these stand alone. Either way the run must have merged by the same
-    rule as now, so a file serves one rule. The kind is the one whose span is nearest to that of the merge.
+    Predictions are fitted on branches of one kind: the same decay shape, and about the same span. The kind is the one
+    whose span is nearest to that of the merge. If the run has at least two finished branches of the kind, these are
+    used, and those of other runs in the file count less. Otherwise those of other runs are used alone. All of them must
+    have been merged by the same rule as now, so a file serves one rule.
 
     Args:
-        calibration: File of records, which may grow while the run goes on, or not be there yet; ``"prior"`` for what
-            this project's own benchmark found, with the spread over its runs as interval; None predicts nothing.
+        calibration: File of records. It may grow while the run goes on, and need not exist yet. ``"prior"`` uses the
+            results of this project's benchmark, with the spread over its runs as the interval. None predicts nothing.
     """
 
     def __init__(self, calibration: str | os.PathLike[str] | None = None) -> None:
         self.calibration = calibration
         # Every validation of the primary merge at a constant rate.
         self.history: list[StableValidation] = []
-        # Of the latest validation at a constant rate, by metric; kept while the rate decays.
+        # By metric, from the latest validation at a constant rate; kept while the rate decays.
         self.predictions: dict[str, Prediction] = {}
-        # What they stand on, for those that were made in this fit.
+        # By metric, the fit of each prediction; not saved, so empty after a resume until the next validation.
         self.fits: dict[str, AnnealFit] = {}
-        # Whether the latest validation has compared them with the end of a decay.
+        # Whether the latest validation compared the predictions with the end of a decay.
         self.is_checked = False
         self._records: list[AnnealRecord] = []
 
     @property
     def is_prior(self) -> bool:
-        """Whether predictions stand on the project's benchmark instead of on records."""
+        """Whether predictions use the project's benchmark instead of records."""
         return self.calibration == PRIOR
 
     def read(self) -> None:
-        """Reads the file of records as it is now.
+        """Reads the file of records again.
 
         Raises:
-            ValueError: If a line is no record; what was read before stays.
+            ValueError: If a line is not a record. The records from before are kept.
         """
         if self.calibration is not None and not self.is_prior:
             self._records = read_records(self.calibration)
 
     def learn(self, validation: StableValidation, losses: Collection[str], *, may_write: bool) -> str | None:
-        """Takes note of a validation at a constant rate, and predicts anew.
+        """Adds a validation at a constant rate to the history and updates the predictions.
 
-        Reads the records again, and adds to those of this run's branches what its validations know by now.
+        Also reads the records again, and fills in missing values of this run's branches from its validations.
 
         Args:
             validation: Live and merged values.
             losses: Names of the metrics where less is better.
-            may_write: Whether this process is the one that writes to the file of records.
+            may_write: Whether this process writes to the file of records.
 
         Returns:
-            Why the records were left alone, in words; None if all went well.
+            Why the records could not be read or written, in words; None if all went well.
         """
         self.history.append(validation)
         if self.calibration is None:
@@ -113,30 +114,31 @@ class AnnealPredictor:
         return problem
 
     def forecast(self, metric: str, span_steps: int) -> Prediction:
-        """The value at the end of a linear decay over some steps that begins now.
+        """Forecasts a metric at the end of a linear decay that begins now and takes ``span_steps`` optimizer steps.
 
-        Stands on the offset between merge and anneal of earlier branches, and on merges of the last half of the run.
+        The forecast extrapolates the merges of the last half of the run, and subtracts the offset between merge and
+        anneal in earlier branches.
 
         Raises:
-            RuntimeError: If there are no records of real anneals, or too few, or too few validations so far.
+            RuntimeError: If there are too few records of real anneals, or too few validations so far.
         """
         if (found := self._forecast(metric, span_steps)) is None:
             raise RuntimeError(
                 f"no forecast of {metric!r} after {span_steps} steps: it needs two real anneals in calibration="
-                f"{self.calibration!r} and four validations of the merge in the last half of the steps,"
-                f" of which there are {len(self.history)} in all"
+                f"{self.calibration!r} and four validations of the merge in the last half of the steps;"
+                f" so far the run has {len(self.history)} validations"
             )
         return found
 
     def curvature_gain(self, metric: str, coefficients: Mapping[int, float], step: int) -> float | None:
-        """`bias.curvature_gain` at this step, where each snapshot was validated when it was the live model."""
+        """Returns `bias.curvature_gain` at this step; None unless the merge and each snapshot in it were validated."""
         if not self.history or self.history[-1].step != step or metric not in self.history[-1].merged:
             return None
         losses = {known.step: known.live[metric] for known in self.history if metric in known.live}
         return curvature_gain(coefficients, losses, self.history[-1].merged[metric])
 
     def forget_since(self, step: int) -> None:
-        """Drops what validations at that step and later ones have found."""
+        """Drops the validations at that step and later."""
         self.history = [known for known in self.history if known.step < step]
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,7 +148,7 @@ class AnnealPredictor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave; predictions only if there still is something to predict from."""
+        """Restores the result of `state_dict`; predictions only if ``calibration`` is not None."""
         self.history = [StableValidation(**values) for values in state["history"]]
         if self.calibration is not None:
             self.predictions = {metric: Prediction(**kept) for metric, kept in state["predictions"].items()}
@@ -165,10 +167,10 @@ class AnnealPredictor:
         return None
 
     def fit(self, metric: str, losses: Collection[str]) -> AnnealFit | None:
-        """What a prediction at the newest validation can stand on; None while uncalibrated."""
+        """Returns the fit for predictions at the newest validation; None if there are too few branches."""
         now, run = self.history[-1], run_identity(self.history)
         if self.is_prior:
-            # The prior is about losses, of runs in which the merge was better than the live model.
+            # The benchmark behind the prior covers only losses, and runs whose merge was better than the live model.
             is_like_them = metric in losses and now.merged[metric] < now.live[metric]
             return _nearest(_prior(), now) if is_like_them else None
         alike = [each for each in self._records if each.matched is not None and each.matched.rule == now.rule]
@@ -222,7 +224,7 @@ def _fitted(own: list[BranchOutcome], others: list[BranchOutcome], kind: Sequenc
 
 
 def _outcomes(records: Iterable[AnnealRecord], metric: str, now: int | None) -> list[BranchOutcome]:
-    """One metric of each record; branches of a run that is now at a step count less, the older they are."""
+    """Returns one metric of each record. If ``now`` is given, older branches count less (`bias.age_weight`)."""
     return [
         replace(outcome, weight=1.0 if now is None else age_weight(record.step, now))
         for record in records
@@ -231,13 +233,13 @@ def _outcomes(records: Iterable[AnnealRecord], metric: str, now: int | None) -> 
 
 
 def _nearest(fits: Sequence[AnnealFit], now: StableValidation) -> AnnealFit | None:
-    """By span, on a scale of factors; among shapes the linear one, which is what a uniform merge stands for."""
+    """Returns the fit with the nearest span on a log scale. Prefers linear decays: a uniform merge stands for one."""
     share = max(now.span_steps, 1) / now.step
     return min(fits, key=lambda b: (round(abs(math.log(b.span / share)), 1), b.shape != "linear"), default=None)
 
 
 def is_same_span(span: float, other: float) -> bool:
-    """Whether decays over these shares of the steps are of one kind."""
+    """Returns True if two decay spans, as shares of the steps, differ by less than `SAME_SPAN_FACTOR`."""
     return max(span, other) / min(span, other) < SAME_SPAN_FACTOR
 
 

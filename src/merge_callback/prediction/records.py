@@ -1,4 +1,4 @@
-"""Records of real anneals: one JSON line a branch, in a file that many runs may write to and read while it grows."""
+"""Records of real anneals: a file with one JSON line per branch, which several runs may write and read at once."""
 
 import hashlib
 import json
@@ -14,15 +14,15 @@ from merge_callback.prediction.bias import BranchOutcome
 
 @dataclass(frozen=True)
 class StableValidation:
-    """What a trunk, a run at a constant rate, knew at one validation.
+    """Live and merged values of a stable run, at a constant learning rate, at one validation.
 
     Args:
-        step: Optimizer steps done.
-        span_steps: Steps that the primary merge's snapshots span, from first to last.
+        step: Optimizer steps so far.
+        span_steps: Steps between the first and the last snapshot of the primary merge.
         live: Metric -> value of the live model.
-        merged: Metric -> value of the primary merge. Where the merge was evaluated on fewer batches: the live value
-            minus the gain on the same batches.
-        rule: What the primary merge is, in words.
+        merged: Metric -> value of the primary merge. If the merge was evaluated on fewer batches, this is the live
+            value minus the gain on those batches.
+        rule: Description of the primary merge. Only records with the same description are compared.
     """
 
     step: int
@@ -34,17 +34,18 @@ class StableValidation:
 
 @dataclass(frozen=True)
 class AnnealRecord:
-    """A real decay from a trunk's checkpoint, and what the trunk's merges said about it.
+    """A real decay from a checkpoint of a stable run, with the live and merged values of that run.
 
     Args:
-        run: Identity of the trunk.
-        start_step: Optimizer steps of the trunk at which the decay began.
-        step: Optimizer steps at its end.
-        span_steps: Length of the decay.
-        shape: Name of its shape, as in `merge_callback.merging.rules.DECAY_SHAPES`.
-        annealed: Metric -> value at its end.
-        forecast: The trunk at ``start_step``: what was known before the decay. None if it was not validated there.
-        matched: The trunk at ``step``, with a window that ends with the decay. None until the trunk has been there.
+        run: Identity of the stable run, as from `run_identity`.
+        start_step: Optimizer step at which the decay began.
+        step: Optimizer step at which the decay ended.
+        span_steps: Length of the decay in optimizer steps.
+        shape: Name of the decay's shape, as in `merge_callback.merging.rules.DECAY_SHAPES`.
+        annealed: Metric -> value at the end of the decay.
+        forecast: The stable run at ``start_step``, before the decay. None if it was not validated there.
+        matched: The stable run at ``step``, with a window that ends where the decay ends. None until the run has got
+            there.
     """
 
     run: str
@@ -58,26 +59,26 @@ class AnnealRecord:
 
     @property
     def identity(self) -> tuple[str, int, int, str]:
-        """What tells two branches apart; of two records of one branch the later counts."""
+        """The key of a branch. If a file holds two records with the same key, the later one counts."""
         return self.run, self.start_step, self.step, self.shape
 
     @property
     def span(self) -> float:
-        """Length of the decay as a share of all steps up to its end."""
+        """Length of the decay as a share of all optimizer steps up to its end."""
         return self.span_steps / self.step
 
     def outcome(self, metric: str) -> BranchOutcome | None:
-        """One metric beside the trunk's values of the matched window; None if that is not known of it."""
+        """Returns a metric's annealed value with the matched live and merged ones; None if one of them is unknown."""
         if self.matched is None or metric not in self.matched.merged or metric not in self.annealed:
             return None
         return BranchOutcome(self.matched.live[metric], self.matched.merged[metric], self.annealed[metric])
 
 
 def append_record(path: str | os.PathLike[str], record: AnnealRecord) -> None:
-    """Adds a line to the file, in one write, so that concurrent writers lose nothing. Missing folders are made.
+    """Appends a record to the file, in a single write so that concurrent writers lose nothing. Creates missing folders.
 
     Raises:
-        OSError: If it cannot be written; the message holds the line.
+        OSError: If the record cannot be written. The message contains the line.
     """
     line = (json.dumps(asdict(record)) + "\n").encode()
     path = Path(path)
@@ -93,16 +94,17 @@ def append_record(path: str | os.PathLike[str], record: AnnealRecord) -> None:
         if written < len(line):
             raise OSError(f"only {written} of {len(line)} bytes were written")
     except OSError as error:
-        raise OSError(f"the record of an anneal was not added to {path}: {error}. It says: {line.decode()}") from error
+        raise OSError(f"the record of an anneal was not added to {path}: {error}. Record: {line.decode()}") from error
 
 
 def read_records(path: str | os.PathLike[str]) -> list[AnnealRecord]:
-    """The records in the file, one a branch, in the order in which the branches ended; none if there is no file yet.
+    """Returns the records in the file, one per branch, in the order in which they were first written.
 
-    A last line that is still being written is left for the next time; half a line of a writer that died is left out.
+    Returns an empty list if the file does not exist yet. Skips a last line that is still being written, and partial
+    lines of writers that died.
 
     Raises:
-        ValueError: If a line is no record; the message says which.
+        ValueError: If a line is not a record. The message has the line number.
     """
     path = Path(path)
     if not path.exists():
@@ -116,21 +118,21 @@ def read_records(path: str | os.PathLike[str]) -> list[AnnealRecord]:
             except (ValueError, KeyError, TypeError) as error:
                 if isinstance(error, json.JSONDecodeError) and line.startswith("{"):
                     continue
-                raise ValueError(f"{path}, line {number}, is no record of an anneal: {error!r}") from error
+                raise ValueError(f"{path}, line {number}, is not a record of an anneal: {error!r}") from error
             records[record.identity] = record
     return list(records.values())
 
 
 def trunk_at(history: Sequence[StableValidation], step: int, max_gap_steps: int) -> StableValidation | None:
-    """The trunk at a step: as it was validated there, or between the two validations around it.
+    """Returns a stable run's values at a step, linearly interpolated between two validations if necessary.
 
     Args:
-        history: Validations of one trunk, ascending in step.
-        step: Optimizer steps.
-        max_gap_steps: Validations further apart than this are not interpolated.
+        history: Validations of one stable run, ascending in step.
+        step: Optimizer step.
+        max_gap_steps: Largest gap in steps between two validations that are interpolated.
 
     Returns:
-        None if the trunk was not validated there nor closely around it.
+        The values; None if there is no validation at the step and no two validations close enough around it.
     """
     index = bisect_left(history, step, key=lambda values: values.step)
     if index < len(history) and history[index].step == step:
@@ -149,9 +151,10 @@ def trunk_at(history: Sequence[StableValidation], step: int, max_gap_steps: int)
 
 
 def completed(record: AnnealRecord, history: Sequence[StableValidation]) -> AnnealRecord:
-    """The record with what the trunk's validations add to it.
+    """Returns the record with its missing forecast and matched values filled in from the stable run's validations.
 
-    The forecast takes a validation at the very start of the decay; the match one at its end, or two close around it.
+    Forecast values need a validation exactly where the decay begins. Matched values need one where the decay ends, or
+    two around that step that are no further apart than the decay is long.
     """
     return replace(
         record,
@@ -161,9 +164,9 @@ def completed(record: AnnealRecord, history: Sequence[StableValidation]) -> Anne
 
 
 def run_identity(history: Sequence[StableValidation]) -> str | None:
-    """A name for the run that was validated so: what its first validation found is as good as a fingerprint.
+    """Returns an identifier of the run: a hash of the step and live values of its first validation.
 
-    None before the first validation. A run that is resumed, or repeated bit for bit, keeps its name.
+    Returns None before the first validation. A run that is resumed, or repeated bit for bit, keeps its identifier.
     """
     if not history:
         return None
@@ -172,7 +175,7 @@ def run_identity(history: Sequence[StableValidation]) -> str | None:
 
 
 def trunk_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str | None, list[StableValidation]]:
-    """Name and validations of the trunk that saved a checkpoint with a `MergeCallback`; otherwise None and nothing."""
+    """Returns identifier and validations of the run in a `MergeCallback` checkpoint; ``(None, [])`` without them."""
     for state in (checkpoint.get("callbacks") or {}).values():
         if isinstance(state, Mapping) and "history" in state:
             history = [StableValidation(**values) for values in state["history"]]

@@ -1,1 +1,1 @@
-"""Checks, files, messages and tables."""
+"""General helpers: background work, argument checks, files, messages and tables."""

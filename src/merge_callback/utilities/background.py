@@ -1,4 +1,4 @@
-"""Work that is done beside the training: by a thread, or by a GPU that has been asked for it."""
+"""Work that runs beside the training, on a thread or on a GPU."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 
 
 def wait_for_device(device: torch.device) -> float:
-    """Returns when a GPU has done what it has been asked for so far: the seconds that took."""
+    """Waits until a GPU has finished all queued work, and returns the seconds waited. On a CPU it returns at once."""
     began = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -17,10 +17,10 @@ def wait_for_device(device: torch.device) -> float:
 
 
 class Background:
-    """One piece of work at a time, done by a thread of its own; what it raises arrives at the next `wait`.
+    """Runs one piece of work at a time on its own thread. An exception in the work is raised by the next `wait`.
 
     Args:
-        name: Of the thread.
+        name: Prefix of the thread's name.
     """
 
     def __init__(self, name: str) -> None:
@@ -29,19 +29,19 @@ class Background:
         self._work: Future[None] | None = None
 
     def begin(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Begins it when the work before is done, and returns."""
+        """Waits for the previous work, starts ``work(*arguments)`` on the thread, and returns at once."""
         self.wait()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix=self._name)
         self._work = self._thread.submit(work, *arguments)
 
     def wait(self) -> None:
-        """Returns when it is done."""
+        """Waits until the work is done, and raises its exception if it failed."""
         if self._work is not None:
             work, self._work = self._work, None
             work.result()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies begin with a thread of their own."""
+        """Waits for the work. A thread cannot be copied or pickled, so a copy starts its own."""
         self.wait()
         return {"_name": self._name, "_thread": None, "_work": None}

@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, the value and what was expected."""
+"""Checks of arguments. Each error names the argument, its value and what was expected."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def check_bool(argument: str, value: Any) -> None:
-    """Raises unless the value is True or False."""
+    """Raises TypeError unless the value is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{argument} must be True or False, got {value!r}")
 
 
 def check_count(argument: str, value: Any, minimum: int = 1) -> None:
-    """Raises unless the value is an int of at least the minimum."""
+    """Raises TypeError unless the value is an int, and ValueError if it is below the minimum."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{argument} must be an int, got {value!r}")
     if value < minimum:
@@ -20,13 +20,13 @@ def check_count(argument: str, value: Any, minimum: int = 1) -> None:
 
 
 def check_optional_count(argument: str, value: Any) -> None:
-    """Raises unless the value is an int of at least one, or None."""
+    """Raises TypeError unless the value is an int or None, and ValueError if it is below one."""
     if value is not None:
         check_count(argument, value)
 
 
 def check_limit(limit_batches: Any) -> None:
-    """Raises unless it is a number of batches, a share of them, or None."""
+    """Raises unless the value is a number of batches (int >= 1), a share of them (float in (0, 1]), or None."""
     if limit_batches is None:
         return
     if isinstance(limit_batches, bool) or not isinstance(limit_batches, int | float):
@@ -36,17 +36,19 @@ def check_limit(limit_batches: Any) -> None:
 
 
 def check_installed(package: str, extra: str) -> None:
-    """Raises unless a package of an extra is there; for programs that would miss it only at their end.
+    """Raises unless an optional package is installed.
+
+    Call it at the start of a program that would otherwise fail only at its end.
 
     Raises:
-        ModuleNotFoundError: The message says how to install it.
+        ModuleNotFoundError: If the package is missing. The message says how to install it.
     """
     if find_spec(package) is None:
         raise ModuleNotFoundError(f"{package} is not installed: pip install 'merge-callback[{extra}]'")
 
 
 def check_share(argument: str, value: Any) -> None:
-    """Raises unless the value is a share between zero and one, or None."""
+    """Raises TypeError unless the value is a number or None, and ValueError unless it lies in (0, 1)."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -56,7 +58,7 @@ def check_share(argument: str, value: Any) -> None:
 
 
 def patterns(argument: str, value: Any) -> tuple[str, ...]:
-    """A pattern of names, or several, as a tuple; raises if it is something else."""
+    """Returns one or several name patterns as a tuple; raises TypeError for anything else."""
     given = (value,) if isinstance(value, str) else value
     if not isinstance(given, Sequence) or not all(isinstance(each, str) and each for each in given):
         raise TypeError(f"{argument} must be a pattern of names or a list of them, got {value!r}")
@@ -64,14 +66,19 @@ def patterns(argument: str, value: Any) -> tuple[str, ...]:
 
 
 def check_exactly_one(owner: str, **given: float | None) -> None:
-    """Raises unless one of two arguments is given."""
+    """Raises ValueError unless exactly one of the arguments is not None.
+
+    Args:
+        owner: Name of the class or function, for the message.
+        **given: The arguments by name.
+    """
     if sum(value is not None for value in given.values()) != 1:
         values = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ValueError(f"{owner} takes exactly one of {' and '.join(given)}, got {values}")
 
 
 def check_numbers(**given: Any) -> None:
-    """Raises unless each argument is a number or None."""
+    """Raises TypeError unless each argument is a number or None."""
     for name, value in given.items():
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise TypeError(f"{name} must be a number, got {value!r}")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and tensors written one after the other."""
+"""Atomic file writes, and reading and writing of .safetensors files in parts."""
 
 import json
 import os
@@ -26,9 +26,10 @@ SAFETENSORS_DTYPES = {
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a path to write to; what was written takes the place of ``path`` when the block ends without an error.
+    """Yields a temporary path, which replaces ``path`` when the block ends without an error.
 
-    Of a symbolic link to a file, that of the file, as whoever writes to a link expects.
+    After an error ``path`` is unchanged and the temporary file is deleted. If ``path`` is a symbolic link to a file,
+    that file is replaced and the link stays.
     """
     if path.is_symlink() and path.is_file():
         path = path.resolve()
@@ -45,13 +46,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def write_safetensors(
     path: Path, state: Mapping[str, Tensor], tensors: Iterable[Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a .safetensors file tensor by tensor; the library wants them all at once, and copies them.
+    """Writes a .safetensors file one tensor at a time.
+
+    The safetensors library needs all tensors at once, and copies them.
 
     Args:
-        path: Where to.
-        state: Name -> tensor that has the shape and dtype of what is written under that name.
-        tensors: What is written, in the same order, one at a time.
-        metadata: Kept in the header.
+        path: The file to write.
+        state: Name -> tensor with the shape and dtype of the tensor to write under that name. Its values are not read.
+        tensors: The tensors to write, in the order of ``state``.
+        metadata: Strings that are stored in the header.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -63,7 +66,7 @@ def write_safetensors(
             "data_offsets": [start, end],
         }
     content = json.dumps(header).encode()
-    # The tensors start at a multiple of eight bytes.
+    # As the safetensors library does: padding makes the tensors start at a multiple of eight bytes.
     content += b" " * (-len(content) % 8)
     with path.open("wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
@@ -72,10 +75,10 @@ def write_safetensors(
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a .safetensors file, and where its tensors begin.
+    """Returns the header of a .safetensors file and the byte at which its tensors begin.
 
     Raises:
-        ValueError: If it is none, or was cut short.
+        ValueError: If the file has no header, or its length does not match the header.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -89,10 +92,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def read_into(path: Path, begin: int, buffer: memoryview) -> None:
-    """Fills the buffer with what a file holds from a byte on.
+    """Fills the buffer with the bytes of a file from byte ``begin`` on.
 
     Raises:
-        ValueError: If the file ends before.
+        ValueError: If the file ends before the buffer is full.
     """
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
@@ -105,15 +108,15 @@ def read_into(path: Path, begin: int, buffer: memoryview) -> None:
 
 
 class FlatTensor:
-    """A flat tensor in a .safetensors file, of which parts are read as they are asked for.
+    """A one-dimensional tensor in a .safetensors file; indexing it with a slice reads that part.
 
     Args:
-        path: The file.
-        name: Which of its tensors.
+        path: The .safetensors file.
+        name: Name of the tensor in the file.
 
     Raises:
-        ValueError: If the file is no whole one.
-        KeyError: If it has no tensor of that name.
+        ValueError: If the file is incomplete or has no header.
+        KeyError: If the file has no tensor of that name.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -126,7 +129,7 @@ class FlatTensor:
     def __getitem__(self, part: slice, /) -> Tensor:
         start, stop, _ = part.indices(self._numel)
         if stop - start == self._numel > 0:
-            # Pages come in as they are touched, and need no memory of their own.
+            # A whole tensor is mapped: its pages load when they are touched, and the system can drop them again.
             storage = torch.UntypedStorage.from_file(str(self._path), False, self._path.stat().st_size)
             numel = self._numel * self._dtype.itemsize
             content = torch.empty(0, dtype=torch.uint8)

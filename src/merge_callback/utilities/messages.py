@@ -1,13 +1,13 @@
-"""What a callback tells its user."""
+"""Info lines and warnings of a callback, on rank zero."""
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 
 class Messages:
-    """Messages under a callback's name, on one rank; what has a topic is said once a fit.
+    """Logs messages that start with the callback's name, on rank zero. A topic is logged at most once per fit.
 
     Args:
-        name: Of the callback.
+        name: Name of the callback.
     """
 
     def __init__(self, name: str) -> None:
@@ -15,17 +15,17 @@ class Messages:
         self._said: set[str] = set()
 
     def begin(self) -> None:
-        """Another fit: every topic may be said again."""
+        """Starts a new fit: every topic may be logged again."""
         self._said.clear()
 
     def say(self, text: str, topic: str) -> None:
-        """For whoever reads along."""
+        """Logs an info line, at most once per fit and topic."""
         if topic not in self._said:
             self._said.add(topic)
             rank_zero_info(f"{self._name}: {text}")
 
     def warn(self, text: str, topic: str | None = None) -> None:
-        """For whoever has to know; without a topic every time."""
+        """Warns at most once per fit and topic; without a topic, every time."""
         if topic in self._said:
             return
         if topic is not None:

@@ -1,21 +1,25 @@
-"""Tables of text: drawn by rich where it is installed, aligned columns elsewhere.
+"""Text tables, drawn by rich if it is installed and as aligned columns otherwise.
 
-rich is no dependency of its own: where it is installed, Lightning takes another progress bar, and who adds a callback
-does not ask for that.
+rich is not a dependency: if it is installed, Lightning uses another progress bar, and adding a callback should not
+change that.
 """
 
 from collections.abc import Sequence
 from io import StringIO
 from typing import SupportsFloat
 
-# What stands in a cell that has nothing to show.
+# Content of an empty cell.
 NOTHING = "-"
-# Of a terminal that nobody has widened.
+# Columns of a terminal by default.
 WIDTH = 80
 
 
 def number(value: SupportsFloat, sign: str = "") -> str:
-    """Four digits after the point, or three that count where there would be nothing but zeros.
+    """Formats a number with four decimals, or with three significant digits if its magnitude is below 0.001.
+
+    Args:
+        value: The number.
+        sign: Sign option of the format, such as ``"+"``.
 
     Examples:
         >>> number(1.5), number(-0.25, "+"), number(0.0000123)
@@ -26,13 +30,13 @@ def number(value: SupportsFloat, sign: str = "") -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str, num_left: int = 1) -> str:
-    """A table that fits 80 columns as far as its contents can be folded; nothing is cut.
+    """Returns a table as text. Long cells are folded to fit 80 columns; nothing is cut off.
 
     Args:
         header: Names of the columns. A column in which every cell is ``"-"`` is left out.
-        rows: As many cells each.
-        title: Stands above.
-        num_left: How many columns are aligned to the left; the others are numbers.
+        rows: The cells of each row, as many as there are columns.
+        title: Printed above the table.
+        num_left: Number of leading columns that hold text and are aligned to the left. The others hold numbers.
     """
     shown = [place for place in range(len(header)) if any(row[place] != NOTHING for row in rows)]
     header = [header[place] for place in shown]
@@ -45,7 +49,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: s
         from rich.text import Text
     except ModuleNotFoundError:
         return _aligned([header, *rows], title, num_left)
-    # Nothing that a user has named is taken for markup.
+    # Names from the user may contain brackets, which rich would read as markup.
     table = Table(title=Text(title))
     for place, name in enumerate(header):
         is_number = place >= num_left
