@@ -246,10 +246,10 @@ def test_epochs_without_a_validation_do_not_keep_the_end_from_being_recorded(tru
         ({"span_steps": 8}, {"max_steps": 19}, "8 steps ends at step 20, but max_steps=19 stops the run before"),
         ({"span_steps": 8}, {"min_steps": 21, "max_steps": 30}, "but min_steps=21 keeps the run going"),
         ({"span_steps": 8, "record": "r"}, {"limit_val_batches": 0}, "record='r' needs a validation"),
-        ({"span_steps": 8, "trunk": "other.ckpt"}, {}, "trunk='.*other.ckpt' is no later checkpoint of the run"),
-        ({"span_steps": 8, "trunk": "torn.ckpt"}, {}, "torn.ckpt' is no checkpoint that loads with weights_only"),
-        ({"span_steps": 8, "trunk": "none.ckpt"}, {}, "none.ckpt' is no checkpoint that loads with weights_only"),
-        ({"span_steps": 8, "trunk": "4.ckpt"}, {}, "4.ckpt' is no later checkpoint of the run"),
+        ({"span_steps": 8, "trunk": "other.ckpt"}, {}, "trunk='.*other.ckpt' is not a later checkpoint of the run"),
+        ({"span_steps": 8, "trunk": "torn.ckpt"}, {}, "torn.ckpt' does not load with weights_only"),
+        ({"span_steps": 8, "trunk": "none.ckpt"}, {}, "none.ckpt' does not load with weights_only"),
+        ({"span_steps": 8, "trunk": "4.ckpt"}, {}, "4.ckpt' is not a later checkpoint of the run"),
     ],
 )
 def test_a_decay_that_cannot_be_is_refused_before_the_first_step(trunk, annealing, arguments, message):
@@ -368,7 +368,7 @@ def test_two_branches_at_once_are_refused(trunk):
 def test_a_branch_that_has_ended_is_not_trained_further(trunk):
     _, folder = trunk
     branch(folder, AnnealBranch(4, record=folder / "r.jsonl"), Keeper(folder, 16))
-    with pytest.raises(ValueError, match="ends at step 16, where this checkpoint is already"):
+    with pytest.raises(ValueError, match="ends at step 16, but this checkpoint is already there"):
         branch(folder, AnnealBranch(4, record=folder / "r.jsonl"), start=16)
     assert len((folder / "r.jsonl").read_text().splitlines()) == 1
 

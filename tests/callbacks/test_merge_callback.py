@@ -177,7 +177,7 @@ def test_a_function_that_gives_no_weights_fails_at_its_first_use_and_names_itsel
         (
             {"merges": ["sma", "ema"]},
             TypeError,
-            "several merges are a mapping of names to them, .* got \\['sma', 'ema'\\]",
+            "several merges must be a mapping of names to merges, .* got \\['sma', 'ema'\\]",
         ),
         ({"merges": Ema}, TypeError, "merges takes objects, got the class Ema; make one"),
         ({"start": "Stable"}, TypeError, "start must be 'stable' or an int, .*, got 'Stable'"),

@@ -193,7 +193,7 @@ def test_the_next_recoveries_reach_further_back_and_the_last_one_too_many_ends_t
 
     merge = MergeCallback(5, 8)
     recovery = SpikeRecovery(merge, max_recoveries=2, num_snapshots=3)
-    with pytest.raises(RuntimeError, match=r"at step 47 the loss is nan.*recovered 2 times already, which is the most"):
+    with pytest.raises(RuntimeError, match=r"at step 47 the loss is nan.*max_recoveries=2 allows no further recovery"):
         fit(slow(), tmp_path, merge, recovery, Accidents(), max_steps=60)
     assert recovery.recoveries == [41, 44]
     said = [str(warning.message) for warning in recwarn if "Back to the merge" in str(warning.message)]
@@ -350,7 +350,7 @@ def test_under_a_decay_the_rates_are_left_to_it(tmp_path, recwarn):
 
 def test_a_spike_before_the_first_snapshot_ends_the_run_with_what_is_missing(tmp_path):
     merge = MergeCallback(5, 6, start=1000)
-    with pytest.raises(RuntimeError, match="there is no snapshot from before to go back to"):
+    with pytest.raises(RuntimeError, match="there is no earlier snapshot to go back to"):
         fit(slow(), tmp_path, merge, SpikeRecovery(merge), Accident(3, "batch"))
 
 
@@ -397,7 +397,7 @@ def test_a_run_that_is_interrupted_after_a_recovery_ends_as_the_one_that_was_not
 def test_it_has_to_stand_behind_its_callback(tmp_path):
     merge, recovery = recovering()
     for callbacks in ([recovery, merge], [recovery]):
-        with pytest.raises(ValueError, match="behind the MergeCallback it was given"):
+        with pytest.raises(ValueError, match="must come after its MergeCallback"):
             fit(slow(), tmp_path, *callbacks)
 
 

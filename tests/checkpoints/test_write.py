@@ -355,7 +355,7 @@ def test_what_a_merged_checkpoint_is_given_has_to_be_a_callback_of_the_trainer(t
     with pytest.raises(TypeError, match="merge_callback must be a MergeCallback, got 'merge'"):
         MergedCheckpoint("merge")
     merged = MergedCheckpoint(MergeCallback(), monitor="merged/val_loss")
-    with pytest.raises(ValueError, match="has to stand in the Trainer's callbacks"):
+    with pytest.raises(ValueError, match="must be in the Trainer's callbacks"):
         fit(make(Toy), tmp_path, MergeCallback(), merged, beside(tmp_path), enable_checkpointing=True)
 
 

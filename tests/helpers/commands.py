@@ -23,7 +23,7 @@ class Done:
 
 def merge_callback(*arguments: str) -> Done:
     """Runs the command in this process, which has imported all it needs already."""
-    root, argv = logging.getLogger(), sys.argv
+    root, argv, path = logging.getLogger(), sys.argv, list(sys.path)
     handlers, level = list(root.handlers), root.level
     output, errors, code = StringIO(), StringIO(), 0
     try:
@@ -33,10 +33,14 @@ def merge_callback(*arguments: str) -> Done:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         if isinstance(ended.code, str):
             errors.write(ended.code)
+    except Exception as error:
+        # Under a tracer, such as that of the coverage, Hydra lets errors pass.
+        code = 1
+        errors.write(str(error))
     finally:
         # Hydra configures logging, with files.
         for handler in set(root.handlers) - set(handlers):
             handler.close()
-        root.handlers[:], sys.argv = handlers, argv
+        root.handlers[:], sys.argv, sys.path[:] = handlers, argv, path
         root.setLevel(level)
     return Done(code, output.getvalue(), errors.getvalue())

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import merge_callback
 from tests.helpers.toys import Toy, batches, make
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,13 @@ def run_blocks(page, folder, names):
             exec(compile(code, f"{page.name}: {code.splitlines()[0]}", "exec"), names)
         else:
             assert language == "bash", f"a block of {language} in {page.name} needs a title, so that something uses it"
+            commands = [shlex.split(line) for line in code.replace("\\\n", "").splitlines()]
+            if all(command[0] == "merge-callback" for command in commands):
+                # In this process, which has imported all that they need.
+                for _, *arguments in commands:
+                    done = merge_callback(*arguments)
+                    assert done.returncode == 0, f"{page.name}: {arguments}\n{done.stdout}{done.stderr}"
+                continue
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", code],
                 cwd=folder,

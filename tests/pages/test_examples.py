@@ -48,11 +48,13 @@ def made(class_name, **arguments):
 def test_lightning_cli_takes_the_callback_by_its_name_on_the_command_line(tmp_path):
     callback = ["--trainer.callbacks+=MergeCallback", "--trainer.callbacks.num_snapshots=5"]
     merges = {"a": "wma", "b": made("Extrapolate", rule=made("Window", span_steps=9), gap=0.1)}
-    objects = {"merges": merges, "storage": made("SnapshotDirectory", path="s")}
+    parts = made("Parts", exclude=["*.bias"])
+    objects = {"merges": merges, "storage": made("SnapshotDirectory", path="s"), "parts": parts}
     callback += [f"--trainer.callbacks.{name}={json.dumps(value)}" for name, value in objects.items()]
     output = example(*CLI, "--trainer.max_epochs=1", *callback, cwd=tmp_path)
     assert "up to 5 snapshots" in output
     assert "files in s," in output
+    assert "without 1 parameters" in output
     assert "merges: a, b" in output
     assert (tmp_path / "s").is_dir()
 

@@ -12,7 +12,7 @@ from merge_callback.prediction.records import (
     completed,
     read_records,
     run_identity,
-    trunk_at,
+    validation_at,
 )
 
 
@@ -94,11 +94,11 @@ def test_what_cannot_be_written_is_in_the_error(tmp_path):
 
 def test_the_trunk_at_a_step_is_its_validation_or_lies_between_two():
     history = [values(80, 2.0, 1.0, 8), values(100, 3.0, 2.0, 10), values(200, 4.0, 3.0, 20)]
-    assert trunk_at(history, 100, 0) == history[1]
-    assert trunk_at(history, 85, 20) == StableValidation(85, 8, {"val_loss": 2.25}, {"val_loss": 1.25}, "sma")
+    assert validation_at(history, 100, 0) == history[1]
+    assert validation_at(history, 85, 20) == StableValidation(85, 8, {"val_loss": 2.25}, {"val_loss": 1.25}, "sma")
     for step, max_gap_steps in ((85, 19), (150, 50), (70, 100), (210, 100)):
-        assert trunk_at(history, step, max_gap_steps) is None
-    assert trunk_at([], 100, 100) is None
+        assert validation_at(history, step, max_gap_steps) is None
+    assert validation_at([], 100, 100) is None
 
 
 def test_a_record_is_completed_with_what_the_trunk_knows():

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from merge_callback.validation.router_agreement import AnnealPredictionError, RecoveredShare, RouterAgreement
+from merge_callback.prediction.metrics import AnnealPredictionError, RecoveredShare
+from merge_callback.validation.router_agreement import RouterAgreement
 
 BRANCHES = torch.tensor([[1.5056, 1.4081, 1.3967], [1.3892, 1.2886, 1.2771], [1.2, 1.25, 1.1]], dtype=torch.float64)
 # Of two routers for nine tokens.

@@ -181,8 +181,8 @@ class Pair(nn.Module):
     [
         ("*.router", r"Routers\('\*\.router'\) fits no module; there are inner, tied"),
         ("pair", r"pair must return the scores of its experts, \[..., num_experts\], got tuple; a function may return"),
-        ("accuracy", r"nothing was seen of accuracy in the validation"),
-        (lambda module: {}, r"nothing was seen of any router in the validation"),
+        ("accuracy", r"the validation did not call accuracy"),
+        (lambda module: {}, r"the validation did not call any router"),
     ],
 )
 def test_what_is_no_router_is_refused_by_name(tmp_path, modules, message):

@@ -1,4 +1,4 @@
-"""Hydra finds this folder by its name; it makes the config groups of `merge_callback` known to every Hydra app."""
+"""A Hydra plugin, found by the name of its folder, that gives every Hydra app the config groups of `merge_callback`."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,10 +8,10 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 class MergeCallbackSearchPath(SearchPathPlugin):
-    """Puts the groups ``callbacks/merge`` and ``hydra/callbacks`` behind the app's own."""
+    """Adds the groups ``callbacks/merge`` and ``hydra/callbacks`` to the search path, after the app's own groups."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        # By its folder: to find a package's, Hydra would import it, and torch and Lightning into every app.
+        # A folder, not a package: Hydra would import the package, and with it torch and Lightning, into every app.
         spec = find_spec("merge_callback")
         assert spec is not None
         assert spec.origin is not None

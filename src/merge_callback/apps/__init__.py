@@ -1,1 +1,1 @@
-"""Commands and their configs."""
+"""The console commands and their configs."""

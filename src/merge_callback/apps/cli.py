@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from merge_callback.apps.wrong_call import ConfigError, WrongCallError
 
@@ -27,14 +29,14 @@ _GROUPS = f"{_CONFIGS}.groups"
 
 @dataclass(frozen=True)
 class Command:
-    """A command, and where its code and its entries are.
+    """One command: its summary, its code and its entries.
 
     Args:
-        summary: What it does, in one line.
-        module: Module with a function ``run``; its docstring says what the command does, with an example.
-        entries: File of the command's own entries, below ``commands/``; None if it is called without Hydra.
-        group: What those entries stand under in the user's config.
-        path: Where Hydra looks for configs, beside the user's ``--config-dir``.
+        summary: What the command does, in one line.
+        module: Module with a function ``run``; its docstring is the command's help text, with an example.
+        entries: File with the command's own entries, below ``commands/``; None if the command does not use Hydra.
+        group: Prefix of those entries in the user's config.
+        path: Where Hydra looks for configs, in addition to the user's ``--config-dir``.
         config: Name of the config that Hydra composes; None if the user names it.
     """
 
@@ -67,7 +69,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs ``merge-callback``."""
+    """Runs ``merge-callback``; arguments None takes those of the program."""
     asked = list(sys.argv[1:] if arguments is None else arguments)
     if not asked or asked[0] in ("-h", "--help", "help"):
         sys.stdout.write(overview())
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def overview() -> str:
-    """All commands, a line each."""
+    """Returns the usage text, with all commands one per line."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -107,7 +109,7 @@ def overview() -> str:
 
 
 def explanation(name: str) -> str:
-    """What a command does, an example, and its entries with their defaults."""
+    """Returns the help text of a command: what it does, an example, and its entries with their defaults."""
     command = COMMANDS[name]
     text = (import_module(f"merge_callback.apps.{command.module}").__doc__ or "").replace("``", "")
     parts = [f"merge-callback {name}: {command.summary}", "", text.strip().partition("\n")[2].strip()]
@@ -117,11 +119,11 @@ def explanation(name: str) -> str:
 
 
 def entries(file: str, group: str = "") -> list[str]:
-    """The entries of a config file with defaults and comments, a line each.
+    """Returns the entries of a config file with defaults and comments, one per line.
 
     Args:
-        file: Below ``commands/``.
-        group: What the entries stand under.
+        file: Path of the file below ``commands/``.
+        group: Prefix of the entries.
     """
     text = (files("merge_callback.apps") / "commands" / file).read_text()
     comments = dict(re.findall(r"^ *(\w+):.*?  # (.*)$", text, flags=re.MULTILINE))
@@ -147,6 +149,7 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _causes(error: BaseException | None) -> Iterator[str]:
+    """Yields the message of an error and those of its causes."""
     while error is not None:
         yield str(error).strip()
         error = error.__cause__
@@ -164,15 +167,20 @@ def _run_with_config(name: str, run: Callable[[DictConfig], None], rest: Sequenc
         except (ConfigError, InstantiationException) as error:
             raise WrongCallError("\n".join(dict.fromkeys(_causes(error)))) from error
 
-    # Hydra reads the program's arguments.
+    # Hydra reads its arguments from here.
     sys.argv = [f"merge-callback {name}", *rest]
-    # Hydra calls the job, and its log, as the module of the function.
+    # Hydra names the job and its log after the module of the function.
     task.__module__ = f"merge_callback.apps.{name}"
+    # As with `python -m`, targets of a config may lie in the current folder.
+    sys.path.insert(0, str(Path.cwd()))
     command = COMMANDS[name]
     try:
         hydra.main(version_base="1.3", config_path=command.path, config_name=command.config)(task)()
     except SystemExit as ended:
-        # Hydra has said what was wrong with the entries.
+        # Hydra has already printed what is wrong with the entries.
         if ended.code == 1 and not has_begun:
             sys.exit(WRONG_CALL)
         raise
+    except (HydraException, OmegaConfBaseException) as error:
+        # Under a debugger or a tracer Hydra raises these errors instead of printing them.
+        raise WrongCallError("\n".join(dict.fromkeys(_causes(error)))) from error

@@ -1,4 +1,4 @@
-"""The jobs of a Hydra multirun in one table: which number of snapshots, interval or rule gives the better merge."""
+"""Compares the jobs of a Hydra multirun in one table: which snapshots, interval or rule give the best merge."""
 
 import csv
 import math
@@ -16,13 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from merge_callback.apps.runs import Validation, merged_metrics, read_validations
 from merge_callback.utilities.tables import NOTHING, number, text_table
 
-# The last two: steps from the first to the last snapshot of the merge, and seconds that its validation took.
+# "span": steps from the first to the last snapshot of the merge; "seconds": time that its validation took.
 RESULTS = ["step", "live", "merged", "gain", "predicted", "span", "seconds"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a multirun: what it was told, and its last validation, if it wrote one."""
+    """One job of a multirun: its overrides, and its last validation; None if it logged none."""
 
     folder: Path
     overrides: dict[str, str]
@@ -30,22 +30,22 @@ class Job:
 
 
 def read_jobs(folder: Path, metric: str | None = None) -> tuple[str | None, list[Job]]:
-    """The jobs whose folders lie in that of a multirun, in the order of their numbers.
+    """Reads the jobs in the folder of a multirun, in the order of their numbers.
 
     Args:
-        folder: Hydra's ``sweep.dir``. What a job measured is read from the ``metrics.csv`` of Lightning's CSVLogger.
+        folder: Hydra's ``sweep.dir``. The metrics of a job are read from the ``metrics.csv`` of Lightning's CSVLogger.
         metric: Name of the metric; None takes the first that has a merged value.
 
     Returns:
-        The metric's name, None where no job has any; and the jobs.
+        The name of the metric, None if no job has one; and the jobs.
 
     Raises:
-        ValueError: If no job has that metric; the message names those there are.
+        ValueError: If no job has that metric; the message names the metrics that jobs have.
     """
     found = []
     for file in folder.rglob(".hydra/hydra.yaml"):
         config = OmegaConf.load(file)
-        # `~key` deletes, and has no value.
+        # `~key` deletes an entry and has no value.
         pairs = [override.lstrip("+~").partition("=") for override in config.hydra.overrides.task]
         overrides = {key: value for key, _, value in pairs}
         job_folder = file.parent.parent
@@ -60,7 +60,7 @@ def read_jobs(folder: Path, metric: str | None = None) -> tuple[str | None, list
 
 
 def best(jobs: Sequence[Job]) -> Job | None:
-    """The job with the best merged value at its last validation."""
+    """Returns the job with the best merged value at its last validation; None if no job has a finite one."""
     known = [(job, job.last.live, job.last.merged, job.last.gain) for job in jobs if job.last is not None]
     finite = [
         (job, live, merged, better)
@@ -69,15 +69,15 @@ def best(jobs: Sequence[Job]) -> Job | None:
     ]
     if not finite:
         return None
-    # The gain is positive where the merge is better; so its sign tells whether less is better.
+    # The gain is positive where the merge is better, so its sign shows whether less is better.
     sign = 1 if sum((live - merged) * better for _, live, merged, better in finite) >= 0 else -1
     return min(finite, key=lambda each: sign * each[2])[0]
 
 
 def comparison_table(jobs: Sequence[Job], metric: str) -> str:
-    """One row a job: what differs between them, and their last validations; the best merge is marked."""
+    """Returns a text table with one row per job: its differing overrides and last validation. The best is marked."""
     keys, winner = _varied(jobs), best(jobs)
-    # What all have in common, and what is of use to programs alone, takes no place.
+    # Leaves out the seconds, which only programs use, and the step if it is the same for all jobs.
     shown = dict(zip(RESULTS, zip(*map(_cells, jobs), strict=True), strict=True))
     del shown["seconds"]
     if len(set(shown["step"])) == 1:
@@ -90,7 +90,7 @@ def comparison_table(jobs: Sequence[Job], metric: str) -> str:
 
 
 def write_comparison(file: Path, jobs: Sequence[Job]) -> None:
-    """The same as CSV, with full precision and the folders of the jobs."""
+    """Writes the same table as CSV, with full precision and the folders of the jobs."""
     keys = _varied(jobs)
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -101,7 +101,7 @@ def write_comparison(file: Path, jobs: Sequence[Job]) -> None:
 
 
 class ComparisonTable(Callback):
-    """A callback of Hydra's (``hydra/callbacks=merge_comparison``): ends a multirun with one table of its jobs.
+    """A Hydra callback (``hydra/callbacks=merge_comparison``) that ends a multirun with one table of its jobs.
 
     Args:
         metric: Name of the metric, such as ``"val_loss"``; None takes the first that has a merged value.
@@ -111,7 +111,7 @@ class ComparisonTable(Callback):
         self.metric = metric
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """After a job that failed, which ends the multirun with most launchers, shows what there is."""
+        """Prints the table so far after a failed job, which ends the multirun with most launchers."""
         if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
             self._show(Path(config.hydra.sweep.dir))
 
@@ -142,19 +142,19 @@ def _last(metrics_file: Path | None, metric: str | None) -> Validation | None:
         validations = read_validations(metrics_file, metric)
     except ValueError:
         return None
-    # Not every validation need have evaluated the merge.
+    # Some validations may not have evaluated the merge.
     with_merge = [validation for validation in validations if validation.merged is not None]
     return next(reversed(with_merge or validations), None)
 
 
 def _varied(jobs: Sequence[Job]) -> list[str]:
-    """Keys that not all jobs were given the same value of."""
+    """Returns the keys whose values differ between jobs."""
     keys = dict.fromkeys(key for job in jobs for key in job.overrides)
     return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
 
 
 def _short(keys: Sequence[str]) -> list[str]:
-    """The last parts of dotted keys, as many as tell them apart."""
+    """Returns as many last parts of dotted keys as are needed to distinguish them."""
     parts = [key.replace("/", ".").split(".") for key in keys]
     for num_parts in range(1, max(map(len, parts), default=0)):
         short = [".".join(each[-num_parts:]) for each in parts]

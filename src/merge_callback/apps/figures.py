@@ -1,4 +1,4 @@
-"""The pictures: a run with its merges and anneals, predictions against what came, errors by what they depend on."""
+"""Draws the figures of the commands: runs with merges and anneals, predictions and their errors, sweeps, landscapes."""
 
 import io
 import itertools
@@ -17,13 +17,13 @@ from merge_callback.validation.figures import ANNEALED, LIVE, MERGED, PREDICTED
 def plot_validations(
     validations: Sequence[Validation], metric: str, title: str, anneals: Sequence[AnnealRecord] = ()
 ) -> Figure:
-    """Live, merged, predicted and annealed value over steps above; below, how much better than live each of them is.
+    """Plots live, merged, predicted and annealed values over steps, and below them their gains over the live values.
 
     Args:
-        validations: As `merge_callback.apps.runs.read_validations` gives them.
-        metric: Name of the metric, and in parentheses its unit: label of the upper axis.
-        title: Stands above the figure.
-        anneals: Branches of this run that were really annealed.
+        validations: As `merge_callback.apps.runs.read_validations` returns them.
+        metric: Name of the metric, with its unit in parentheses; labels the upper axis.
+        title: Title of the figure.
+        anneals: Records of branches of this run that were really annealed.
     """
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
@@ -32,7 +32,7 @@ def plot_validations(
     predicted = {v.step: v.predicted for v in validations if v.predicted is not None}
     upper.plot(live.keys(), live.values(), "o-", color=LIVE, markersize=4, label="live")
     upper.plot(merged.keys(), merged.values(), "o-", color=MERGED, markersize=4, label="merged")
-    # Whether lower is better is known by the gains.
+    # The sign of the gains shows whether lower is better.
     sign = -1 if any(v.gain * (v.live - v.merged) < 0 for v in validations if v.gain and v.merged is not None) else 1
     gains = {step: sign * (live[step] - value) for step, value in merged.items()}
     lower.plot(gains.keys(), gains.values(), "o-", color=MERGED, markersize=4)
@@ -60,10 +60,10 @@ def plot_validations(
 
 
 def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], metric: str) -> Figure:
-    """Predicted against annealed values with their intervals, and the diagonal on which they agree.
+    """Plots predicted against annealed values with their intervals, and the diagonal on which they agree.
 
     Args:
-        assessed: Label -> predictions with what came.
+        assessed: Label -> predictions with the values after real anneals.
         metric: Name of the metric, for both axes.
     """
     figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
@@ -80,12 +80,12 @@ def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], me
     if actual:
         low, high = min(actual), max(actual)
         reach = 0.05 * (high - low) or 0.05 * abs(low)
-        # Room for whole intervals, unless some are much wider than all that came.
+        # Shows whole intervals, unless they are much wider than the range of annealed values.
         predictions = [each.prediction for each in itertools.chain(*assessed.values())]
         bottom = max(min(low, *(each.low for each in predictions)), 2 * low - high - reach)
         top = min(max(high, *(each.high for each in predictions)), 2 * high - low + reach)
         axes.set(xlim=(low - reach, high + reach), ylim=(bottom - reach, top + reach))
-        # Below the diagonal, and away from it, there is nothing.
+        # The corner below the diagonal is empty.
         axes.legend(loc="lower right")
     axes.axline((min(actual, default=0.0),) * 2, slope=1, color=rcParams["axes.edgecolor"], linewidth=0.8)
     axes.set(xlabel=f"{metric}, annealed for real", ylabel=f"{metric}, predicted", aspect="equal")
@@ -94,12 +94,12 @@ def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], me
 
 
 def plot_errors(errors: Mapping[str, Mapping[str, Sequence[float]]], unit: str, what: str) -> Figure:
-    """Errors of predictions, each a dot, and their mean absolute error, for each group of some series.
+    """Plots the absolute error of each prediction as a dot, and the mean of each group and series as a bar.
 
     Args:
         errors: Group (place on the horizontal axis) -> series (colour) -> errors.
-        unit: Of the errors.
-        what: What groups are, for the horizontal axis.
+        unit: Unit of the errors.
+        what: Meaning of the groups; labels the horizontal axis.
     """
     figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -124,13 +124,13 @@ def plot_errors(errors: Mapping[str, Mapping[str, Sequence[float]]], unit: str, 
 def plot_heat_maps(
     panels: Mapping[str, Mapping[tuple[int, int], float]], horizontal: str, vertical: str, title: str
 ) -> Figure:
-    """Values over pairs of numbers, one map a panel, all with the same colours; each value stands in its place.
+    """Plots values over pairs of numbers as heat maps with one colour scale; each cell shows its value.
 
     Args:
-        panels: Title of a panel -> (horizontal, vertical) -> value; pairs may be missing.
-        horizontal: What the first numbers are.
-        vertical: What the second ones are.
-        title: Stands above.
+        panels: Title of a map -> (horizontal, vertical) -> value; pairs may be missing.
+        horizontal: Meaning of the first numbers; labels the horizontal axis.
+        vertical: Meaning of the second numbers; labels the vertical axis.
+        title: Title of the figure.
     """
     everything = [value for values in panels.values() for value in values.values()]
     columns = sorted({pair[0] for values in panels.values() for pair in values})
@@ -158,7 +158,7 @@ def plot_heat_maps(
 
 
 def plot_line(values: Mapping[float, float], marks: Mapping[str, float], metric: str) -> Figure:
-    """A metric along a line through checkpoints.
+    """Plots a metric along a line through checkpoints.
 
     Args:
         values: Distance from the first checkpoint -> value.
@@ -181,11 +181,11 @@ def plot_line(values: Mapping[float, float], marks: Mapping[str, float], metric:
 def plot_plane(
     values: Mapping[tuple[float, float], float], marks: Mapping[str, tuple[float, float]], metric: str
 ) -> Figure:
-    """Contours of a metric on a plane through checkpoints, at equal scales.
+    """Plots contours of a metric on a plane through checkpoints, with the same scale on both axes.
 
     Args:
         values: Place -> value, on a full grid.
-        marks: Name -> place of what is marked.
+        marks: Name -> place of a point to mark.
         metric: Label of the colours.
     """
     columns, rows = sorted({x for x, _ in values}), sorted({y for _, y in values})
@@ -193,7 +193,7 @@ def plot_plane(
     height = 1 + 5.5 * (rows[-1] - rows[0]) / (columns[-1] - columns[0])
     figure = Figure(figsize=(7, min(max(height, 3.0), 9.0)), dpi=120, layout="constrained")
     axes = figure.subplots()
-    # Most of the plane may lie far above what lies between the checkpoints.
+    # Levels at quantiles: most of the plane may have far higher values than the part between the checkpoints.
     levels = np.unique(np.quantile(grid[np.isfinite(grid)], np.linspace(0, 1, 16)))
     drawn = axes.contourf(columns, rows, grid, levels=levels, cmap="viridis")
     axes.contour(columns, rows, grid, levels=levels, colors="black", linewidths=0.3)
@@ -207,14 +207,14 @@ def plot_plane(
 
 
 def picture(figure: Figure, transparent: bool = False) -> bytes:
-    """The figure as a PNG."""
+    """Returns the figure as the bytes of a PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", transparent=transparent)
     return content.getvalue()
 
 
 def light_and_dark(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
-    """A figure as two PNGs without a background of their own, for light and for dark pages."""
+    """Returns a figure as two PNGs with transparent backgrounds, for light and for dark pages."""
     light = picture(draw(), transparent=True)
     with style.context("dark_background"):
         return light, picture(draw(), transparent=True)

@@ -1,4 +1,4 @@
-"""A grid of merges of checkpoints, and the file of what was found for them."""
+"""A grid of merges of checkpoints, and the file of their metrics."""
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
@@ -10,23 +10,23 @@ from merge_callback.merging.rules import Rule, merge_coefficients
 from merge_callback.utilities.checks import check_count, check_optional_count
 from merge_callback.utilities.files import atomic_write
 
-# What is asked for, and the steps that this comes to; the last one tells whether values are still those of the files.
+# The requested merge, the steps of its checkpoints, and a fingerprint that shows whether its values are up to date.
 CELL_COLUMNS = ("end", "rule", "num_snapshots", "every", "span_steps", "steps", "fingerprint")
-# The newest checkpoint alone.
+# Stands in place of a rule for the newest checkpoint alone.
 LIVE = "live"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One merge of the grid: up to ``num_snapshots`` checkpoints, every so many, not older than the span.
+    """One merge of the grid: up to ``num_snapshots`` checkpoints at an interval, all within a span.
 
     Args:
         end: Step of the newest checkpoint of the merge.
         rule: Name of the rule.
-        num_snapshots: How many at most.
-        every: One of so many checkpoints is taken, counted back from the newest.
-        span_steps: Only those from the last so many optimizer steps; None for no such limit.
-        steps: Of the checkpoints that this comes to, oldest first.
+        num_snapshots: Maximum number of checkpoints.
+        every: Interval, in checkpoints: n takes every n-th one, counted back from the newest.
+        span_steps: Takes only checkpoints from this many last optimizer steps; None sets no limit.
+        steps: Steps of the checkpoints that result from these, oldest first.
     """
 
     end: int
@@ -38,7 +38,7 @@ class Cell:
 
     @property
     def columns(self) -> dict[str, str]:
-        """How it stands in the file."""
+        """The columns of this cell in the file."""
         span = "" if self.span_steps is None else str(self.span_steps)
         return {
             "end": str(self.end),
@@ -52,17 +52,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """All combinations of these; see `Cell`.
+    """All combinations of some rules, numbers, intervals, spans and ends; see `Cell`.
 
     Args:
         rules: Name -> rule.
-        num_snapshots: Numbers of checkpoints.
+        num_snapshots: Maximum numbers of checkpoints.
         every: Intervals, in checkpoints.
-        span_steps: Spans in optimizer steps; None is no limit.
+        span_steps: Spans in optimizer steps; None sets no limit.
         ends: Steps at which merges end; None is the newest checkpoint.
 
     Raises:
-        ValueError: If a list is empty or holds what makes no sense.
+        ValueError: If a list is empty or holds an invalid value.
     """
 
     rules: Mapping[str, Rule]
@@ -84,13 +84,13 @@ class Grid:
             check_optional_count("sweep.span_steps", span_steps)
 
     def cells(self, steps: Sequence[int]) -> list[Cell]:
-        """The merges that can be made of checkpoints of those steps, after the newest checkpoint of each end.
+        """Returns the merges that can be made from checkpoints of these steps.
 
-        Combinations that there are too few checkpoints for are left out; of those that come to the same merge, the
-        first stays.
+        For each end, the newest checkpoint alone comes first. Combinations with too few checkpoints are left out. If
+        several combinations give the same merge, only the first is kept.
 
         Raises:
-            ValueError: If there is no checkpoint of the step of an end.
+            ValueError: If no checkpoint has the step of an end.
         """
         cells: dict[tuple[str, tuple[int, ...]], Cell] = {}
         for asked in self.ends:
@@ -102,7 +102,7 @@ class Grid:
             for rule, num, every, span in product(self.rules, self.num_snapshots, self.every, self.span_steps):
                 spread = newest_first[::every]
                 chosen = [step for step in spread if span is None or end - step < span][:num]
-                # As many as asked for, or all that the span holds.
+                # As many checkpoints as requested, or all that lie within the span.
                 is_whole = len(chosen) == num or len(chosen) < len(spread)
                 if is_whole and len(chosen) > 1:
                     key = (rule, tuple(reversed(chosen)))
@@ -110,19 +110,20 @@ class Grid:
         return list(cells.values())
 
     def coefficients(self, cell: Cell) -> list[float]:
-        """Of the checkpoints of a cell, oldest first."""
+        """Returns the coefficients of a cell's checkpoints, oldest first."""
         return [1.0] if cell.rule == LIVE else merge_coefficients(self.rules[cell.rule], cell.steps)
 
 
 class CellFile:
-    """A CSV file of merges and their metrics, whole at any time.
+    """A CSV file of merges and their metrics. Every write is atomic.
 
     Args:
-        path: The file, which need not be there.
-        fingerprint: Of all that a merge's values come from; lines with another one stay, and do not count.
+        path: Path of the file, which need not exist yet.
+        fingerprint: Returns a digest of all that a merge's values depend on. Rows with another digest are kept but
+            ignored.
 
     Raises:
-        ValueError: If the file is another one.
+        ValueError: If the file does not come from a sweep.
     """
 
     def __init__(self, path: Path, fingerprint: Callable[[Cell], str]) -> None:
@@ -132,7 +133,7 @@ class CellFile:
         self._read()
 
     def __getitem__(self, cell: Cell) -> dict[str, float]:
-        """Metrics of a merge; none if it is not there."""
+        """Returns the metrics of a merge; empty if the file does not hold the merge."""
         columns = self._columns(cell)
         for row in reversed(self._rows):
             if all(row[name] == value for name, value in columns.items()):
@@ -140,10 +141,10 @@ class CellFile:
         return {}
 
     def add(self, cell: Cell, metrics: Mapping[str, float]) -> None:
-        """Writes one more line, beside those that another process may have written meanwhile.
+        """Adds the row of a merge, and keeps rows that another process has added in the meantime.
 
         Raises:
-            ValueError: If a metric is called as a column is.
+            ValueError: If a metric has the name of a column.
         """
         if taken := [name for name in metrics if name in CELL_COLUMNS]:
             raise ValueError(f"the validation logs {taken[0]!r}, which is a column of {self.path}; rename the metric")
@@ -162,7 +163,7 @@ class CellFile:
         with self.path.open(newline="") as file:
             self._rows = list(csv.DictReader(file))
         if self._rows and (missing := [name for name in CELL_COLUMNS if name not in self._rows[0]]):
-            raise ValueError(f"{self.path} is no file of a sweep: it has no column {missing[0]}")
+            raise ValueError(f"{self.path} does not come from a sweep: it has no column {missing[0]}")
 
     def _columns(self, cell: Cell) -> dict[str, str]:
         return cell.columns | {"fingerprint": self.fingerprint(cell)}

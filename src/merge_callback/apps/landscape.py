@@ -1,8 +1,8 @@
 """Shows the loss between checkpoints: on the line through some of them, or on the plane through three.
 
-Every point of a line or a plane through checkpoints is a weighted sum of them with weights that sum to one, so it is
-made and validated as any merge is; weights beyond zero and one lie outside. The config is that of
-`merge-callback train`.
+Every point on a line or plane through checkpoints is a weighted sum of them, with weights that sum to one. So it is
+made and validated like any merge. Points beyond the checkpoints have weights below zero or above one. The config is
+that of `merge-callback train`.
 
   merge-callback landscape --config-dir conf --config-name train +landscape=line \\
       'landscape.checkpoints={live: a.ckpt, merged: merged.ckpt}'
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """A point among checkpoints: where it lies, in distances of weights, and what it is made of."""
+    """A point among checkpoints: where it lies, in distances between weights, and the checkpoints' coefficients."""
 
     x: float
     y: float
@@ -48,7 +48,7 @@ class Place:
 
 
 def corners(sides: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """Where two or three points lie, from their distances: the first at the origin, the second on the x axis.
+    """Returns two or three points with the given distances: the first at the origin, the second on the x axis.
 
     Raises:
         ValueError: If two points are the same, or three lie on one line.
@@ -72,12 +72,12 @@ def corners(sides: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
 
 
 def line(sides: Sequence[Sequence[float]], num_points: int, margin: float) -> list[Place]:
-    """Points on the way from checkpoint to checkpoint, as many on each piece; x is the way's length so far.
+    """Returns points on the path from checkpoint to checkpoint; x is the length of the path so far.
 
     Args:
         sides: Distances between checkpoints.
-        num_points: On each piece, both ends included.
-        margin: How far to go on beyond the first and the last one, as a share of the way.
+        num_points: Number of points on each piece of the path, both ends included.
+        margin: How far to continue beyond the first and the last checkpoint, as a share of the path's length.
     """
     lengths = [sides[i][i + 1] for i in range(len(sides) - 1)]
     if 0 in lengths:
@@ -85,7 +85,7 @@ def line(sides: Sequence[Sequence[float]], num_points: int, margin: float) -> li
     found: dict[float, Place] = {}
     begin = 0.0
     for piece, length in enumerate(lengths):
-        # How far on the piece, from zero to one.
+        # Positions on this piece, from zero to one.
         shares = [place / (num_points - 1) for place in range(num_points)]
         if margin and piece == 0:
             shares.insert(0, -margin * sum(lengths) / length)
@@ -100,12 +100,12 @@ def line(sides: Sequence[Sequence[float]], num_points: int, margin: float) -> li
 
 
 def plane(sides: Sequence[Sequence[float]], num_points: int, margin: float) -> list[Place]:
-    """A grid on the plane through three checkpoints, row by row.
+    """Returns a grid of points on the plane through three checkpoints, row by row.
 
     Args:
         sides: Distances between the checkpoints.
-        num_points: Along each axis.
-        margin: Around the triangle, as a share of its width and height.
+        num_points: Number of points along each axis.
+        margin: Margin around the triangle, as a share of its width and height.
     """
     if len(sides) != 3:
         raise ValueError(f"a plane goes through three checkpoints, got {len(sides)}")
@@ -119,12 +119,12 @@ def plane(sides: Sequence[Sequence[float]], num_points: int, margin: float) -> l
 
 
 def barycentric(points: Sequence[tuple[float, float]], x: float, y: float) -> tuple[float, float, float]:
-    """Weights of three corners, summing to one, whose weighted sum lies at a place.
+    """Returns the weights of three corners, summing to one, whose weighted sum is a given point.
 
     Args:
-        points: Corners as `corners` puts them.
-        x: Of the place.
-        y: Of the place.
+        points: The corners, as `corners` returns them.
+        x: First coordinate of the point.
+        y: Second coordinate of the point.
     """
     third = y / points[2][1]
     second = (x - third * points[2][0]) / points[1][0]
@@ -132,7 +132,7 @@ def barycentric(points: Sequence[tuple[float, float]], x: float, y: float) -> tu
 
 
 def distances(opened: Sequence[StoredCheckpoint]) -> list[list[float]]:
-    """Euclidean distances between the weights of checkpoints; batch norm statistics do not count."""
+    """Returns the Euclidean distances between the weights of checkpoints; batch norm tensors do not count."""
     square = [[0.0] * len(opened) for _ in opened]
     for name, tensor in opened[0].tensors.items():
         if not tensor.dtype.is_floating_point or fits(name, TAKEN_FROM_NEWEST):
@@ -147,7 +147,7 @@ def distances(opened: Sequence[StoredCheckpoint]) -> list[list[float]]:
 
 
 def run(config: DictConfig) -> None:
-    """Validates every point, and writes record and picture."""
+    """Validates every point, and writes the record and the picture."""
     if "landscape" not in config:
         raise WrongCallError("the config has no entry 'landscape'; give +landscape=line or +landscape=plane")
     asked = config.landscape
@@ -196,7 +196,7 @@ def run(config: DictConfig) -> None:
 
 
 def draw(record: Mapping[str, Any]) -> "Figure":
-    """The picture of a record: a curve along a line, or contours on a plane, with the checkpoints marked.
+    """Plots a record: a curve along a line, or contours on a plane, with the checkpoints marked.
 
     Raises:
         ModuleNotFoundError: If matplotlib, an extra, is not installed.

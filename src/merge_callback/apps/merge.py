@@ -1,7 +1,7 @@
 """Merges checkpoints on disk into one.
 
-They are read in parts, so that memory does not grow with their number. Tensors of batch norm layers come from the
-newest one.
+The checkpoints are read in parts, so memory use does not grow with their number. Tensors of batch norm layers are taken
+from the newest checkpoint.
 
   merge-callback merge 'checkpoints=runs/points/*.ckpt' output=merged.ckpt
   merge-callback merge 'checkpoints=[a.ckpt,b.ckpt]' output=c.safetensors 'coefficients=[0.3,0.7]'
@@ -22,7 +22,7 @@ from merge_callback.checkpoints.merge import merge_checkpoints
 
 
 def run(config: DictConfig) -> None:
-    """Merges as the config says, and prints what counted how much."""
+    """Merges the checkpoints of the config, and prints the coefficient of each."""
     if missing := OmegaConf.missing_keys(config):
         raise WrongCallError(
             f"{' and '.join(sorted(missing))} must be given, as in\n"
@@ -45,10 +45,10 @@ def run(config: DictConfig) -> None:
 
 
 def find_checkpoints(asked: str | Sequence[str]) -> list[str]:
-    """Paths that fit a pattern, or any of several patterns or paths."""
+    """Returns the paths that fit a pattern, or any of several patterns or paths."""
     found = []
     for pattern in [asked] if isinstance(asked, str) else asked:
-        # A name may hold what means something in a pattern.
+        # The name of a file may contain characters that have a meaning in patterns.
         is_literal = Path(pattern).exists()
         found += [pattern] if is_literal else sorted(glob(pattern)) or [pattern]  # noqa: PTH207
     return found

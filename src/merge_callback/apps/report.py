@@ -1,13 +1,13 @@
 """Writes one HTML page about a run: its figures and tables, and those of its anneals.
 
-It is made of a run's folder, with the ``metrics.csv`` of Lightning's CSVLogger and whatever records of anneals lie
-there, or of a file or folder of records alone.
+The command reads the folder of a run, with the ``metrics.csv`` of Lightning's CSVLogger and any records of anneals in
+it. A file or folder that holds only records works too. An anneal is a real decay of the learning rate to zero.
 
   merge-callback report outputs/demo/2026-11-26_12-00-00
   merge-callback report anneals.jsonl --metric val_loss --output anneals.html
 
 Arguments: RUN_OR_RECORDS, the folder of a run, its metrics.csv, or records of anneals; --metric NAME, by default the
-first loss; --output FILE, by default report.html beside what it is about.
+first loss; --output FILE, by default report.html in the folder that is read.
 """
 
 import argparse
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder or file holds: the validations of one run, and records of anneals."""
+    """The contents of a folder or file: the validations of one run, and records of anneals."""
 
     source: Path
     metric: str
@@ -55,11 +55,11 @@ def find(source: Path, metric: str | None = None) -> Found:
 
     Args:
         source: Where to look, in folders below it too.
-        metric: Name of the metric; None takes the first loss that anneals were recorded with, or that has a merged
-            value, or else the first metric.
+        metric: Name of the metric; None takes the first loss that was recorded with anneals or has a merged value. If
+            there is no loss, it takes the first metric.
 
     Raises:
-        ValueError: If nothing is there to report on, or nothing of that metric.
+        ValueError: If there is nothing to report on, or nothing for that metric.
     """
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     records = [record for file in files if file.suffix == ".jsonl" for record in read_records(file)]
@@ -75,7 +75,7 @@ def find(source: Path, metric: str | None = None) -> Found:
 
 
 def page(found: Found) -> str:
-    """The report as one HTML page that needs no other file.
+    """Returns the report as one HTML page that needs no other file.
 
     Raises:
         ModuleNotFoundError: If matplotlib, an extra, is not installed.
@@ -121,7 +121,7 @@ def page(found: Found) -> str:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Writes the report that the arguments of the command ask for."""
+    """Writes the report for the given arguments of the command."""
     parser = argparse.ArgumentParser(prog="merge-callback report", add_help=False)
     parser.add_argument("source", type=Path, metavar="RUN_OR_RECORDS")
     parser.add_argument("--metric")
@@ -163,8 +163,8 @@ def _anneal_table(records: Sequence[AnnealRecord], metric: str, assessed: Mappin
         if metric not in record.annealed:
             continue
         known = record.outcome(metric)
-        trunk = [f"{known.live:.4f}", f"{known.merged:.4f}"] if known is not None else ["-", "-"]
-        row = [record.run, str(record.step), str(record.span_steps), record.shape, *trunk]
+        at_end = [f"{known.live:.4f}", f"{known.merged:.4f}"] if known is not None else ["-", "-"]
+        row = [record.run, str(record.step), str(record.span_steps), record.shape, *at_end]
         for label in assessed:
             each = predictions.get((label, record.run, record.step, record.span, record.shape))
             row += [f"{each.prediction.value:.4f}", f"{each.error:+.4f}"] if each else ["-", "-"]
@@ -180,7 +180,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _image(draw: Callable[[], "Figure"], what: str) -> str:
-    """The figure inside the page, in the page's colours."""
+    """Returns the HTML of a figure, in a light and a dark version to match the page."""
     from merge_callback.apps.figures import light_and_dark
 
     light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in light_and_dark(draw))
@@ -188,9 +188,10 @@ def _image(draw: Callable[[], "Figure"], what: str) -> str:
     return f'<picture>{source}<img alt="{escape(what)}" src="{light}"></picture>'
 
 
-_EXPLAINED = """<p>recovered: share of the decay's gain that the merge had, on average; predicted: what taught the
-predictions; times: how many; MAE, bias, worst: mean absolute error, mean error (predicted minus annealed) and largest
-absolute error, in the metric's unit; inside the interval: share of anneals that their 90 % interval held.</p>"""
+_EXPLAINED = """<p>recovered: mean share of the decay's gain that the merge had; predicted: branches that the
+predictions were fitted to; times: number of predictions; MAE, bias, worst: mean absolute error, mean error (predicted
+minus annealed) and largest absolute error, in the metric's unit; inside the interval: share of anneals inside their
+90 % interval.</p>"""
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

@@ -1,4 +1,4 @@
-"""What a run says about itself: the metrics that its logger wrote, read back."""
+"""Reads back the metrics that a run's CSVLogger wrote."""
 
 import csv
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from merge_callback.utilities.tables import NOTHING, number
 
 @dataclass(frozen=True)
 class Validation:
-    """One validation of a run: optimizer steps done, live value, and what the callback said, as far as it did."""
+    """One validation of a run: optimizer steps done, live value, and what the callback logged; None if nothing."""
 
     step: int
     live: float
@@ -25,7 +25,7 @@ VALIDATION_HEADER = ["step", "live", "merged", "gain", "annealed (predicted)"]
 
 
 def validation_cells(validation: Validation) -> list[str]:
-    """A row of a table under `VALIDATION_HEADER`; what was not evaluated is left open."""
+    """Returns a table row for `VALIDATION_HEADER`; a dash stands for a value that was not logged."""
     predicted = validation.predicted.value if validation.predicted is not None else None
     values = [validation.live, validation.merged, validation.gain, predicted]
     cells = [
@@ -35,7 +35,7 @@ def validation_cells(validation: Validation) -> list[str]:
 
 
 def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
-    """The validations that a run's CSVLogger wrote.
+    """Reads the validations that a run's CSVLogger wrote.
 
     Args:
         metrics_file: The logger's ``metrics.csv``.
@@ -75,7 +75,7 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
 
 
 def merged_metrics(metrics_file: Path) -> list[str]:
-    """Names of the metrics that have merged values in a ``metrics.csv``."""
+    """Returns the names of the metrics that have merged values in a ``metrics.csv``."""
     with metrics_file.open(newline="") as file:
         names = csv.DictReader(file).fieldnames or ()
     return [name.removeprefix("merged/") for name in names if name.startswith("merged/")]

@@ -1,7 +1,7 @@
 """Validates a grid of merges of checkpoints on disk, to find out which is best.
 
-The config is that of `merge-callback train`: its model, data and trainer validate every merge. One line a merge is
-added to a CSV file; what stands there is not run again. A table and heat maps show all of them.
+The config is that of `merge-callback train`: its model, data and trainer validate every merge. Each merge adds a line
+to a CSV file, and merges in that file are not validated again. A table and heat maps show all merges.
 
   merge-callback sweep --config-dir conf --config-name train +sweep=grid \\
       'sweep.checkpoints=runs/points/*.ckpt' 'sweep.num_snapshots=[3,6,10]' 'sweep.every=[1,2]'
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from merge_callback.apps.grid import LIVE, Cell, CellFile, Grid
 
-# Entries of the config that values depend on. Others of the trainer's, such as folders, may differ from run to run.
+# Config entries that values depend on. Other entries of the trainer, such as folders, may differ from run to run.
 _DECISIVE = ("model", "data", "datamodule", "seed", "sweep.newest")
 _DECISIVE_OF_TRAINER = ("limit_val_batches", "fast_dev_run", "overfit_batches", "precision", "plugins")
 
 
 def sweep_table(values: Mapping[Cell, float], metric: str, mode: Literal["min", "max"]) -> str:
-    """All merges, the best first, each beside the newest checkpoint that it contains."""
+    """Returns a text table of all merges, best first, each with its gain over the newest checkpoint in it."""
     live = {cell.end: value for cell, value in values.items() if cell.rule == LIVE}
     sign = 1 if mode == "min" else -1
     rows = []
@@ -56,7 +56,9 @@ def sweep_table(values: Mapping[Cell, float], metric: str, mode: Literal["min", 
 
 
 def heat_maps(values: Mapping[Cell, float], metric: str) -> "Figure":
-    """Number of checkpoints against interval, one map for each rule and span; the newest checkpoint in the title.
+    """Plots number of checkpoints against interval, one map for each rule and span.
+
+    The title gives the value of the newest checkpoint alone.
 
     Raises:
         ModuleNotFoundError: If matplotlib, an extra, is not installed.
@@ -71,11 +73,11 @@ def heat_maps(values: Mapping[Cell, float], metric: str) -> "Figure":
             continue
         label = cell.rule if cell.span_steps is None else f"{cell.rule}, last {cell.span_steps} steps"
         panels.setdefault(label, {})[cell.num_snapshots, cell.every] = value
-    return plot_heat_maps(panels, "checkpoints at most", "one of so many", title)
+    return plot_heat_maps(panels, "maximum number of checkpoints", "interval, in checkpoints", title)
 
 
 def run(config: DictConfig) -> None:
-    """Validates the merges that have no line yet, and shows all."""
+    """Validates the merges that have no line in the file yet, and shows all merges."""
     if "sweep" not in config:
         raise WrongCallError("the config has no entry 'sweep'; give +sweep=grid 'sweep.checkpoints=...'")
     asked = config.sweep
@@ -94,7 +96,7 @@ def run(config: DictConfig) -> None:
         file = CellFile(folder / "cells.csv", _fingerprints(config, grid, checkpoints))
         found = {cell: file[cell] for cell in cells}
         wanted = asked.metric or next((name for metrics in found.values() for name in metrics), None)
-        # A metric may have been added to the model since.
+        # The model may log a metric that it did not log when the file was written.
         missing = [cell for cell, metrics in found.items() if wanted not in metrics]
         sys.stdout.write(f"{len(cells)} merges, of which {len(cells) - len(missing)} are there already\n")
         if missing:
@@ -102,7 +104,7 @@ def run(config: DictConfig) -> None:
             for cell in tqdm(missing, desc="Validating merges"):
                 chosen = [checkpoints[step] for step in cell.steps]
                 found[cell] = validated(fit, chosen, grid.coefficients(cell), asked.newest, seed)
-                # Before hours are spent on it.
+                # Raises after the first merge if the metric is not logged, before hours are spent.
                 wanted = chosen_metric(list(found[cell]), wanted, "sweep.metric")
                 file.add(cell, found[cell])
         metric = str(wanted)

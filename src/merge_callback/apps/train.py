@@ -1,7 +1,8 @@
 """Trains the model of a Hydra config to the end, or anneals a branch of its run.
 
-The entries are those of a common Lightning template, each with a ``_target_``. What stands under ``anneal`` goes to
-`AnnealBranch`, but for ``from``, the checkpoint that the branch begins at.
+The entries are those of a common Lightning template, each with a ``_target_``. Entries under ``anneal`` are arguments
+of `AnnealBranch`, except ``from``, the checkpoint where the branch begins. An anneal is a decay of the learning rate
+to zero.
 
   merge-callback train --config-dir conf --config-name train callbacks/merge=pma
   merge-callback train --config-dir conf --config-name train \\
@@ -24,7 +25,7 @@ from merge_callback.callbacks.anneal_branch import AnnealBranch
 
 @dataclass(frozen=True)
 class Run:
-    """All that a fit needs."""
+    """All that a fit needs: trainer, model, data, and the checkpoint to continue from, if any."""
 
     trainer: Trainer
     model: LightningModule
@@ -44,22 +45,22 @@ def prepare(
     checkpoint: str | Path | None = None,
     **trainer_options: Any,
 ) -> Run:
-    """Makes a run out of the config's entries.
+    """Builds a run from the config's entries.
 
     Args:
-        config: As described above.
-        callbacks: More callbacks than the config's.
-        loggers: Instead of the config's.
-        checkpoint: To go on from; None takes the config's ``resume_from``.
-        **trainer_options: Instead of the config's for the trainer.
+        config: The config, with the entries that the command takes.
+        callbacks: Callbacks in addition to the config's.
+        loggers: Loggers in place of the config's; None takes the config's.
+        checkpoint: Checkpoint to continue from; None takes the config's ``resume_from``.
+        **trainer_options: Arguments of the trainer in place of the config's.
 
     Raises:
-        ConfigError: If an entry is missing, a group is mistyped, or ``anneal.from`` is no file.
+        ConfigError: If an entry is missing, a group is mistyped, or ``anneal.from`` does not exist.
     """
     if missing := [name for name in ("model", "trainer") if name not in config]:
         raise ConfigError(f"the config has no entry {missing[0]!r}; give one with --config-dir and --config-name")
     if mistyped := [name for name in config if "/" in str(name)]:
-        # Hydra takes a group that it does not know for a key, when it is asked to add it.
+        # Hydra adds a group that it does not know (``+group=name``) as a plain key.
         raise ConfigError(f"there is no config group {mistyped[0]!r}; the one of MergeCallback is callbacks/merge")
     if config.get("seed") is not None:
         seed_everything(config.seed, verbose=False)
@@ -76,7 +77,7 @@ def prepare(
         if anneal.get("span") is None and anneal.get("span_steps") is None:
             raise ConfigError("anneal.from needs anneal.span, a share of the steps, or anneal.span_steps")
         listed.append(AnnealBranch(**anneal))
-        # The branch stops by itself.
+        # No limits from the config: the branch stops by itself.
         checkpoint, trainer_options = start, {"max_steps": -1, "max_epochs": -1, **trainer_options}
     elif any(anneal.get(name) is not None for name in ("span", "span_steps")):
         raise ConfigError("anneal.span and anneal.span_steps need anneal.from, the checkpoint to branch from")

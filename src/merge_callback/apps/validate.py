@@ -1,4 +1,4 @@
-"""Validations of merges that no run holds: stored checkpoints, combined and put into the config's model."""
+"""Validates merges of stored checkpoints, with the model and the data of a config."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +14,11 @@ from merge_callback.live.preserve import preserved_attributes
 
 
 def prepare_validation(config: DictConfig, limit_batches: int | float | None = None) -> Run:
-    """A run of the config that is there for its validation alone: without callbacks, loggers and checkpoints.
+    """Returns a run of the config that only validates: without callbacks, loggers and checkpoints.
 
     Args:
-        config: As `merge_callback.apps.train` takes it; loses its callbacks.
-        limit_batches: Of each validation loader; None is what the config says.
+        config: A config for `merge_callback.apps.train`; its callbacks are removed in place.
+        limit_batches: Limit on each validation loader; None is that of the config.
     """
     with open_dict(config):
         config.callbacks, config.anneal = {}, None
@@ -35,24 +35,24 @@ def validated(
     newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Metrics of a weighted sum of checkpoints, as if nothing had been validated before.
+    """Returns the metrics of a weighted sum of checkpoints, as if nothing had been validated before.
 
     Args:
-        run: Its trainer validates its model, which holds the sum afterwards, on its data.
-        opened: Checkpoints that are alike, oldest first.
-        values: A coefficient for each, summing to one.
-        newest: A pattern, or several, of tensors that are those of the last checkpoint.
-        seed: The validation begins with it.
+        run: The run whose trainer validates its model on its data. The model holds the sum afterwards.
+        opened: Checkpoints with the same tensors, oldest first.
+        values: One coefficient per checkpoint; they sum to one.
+        newest: One or several patterns of tensors that are taken from the last checkpoint.
+        seed: Random seed of the validation.
 
     Returns:
-        Metric -> value; of several loaders all of them.
+        Metric -> value, of all loaders.
 
     Raises:
         ValueError: If the checkpoints do not fit the model; the message names the tensors.
     """
     merged = dict(merged_tensors(opened, values, newest))
     for name, tensor in merged.items():
-        # Beyond the checkpoints a weighted sum of variances may be none.
+        # With coefficients below zero, a weighted sum of variances may be negative.
         if fits(name, "*running_var"):
             tensor.clamp_(min=0)
     try:
@@ -60,23 +60,28 @@ def validated(
     except RuntimeError as error:
         raise ValueError(f"the checkpoints are of another model than the config's: {error}") from error
     seed_everything(seed, verbose=False)
-    # Whatever a module remembers of a validation, such as the best value so far.
+    # A module may remember things of a validation, such as the best value so far.
     with preserved_attributes(run.model):
         found = run.trainer.validate(run.model, run.data, verbose=False)
     return {name: value for of_loader in found for name, value in of_loader.items()}
 
 
 def check_mode(argument: str, mode: Any) -> None:
-    """Raises `ValueError` unless it says which values are the better ones."""
+    """Raises ValueError unless ``mode`` is ``"min"`` or ``"max"``."""
     if mode not in ("min", "max"):
         raise ValueError(f"{argument} must be 'min' or 'max', got {mode!r}")
 
 
 def chosen_metric(known: Sequence[str], asked: str | None, argument: str) -> str:
-    """The metric that was asked for, or the first of those that a validation logs.
+    """Returns the metric that the user asked for, or the first that a validation logs.
+
+    Args:
+        known: Names of the metrics that the validation logs.
+        asked: Name that the user asked for; None takes the first.
+        argument: Name of the user's argument, for the error.
 
     Raises:
-        ValueError: If the validation logs none, or not the one asked for.
+        ValueError: If the validation logs no metric, or not the one asked for.
     """
     if not known:
         raise ValueError("the validation logs no metric")

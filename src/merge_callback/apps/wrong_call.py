@@ -1,18 +1,18 @@
-"""What commands raise when they were called with something that makes no sense."""
+"""The errors that commands raise when they are called with invalid arguments."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
-    """A config lacks an entry, or holds one that makes no sense."""
+    """A config lacks an entry, or holds an invalid one."""
 
 
 class WrongCallError(SystemExit):
-    """Ends a command with exit code 2; Hydra lets it pass.
+    """Ends a command with exit code 2; a SystemExit, since Hydra does not catch those.
 
     Args:
-        message: What makes no sense, and what to do.
+        message: What is wrong, and what to do.
     """
 
     def __init__(self, message: str) -> None:
@@ -25,7 +25,7 @@ class WrongCallError(SystemExit):
 
 @contextmanager
 def wrong_calls() -> Iterator[None]:
-    """Inside the context, errors that tell of arguments are wrong calls, and those of the disk end the program."""
+    """Turns errors about arguments into wrong calls, and errors of the disk into SystemExit, inside the context."""
     try:
         yield
     except (ValueError, TypeError, ModuleNotFoundError) as error:

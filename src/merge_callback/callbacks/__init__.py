@@ -1,1 +1,1 @@
-"""What goes into `Trainer(callbacks=[...])`."""
+"""The Lightning callbacks, for `Trainer(callbacks=[...])`."""

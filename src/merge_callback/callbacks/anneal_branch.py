@@ -1,4 +1,4 @@
-"""`AnnealBranch`: a real decay from a trunk's checkpoint, recorded beside what the trunk's merges said about it."""
+"""`AnnealBranch`: a real learning-rate decay from a checkpoint of a stable run, recorded beside that run's merges."""
 
 import os
 import pickle
@@ -19,34 +19,34 @@ from merge_callback.prediction.records import (
     StableValidation,
     append_record,
     completed,
-    trunk_in_checkpoint,
+    stable_run_in_checkpoint,
 )
 from merge_callback.utilities.checks import check_count
 
-# A checkpoint of shards is a folder, in which Lightning gives this name to what is no shard.
+# A sharded checkpoint is a folder. In this file of it, Lightning stores everything that is not a shard.
 _METADATA = "meta.pt"
 
 
 class AnnealBranch(Callback):
-    """Turns a run that is resumed from a trunk's checkpoint into a branch whose learning rate decays to zero.
+    """Anneals: turns a run resumed from a checkpoint of a stable run into a branch whose rate decays to zero.
 
-    At every optimizer step the rates that the run's own schedulers set are multiplied by the shape's value, one at the
-    first step and zero after the last; at the end the branch is validated, recorded, and stops. Outside the steps the
-    rates stay the schedulers' own, so that a run which continues from the branch has them back. Training data go on
-    where the trunk's stood if the loader can resume.
+    At every optimizer step the rates of the run's own schedulers are multiplied by the shape's value: one at the first
+    step, zero after the last. At the end the branch is validated and recorded, and stops. Outside optimizer steps the
+    rates stay those of the schedulers, so a run that continues from the branch has them back. Training data continue
+    where the stable run stopped, if the loader can resume.
 
-    A branch knows its trunk by the `MergeCallback` state in the checkpoint, which holds the trunk's validations so far.
+    The branch reads from the checkpoint's `MergeCallback` state which run it comes from, and that run's validations.
 
     Args:
         span_steps: Length of the decay in optimizer steps.
         shape: ``"linear"``, ``"1-sqrt"`` or ``"cosine"``.
         span: Instead of ``span_steps``: length as a share of all steps up to the end of the branch, in (0, 1).
         record: File to which a line is appended at the end; many branches may share one. None records nothing.
-        trunk: A later checkpoint of the same trunk. If the trunk was validated where the branch ends, the record is
-            complete at once. Otherwise a trunk that runs with ``MergeCallback(calibration=record)`` completes it.
+        trunk: A later checkpoint of the same stable run. If that run was validated where the branch ends, the record
+            is complete at once. Otherwise the run completes it if it has ``MergeCallback(calibration=record)``.
 
     Raises:
-        ValueError: If an argument makes no sense; at the start of the fit if the decay does not fit into the run, an
+        ValueError: If an argument is invalid; at the start of the fit if the decay does not fit into the run, an
             optimizer has no rate, or there is no validation to record.
 
     Examples:
@@ -96,13 +96,13 @@ class AnnealBranch(Callback):
         self._has_begun = self._is_finished = self._is_recorded = False
 
     def multiplier(self, step: int) -> float:
-        """What the rates of the optimizer step after ``step`` steps are multiplied by; one before the branch."""
+        """Returns the factor on the rates of the optimizer step that follows ``step`` steps; one before the branch."""
         if self._start_step is None or step <= self._start_step:
             return 1.0
         share = (step - self._start_step) / (self._end_step - self._start_step)
         return DECAY_SHAPES[self.shape](min(1.0, share))
 
-    # What Lightning calls.
+    # Hooks, called by Lightning.
 
     @property
     def state_key(self) -> str:
@@ -115,7 +115,7 @@ class AnnealBranch(Callback):
         self._loaded_start = state_dict["start_step"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._run, self._history = trunk_in_checkpoint(checkpoint)
+        self._run, self._history = stable_run_in_checkpoint(checkpoint)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._loaded_start, self._run, self._history = None, None, []
@@ -128,20 +128,20 @@ class AnnealBranch(Callback):
         end = start + span_steps
         self._check(trainer, end, span_steps)
         if self.trunk is not None:
-            self._run, self._history = self._later_trunk(self.trunk)
+            self._run, self._history = self._later_stable_run(self.trunk)
         self._start_step, self._end_step, self._annealed = start, end, None
         self._first_rates = learning_rates(trainer.optimizers)
         self._overlay = RateOverlay(trainer.optimizers, lambda: self.multiplier(optimizer_step(trainer)))
         observe_validations(trainer, self)
         if self.record is not None and self._run is None:
             rank_zero_warn(
-                "AnnealBranch: the checkpoint holds no validation of a MergeCallback, so nobody will know what the"
-                " trunk of this branch was, and its record calibrates nothing"
+                "AnnealBranch: the checkpoint holds no validation of a MergeCallback, so the stable run of this branch"
+                " is unknown and its record calibrates nothing"
             )
         rank_zero_info(f"AnnealBranch: {self.shape} decay over {span_steps} steps, from step {start} to step {end}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # The rates outside the steps, and so what monitors of rates show, are the schedulers' own.
+        # Learning-rate monitors read outside the steps and show the schedulers' own rates, so log the factor on them.
         if not trainer.barebones:
             multiplier = self.multiplier(optimizer_step(trainer))
             pl_module.log("anneal/multiplier", multiplier, on_step=True, on_epoch=False)
@@ -156,7 +156,7 @@ class AnnealBranch(Callback):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise RuntimeError(f"the rates could not be multiplied: {names} did not call the hooks around its step")
         if step >= self._end_step and not self._is_finished:
-            # Lightning validates when it is asked to stop, in epochs that are validated at all.
+            # Lightning validates when it is asked to stop, but only in epochs that have a validation.
             self._check_val_every_n_epoch = trainer.check_val_every_n_epoch
             if self._check_val_every_n_epoch is not None:
                 trainer.check_val_every_n_epoch = 1
@@ -172,7 +172,7 @@ class AnnealBranch(Callback):
         record = AnnealRecord(
             run=self._run or f"checkpoint {trainer.ckpt_path}",
             start_step=self._start_step,
-            # A batch of manual optimization may take more than one step.
+            # May lie beyond the planned end: with manual optimization a batch may take more than one step.
             step=optimizer_step(trainer),
             span_steps=span_steps,
             shape=self.shape,
@@ -209,10 +209,10 @@ class AnnealBranch(Callback):
                 f" max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}"
             )
 
-    # What `evaluate.observe_validations` calls.
+    # Called by validations, after `observe_validations`.
 
     def before_validation(self, trainer: Trainer) -> None:
-        """Nothing: the branch is validated as it is."""
+        """Does nothing: the branch is validated with its live weights."""
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """Keeps the values of the validation at the end of the decay."""
@@ -220,7 +220,7 @@ class AnnealBranch(Callback):
             self._annealed = {name: float(logged.value) for name, logged in live.items()}
         return {}
 
-    # How it does it.
+    # Implementation.
 
     def _check(self, trainer: Trainer, end: int, span_steps: int) -> None:
         planned = f"a decay over {span_steps} steps ends at step {end}"
@@ -232,13 +232,13 @@ class AnnealBranch(Callback):
         if self.record is not None and not trainer.enable_validation:
             raise ValueError(f"record={str(self.record)!r} needs a validation, and this run has none")
         if optimizer_step(trainer) >= end:
-            raise ValueError(f"{planned}, where this checkpoint is already: the branch has ended")
+            raise ValueError(f"{planned}, but this checkpoint is already there: the branch has ended")
 
-    def _later_trunk(self, path: str | os.PathLike[str]) -> tuple[str | None, list[StableValidation]]:
-        run, history = _trunk_in_file(path)
+    def _later_stable_run(self, path: str | os.PathLike[str]) -> tuple[str | None, list[StableValidation]]:
+        run, history = _stable_run_in_file(path)
         is_same = run is not None and self._run in (None, run)
         if not is_same or len(history) < len(self._history):
-            raise ValueError(f"trunk={str(path)!r} is no later checkpoint of the run that this branch is from")
+            raise ValueError(f"trunk={str(path)!r} is not a later checkpoint of the run that this branch comes from")
         return run, history
 
     def _remove(self, trainer: Trainer) -> None:
@@ -257,9 +257,9 @@ def _span_steps(start: int, span: float) -> int:
     return max(1, round(start * span / (1 - span)))
 
 
-def _trunk_in_file(path: str | os.PathLike[str]) -> tuple[str | None, list[StableValidation]]:
+def _stable_run_in_file(path: str | os.PathLike[str]) -> tuple[str | None, list[StableValidation]]:
     file = Path(path, _METADATA) if Path(path).is_dir() else Path(path)
     try:
-        return trunk_in_checkpoint(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        return stable_run_in_checkpoint(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"trunk={str(path)!r} is no checkpoint that loads with weights_only=True: {error}") from error
+        raise ValueError(f"trunk={str(path)!r} does not load with weights_only=True: {error}") from error

@@ -1,4 +1,4 @@
-"""What a user gives to `MergeCallback`: checked, with errors that name argument and value, and made into a session."""
+"""Checks the arguments of `MergeCallback`, with errors that name argument and value, and builds a session from them."""
 
 import os
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ from merge_callback.validation.budget import Budget
 from merge_callback.validation.logged import Names, safe_name
 from merge_callback.validation.merged_validation import MergedValidation
 
-# More likely meant as a kind of memory than as the name of a folder.
+# Values of ``storage`` that are more likely meant as a kind of memory than as the name of a folder.
 _NO_FOLDERS = ("device", "cpu", "gpu", "cuda", "mps", "host", "ram", "memory", "pinned", "disk", "none")
 
 
 def check_start(start: Any) -> None:
-    """Raises unless it is ``"stable"`` or an optimizer step."""
+    """Raises TypeError or ValueError unless ``start`` is ``"stable"`` or an optimizer step."""
     if start != "stable" and (not isinstance(start, int) or isinstance(start, bool)):
         raise TypeError(f"start must be 'stable' or an int, the optimizer step to begin at, got {start!r}")
     if start != "stable":
@@ -37,13 +37,13 @@ def check_start(start: Any) -> None:
 
 
 def check_name(name: Any) -> None:
-    """Raises unless it can be the name of a callback."""
+    """Raises ValueError unless ``name`` is a non-empty string."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"name must be a non-empty string, got {name!r}")
 
 
 def snapshot_place(storage: Any) -> StoragePlace:
-    """``"device"``, ``"cpu"`` or the path of a directory as the place that it names; raises if it names none."""
+    """Returns the place that ``"device"``, ``"cpu"`` or a directory's path names; raises if it names none."""
     if isinstance(storage, SnapshotMemory):
         return storage
     if isinstance(storage, str) and storage in ("device", "cpu"):
@@ -60,7 +60,7 @@ def snapshot_place(storage: Any) -> StoragePlace:
         raise ValueError(f"storage must have a path, got {directory!r}")
     folder = Path(directory.path).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    # The kernel's own folders say that they are writable.
+    # The kernel's own folders claim to be writable.
     is_kernels = folder.is_relative_to("/proc") or folder.is_relative_to("/sys")
     if not existing.is_dir() or not os.access(existing, os.W_OK) or is_kernels:
         raise ValueError(f"storage={str(directory.path)!r} cannot be written: {existing} is not a writable directory")
@@ -68,10 +68,10 @@ def snapshot_place(storage: Any) -> StoragePlace:
 
 
 def refuse_strategy(strategy: Any) -> None:
-    """Raises if merges under the strategy would be wrong: it flattens parameters, or keeps them out of the model.
+    """Raises if merges would be wrong under the strategy: it flattens parameters, or keeps them outside the model.
 
     Raises:
-        NotImplementedError: The message says what to use instead.
+        NotImplementedError: If it is such a strategy; the message says what to use instead.
     """
     names = {base.__name__ for base in type(strategy).__mro__}
     if refused := names & {"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"}:
@@ -82,7 +82,7 @@ def refuse_strategy(strategy: Any) -> None:
 
 
 def check_calibration(calibration: Any) -> None:
-    """Raises unless it can be a file of records, or names the prior."""
+    """Raises TypeError or ValueError unless ``calibration`` is None, ``"prior"`` or the path of a file."""
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
         raise TypeError(f"calibration must be a file of records, 'prior' or None, got {calibration!r}")
     if calibration is not None and (not str(calibration) or Path(calibration).is_dir()):
@@ -90,14 +90,14 @@ def check_calibration(calibration: Any) -> None:
 
 
 def parts_to_merge(parts: Any) -> Parts:
-    """The parts themselves, also from a pattern of names or several."""
+    """Returns the parts to merge, from `Parts` or from one or several name patterns."""
     if isinstance(parts, Parts):
         return parts
     return Parts(include=patterns("parts", parts))
 
 
 def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype itself, also from its name; None stays None."""
+    """Returns the floating-point dtype, from itself or from its name; None stays None."""
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch.dtype or its name, such as 'bfloat16', got {dtype!r}")
@@ -105,10 +105,10 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def named_merges(merges: Any) -> dict[str, Rule | Average]:
-    """Merges by name, from one of them or a mapping of names to them."""
+    """Returns the merges by name, from a single merge or from a mapping of names to merges."""
     if isinstance(merges, list | tuple):
         raise TypeError(
-            f"several merges are a mapping of names to them, such as {{'a': 'sma', 'b': 'wma'}}, got {merges!r}"
+            f"several merges must be a mapping of names to merges, such as {{'a': 'sma', 'b': 'wma'}}, got {merges!r}"
         )
     if not isinstance(merges, Mapping):
         label = merges if isinstance(merges, str) else getattr(merges, "__name__", type(merges).__name__.lower())
@@ -122,7 +122,7 @@ def named_merges(merges: Any) -> dict[str, Rule | Average]:
     logged = [safe_name(name) for name in further]
     if twice := next((name for name, safe in zip(further, logged, strict=True) if logged.count(safe) > 1), None):
         raise ValueError(
-            f"merges must have different names in logs, where characters that not all loggers take become '_';"
+            f"merges must have different names in logs, where characters that some loggers refuse become '_';"
             f" {twice!r} and another one are both {safe_name(twice)!r} there"
         )
     return {name: _merge(merge) for name, merge in merges.items()}
@@ -135,7 +135,7 @@ def _merge(merge: Any) -> Rule | Average:
 
 
 class MergeSettings(Protocol):
-    """The checked arguments that a session is made of; see `MergeCallback`."""
+    """The checked arguments that a session is built from; see `MergeCallback`."""
 
     every_n_train_steps: int | None
     num_snapshots: int
@@ -154,7 +154,7 @@ class MergeSettings(Protocol):
 
 
 def new_session(settings: MergeSettings) -> MergeSession:
-    """A session with nothing captured and nothing validated."""
+    """Builds a session in which nothing was captured or validated yet."""
     averages = {name: merge for name, merge in settings.merges.items() if is_average(merge)}
     rules = {name: merge for name, merge in settings.merges.items() if not is_average(merge)}
     capture = SnapshotCapture(

@@ -1,4 +1,4 @@
-"""`MergeCallback`: what a user sets and asks; each hook is handed to the session of the run."""
+"""`MergeCallback`: the arguments and methods for users. Each hook is passed on to the session of the run."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,45 +22,45 @@ from merge_callback.utilities.checks import check_count, check_limit, check_opti
 
 
 class MergeCallback(Callback):
-    """Shows, beside the live metrics, those of the merge of the latest weights: the model as if it were annealed now.
+    """Logs the metrics of a merge of recent weights beside the live ones: the model as if it were annealed now.
 
     Keeps a rolling buffer of snapshots while the learning rate is constant, merges them at every validation, validates
-    the merge over the same batches, and logs ``merged/m`` and ``merge_gain/m`` beside every metric ``m``. Training is
-    bit-identical to training without it. Implements *Model Merging in Pre-training of Large Language Models*
-    (arXiv 2505.12082); `merge_callback.merging.rules` tells which decay a merge stands for.
+    the merge on the same batches, and logs ``merged/m`` and ``merge_gain/m`` beside every metric ``m``. Training is
+    bit-identical to training without the callback. Implements *Model Merging in Pre-training of Large Language Models*
+    (arXiv 2505.12082); `merge_callback.merging.rules` explains which learning-rate decay a merge corresponds to.
 
     Args:
         every_n_train_steps: Optimizer steps between two snapshots; with several optimizers a step is one round of them.
             None starts at one and doubles, so that the ring always covers at least the last tenth of training.
         num_snapshots: Capacity of the rolling buffer.
         merges: The merge to evaluate: a rule's name (``"sma"``, ``"wma"``, ``"ema"``, ``"linear"``, ``"1-sqrt"``,
-            ``"cosine"``), a `Window`, an `Extrapolate`, or a function of the snapshots' steps; or an `Ema` or a
-            `PowerEma` over every step. Or several, as a mapping of names to any of these; the first is the primary one.
+            ``"cosine"``), a `Window`, an `Extrapolate`, a function of the snapshots' steps, or an `Ema` or `PowerEma`
+            over every step. For several merges, a mapping of names to any of these; the first is the primary one.
         start: ``"stable"`` captures while the learning rate is constant, and begins a new window when it is constant
             again at another value. An int captures from that optimizer step on, whatever the rate does.
-        storage: Where snapshots are kept: ``"device"``, the memory of the model's device; ``"cpu"``, host memory; or a
-            directory, as a path, which gets one file a snapshot and rank. `SnapshotMemory` and `SnapshotDirectory` say
-            more, also how to leave snapshots out of checkpoints. But for ``"device"``, merges are made in host memory.
+        storage: Where snapshots are kept: ``"device"`` (memory of the model's device), ``"cpu"`` (host memory), or the
+            path of a directory, with one file per snapshot and rank. Merges are made in host memory except with
+            ``"device"``. `SnapshotMemory` and `SnapshotDirectory` can also leave snapshots out of checkpoints.
         dtype: Dtype of the snapshots, such as ``"bfloat16"``; None keeps each parameter's own.
         evaluate_every_n_validations: Evaluates the merges at every n-th validation.
-        limit_batches: How much of each validation loader a merged validation takes: a number of batches, a share, or
-            None for as much as the live one. With a limit the live model is validated on the same batches once more.
+        limit_batches: How much of each validation loader a merged validation uses: a number of batches, a share, or
+            None for as much as the live one. With a limit, the live model is validated again on the same batches.
         max_overhead: Largest share of the run's wall time that the callback may take, such as 0.02. Merged validations
-            that would exceed it are left out, but for the first, and ``merge/num_skipped`` counts them.
-        calibration: The file that `AnnealBranch` adds its records to, which may grow while this run goes on; or
-            ``"prior"``, for what this project's benchmark found in runs with AdamW. From two branches on,
-            ``annealed/m`` is predicted and logged, with its interval. None predicts nothing.
+            that would exceed it are skipped, except the first, and ``merge/num_skipped`` counts them. None: no limit.
+        calibration: The file to which `AnnealBranch` appends its records, also while this run goes on; or ``"prior"``
+            for the values that this project's benchmark found in runs with AdamW. From two branches on,
+            ``annealed/m`` is predicted and logged with its interval. None predicts nothing.
         higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``.
-            torchmetrics objects that are logged know it themselves; numbers and tensors do not.
-        parts: Patterns (``"*lora*"``) of the parameters that are merged, or `Parts`; the others stay live.
-        recalibrate_batches: Calculates batch norm statistics for the merge from the inputs of this many of the latest
-            training batches, instead of taking those of the newest snapshot. The module is called with the first item
-            of a batch. The inputs are kept, and go into checkpoints. None for models without such layers.
-        name: Distinguishes two callbacks in one Trainer, in checkpoints and in logged names.
+            Not needed for logged torchmetrics objects, which state it themselves.
+        parts: Patterns (``"*lora*"``) of the parameters to merge, or `Parts`; the others stay live.
+        recalibrate_batches: Computes batch norm statistics for the merge from the inputs of this many of the latest
+            training batches, instead of copying those of the newest snapshot. The module is called with the first item
+            of a batch. The inputs are kept and saved in checkpoints. None for models without such layers.
+        name: Distinguishes several callbacks of one Trainer, in checkpoints and in logged names.
 
     Raises:
-        ValueError: If an argument has a value that makes no sense; the message names both.
-        TypeError: If an argument is of another type than described.
+        ValueError: If an argument has an invalid value; the message names both.
+        TypeError: If an argument has another type than described.
 
     Examples:
         >>> from lightning.pytorch import Trainer
@@ -76,14 +76,14 @@ class MergeCallback(Callback):
         *,
         merges: str | Rule | Average | Mapping[str, str | Rule | Average] = "sma",
         start: Literal["stable"] | int = "stable",
-        storage: str | os.PathLike[str] | SnapshotMemory | SnapshotDirectory = "device",
+        storage: str | SnapshotMemory | SnapshotDirectory | os.PathLike[str] = "device",
         dtype: torch.dtype | str | None = None,
         evaluate_every_n_validations: int = 1,
         limit_batches: int | float | None = None,
         max_overhead: float | None = None,
         calibration: str | os.PathLike[str] | None = None,
         higher_is_better: str | Sequence[str] = (),
-        parts: str | Sequence[str] | Parts = "*",
+        parts: str | Parts | Sequence[str] = "*",
         recalibrate_batches: int | None = None,
         name: str = "merge",
     ) -> None:
@@ -111,12 +111,12 @@ class MergeCallback(Callback):
         self.recalibrate_batches = recalibrate_batches
         self.name = name
         self._session = arguments.new_session(self)
-        # Loaded from a checkpoint: some strategies load before the model is on its device.
+        # State from a checkpoint, kept until training starts: some strategies load before the model is on its device.
         self._pending: dict[str, Any] | None = None
 
     @property
     def session(self) -> MergeSession:
-        """The latest run: what was captured of it, and what validations found. Other callbacks ask it."""
+        """The session of the latest run: captured weights, merges and validations. Other callbacks use it."""
         return self._session
 
     @property
@@ -128,56 +128,56 @@ class MergeCallback(Callback):
         """Returns the coefficients of a merge by snapshot step, oldest first; they sum to one.
 
         Args:
-            name: Which merge; None is the primary one.
+            name: Name of the merge; None is the primary one.
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If there is no merge of that name, or it is an average over every step, which has none.
+            ValueError: If no merge has this name, or it is an average over every step, which has no coefficients.
         """
         return self._session.merges.coefficients(name)
 
     def implied_decay(self, name: str | None = None) -> list[tuple[int, float]]:
-        """Returns the learning-rate decay that a merge stands for: (snapshot step, multiplier), oldest first.
+        """Returns the learning-rate decay that a merge corresponds to: (snapshot step, multiplier), oldest first.
 
-        The multiplier is that of the updates since the snapshot before. Raises as `coefficients` does.
+        A multiplier applies to the updates since the previous snapshot. Raises the same errors as `coefficients`.
         """
         return self._session.merges.implied_decay(name)
 
     def merged_state_dict(self, name: str | None = None) -> dict[str, Tensor]:
-        """Returns the merge as a state dict of the LightningModule, which takes it with ``strict=True``.
+        """Returns the merge as a state dict of the LightningModule, which loads it with ``strict=True``.
 
-        Trainable parameters are merged, floating-point buffers those of the newest snapshot; all else is live. The
-        tensors are copies, sharded as the live ones. Raises as `merged_weights` does.
+        Trainable parameters are merged, floating-point buffers are those of the newest snapshot, and all else is live.
+        The tensors are copies, sharded like the live ones. Raises the same errors as `merged_weights`.
         """
         return self._session.merged_state_dict(name)
 
     @contextmanager
     def merged_weights(self, pl_module: torch.nn.Module, name: str | None = None) -> Iterator[None]:
-        """Inside the context a module of the trained architecture holds the merge; then always its own weights again.
+        """Swaps the merge into a module inside the context; afterwards always restores the module's own weights.
 
         Args:
-            pl_module: The module that was trained, or another one.
-            name: Which merge; None is the primary one.
+            pl_module: The module that was trained, or another one of the same architecture.
+            name: Name of the merge; None is the primary one.
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If there is no merge of that name, it cannot be made, or the module has other tensors.
+            ValueError: If no merge has this name, it cannot be made, or the module's tensors do not match it.
         """
         with self._session.merges.merged_weights(pl_module, name):
             yield
 
     def save_merged(self, path: str | os.PathLike[str], name: str | None = None) -> None:
-        """Writes the merge with its provenance to a file, whole or not at all; all ranks call it, and rank 0 writes.
+        """Writes the merge with its provenance to a file, atomically. All ranks must call it; rank 0 writes.
 
         Args:
-            path: Missing folders are made. A ``.ckpt`` is taken by ``load_from_checkpoint`` and by
-                ``Trainer.fit(ckpt_path=...)``, which starts a new run from the merge; a ``.safetensors`` holds the
-                state dict alone. A sharded model can also be saved to a path without an ending, which becomes a folder.
-            name: Which merge; None is the primary one.
+            path: Missing folders are created. A ``.ckpt`` works with ``load_from_checkpoint``, and with
+                ``Trainer.fit(ckpt_path=...)``, which starts a new run from the merge. A ``.safetensors`` holds only the
+                state dict. A sharded model can also be saved to a path without a suffix, which becomes a folder.
+            name: Name of the merge; None is the primary one.
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If the path ends otherwise, or there is no merge of that name.
+            ValueError: If the path has another suffix, or no merge has this name.
             OSError: If the file cannot be written.
         """
         self._session.save_merged(path, name)
@@ -186,12 +186,12 @@ class MergeCallback(Callback):
         """Predicts a metric at the end of a linear decay that begins now; see `prediction.bias.forecast`.
 
         Raises:
-            RuntimeError: If there are no records of real anneals, or too few, or too few validations so far.
+            RuntimeError: If there are too few records of real anneals, or too few validations so far.
         """
         check_count("span_steps", span_steps)
         return self._session.validation.predictor.forecast(metric, span_steps)
 
-    # What Lightning calls.
+    # Hooks, called by Lightning.
 
     @property
     def state_key(self) -> str:
@@ -231,7 +231,7 @@ class MergeCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pending is not None:
-            # The checkpoint of a finished run: nothing was trained, but its merges are there.
+            # The checkpoint of a finished run: nothing was trained, but its merges can be used.
             self._begin(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -241,7 +241,7 @@ class MergeCallback(Callback):
         self._session.close(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on with the session of the fit before, or begins a new one."""
+        """Continues the session of the previous fit, or begins a new one."""
         if self._pending is not None or not self._session.is_continued_by(trainer, pl_module):
             self.parts.check(pl_module)
             self._session = arguments.new_session(self)

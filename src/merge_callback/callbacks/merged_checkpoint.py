@@ -1,4 +1,4 @@
-"""`MergedCheckpoint`: Lightning's `ModelCheckpoint`, with the merge in its files."""
+"""`MergedCheckpoint`: Lightning's `ModelCheckpoint`, with merged weights in its files."""
 
 from typing import Any
 
@@ -11,22 +11,22 @@ from merge_callback.callbacks.merge_callback import MergeCallback
 
 
 class MergedCheckpoint(ModelCheckpoint):
-    """A `ModelCheckpoint` whose files hold merged weights, kept by a merged metric.
+    """A `ModelCheckpoint` that saves merged weights, and can keep the best ones by a merged metric.
 
-    Its files are those of `MergeCallback.save_merged`: weights with provenance, no optimizer. A run's own checkpoints,
-    to resume from, stay the business of a plain `ModelCheckpoint` beside it. Nothing is saved, and nothing is wrong,
-    while there is no merge yet; a file that cannot be written is named in a warning, and training goes on.
+    Its files are those of `MergeCallback.save_merged`: weights with provenance, but no optimizer. To resume a run, add
+    a plain `ModelCheckpoint` beside it. While there is no merge yet, nothing is saved, without a warning. If a file
+    cannot be written, a warning names it and training goes on.
 
-    List it after its `MergeCallback`; `lightning.pytorch` puts it there by itself, `pytorch_lightning` does not.
+    List it after its `MergeCallback`. `lightning.pytorch` puts it there by itself; `pytorch_lightning` does not.
 
     Args:
-        merge_callback: Whose merge is saved.
-        merge: Which of its merges; None is the primary one.
-        **arguments: As `ModelCheckpoint` takes them, ``monitor="merged/val_loss"``, ``save_top_k=3`` and so on.
+        merge_callback: Makes the merges.
+        merge: Name of the merge to save; None is the primary one.
+        **arguments: Arguments of `ModelCheckpoint`, such as ``monitor="merged/val_loss"`` and ``save_top_k=3``.
 
     Raises:
-        TypeError: If it is given something else than a `MergeCallback`.
-        ValueError: If that has no merge of the name.
+        TypeError: If ``merge_callback`` is not a `MergeCallback`.
+        ValueError: If it has no merge with this name.
 
     Examples:
         >>> from merge_callback import MergeCallback, MergedCheckpoint
@@ -34,7 +34,7 @@ class MergedCheckpoint(ModelCheckpoint):
         >>> callbacks = [merging, MergedCheckpoint(merging, monitor="merged/val_loss", filename="merged-{step}")]
     """
 
-    # A name of its own: `ckpt_path="last"` must never find a merge.
+    # Not the name that Lightning looks for: `ckpt_path="last"` must never find a merge.
     CHECKPOINT_NAME_LAST = "merged-last"
 
     def __init__(self, merge_callback: MergeCallback, merge: str | None = None, **arguments: Any) -> None:
@@ -53,16 +53,14 @@ class MergedCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.merge_callback not in trainer.callbacks:  # type: ignore[attr-defined]
-            raise ValueError(
-                "the MergeCallback that MergedCheckpoint was given has to stand in the Trainer's callbacks"
-            )
+            raise ValueError("the MergeCallback that MergedCheckpoint was given must be in the Trainer's callbacks")
         if stage == "fit" and all(isinstance(callback, MergedCheckpoint) for callback in trainer.checkpoint_callbacks):
             rank_zero_warn(
                 "MergedCheckpoint saves merges, which no run can be resumed from; add a ModelCheckpoint() for that."
             )
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        # A value of an earlier validation says nothing about the merge of now.
+        # A value of an earlier validation says nothing about the current merge.
         if self.monitor is None or (
             self.monitor in monitor_candidates and self.merge_callback.session.validation.is_evaluated
         ):
@@ -80,4 +78,5 @@ class MergedCheckpoint(ModelCheckpoint):
         self._last_checkpoint_saved = filepath
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        # Lightning resolves `ckpt_path="last"` with this, and no run can be resumed from a merge.
         return set()

@@ -1,4 +1,4 @@
-"""Which parts of a model are merged, and which of its parts are watched."""
+"""Selects the parts of a model to merge, and the routers to compare."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ class Parts:
     """The parts of a model that are merged; the others stay live, as frozen parameters do.
 
     Args:
-        include: Patterns (``"*lora*"``) of the names of parameters that are merged; ``"*"`` fits all.
-        exclude: Patterns (``"*.router.*"``) of those that are not. A tied parameter is known by its first name.
-        routers: Where a mixture of experts has its routers; logs ``merge/router_agreement``. See `Routers`.
+        include: Patterns (``"*lora*"``) of the names of parameters to merge; ``"*"`` fits all.
+        exclude: Patterns (``"*.router.*"``) of parameters to leave live. A tied parameter goes by its first name.
+        routers: The routers of a mixture of experts, for ``merge/router_agreement``; see `Routers`. None compares none.
 
     Raises:
         ValueError: If ``include`` is empty.
-        TypeError: If an argument is of another type.
+        TypeError: If an argument has the wrong type.
 
     Examples:
         >>> Parts(exclude="*.router.*").selection("blocks.0.router.weight")
@@ -41,11 +41,11 @@ class Parts:
 
     @cached_property
     def selection(self) -> Selection:
-        """Decides by name whether a parameter is merged."""
+        """The selection that decides by name whether a parameter is merged."""
         return Selection(patterns("include", self.include), patterns("exclude", self.exclude))
 
     def check(self, module: nn.Module) -> None:
-        """Raises `ValueError` if a pattern fits nothing in the module: it would be mistyped."""
+        """Raises ValueError if a pattern fits nothing in the module, since it is probably mistyped."""
         check_patterns(module, self.selection)
         if self.routers is not None:
             self.routers.find(module)

@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class LiveAndMergedBar(TQDMProgressBar):
-    """Shows one metric, live and merged, under short names, and nothing else, so that the line fits 80 columns.
+    """Shows only one metric, live and merged, under short names, so that the line fits 80 columns.
 
     Args:
         metric: Name of a metric that the validation shows in progress bars (``prog_bar=True``).
@@ -18,7 +18,7 @@ class LiveAndMergedBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        # Lightning tells the bar its length when an epoch starts, which a run resumed in the middle of one does not.
+        # Lightning sets the bar's length when an epoch starts, which does not happen in a run resumed within an epoch.
         self.train_progress_bar.reset(int(self.total_train_batches))
         self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
 

@@ -1,4 +1,4 @@
-"""One run of training as `MergeCallback` sees it: what was captured, its merges, and what validations found of them."""
+"""One training run as `MergeCallback` sees it: captured weights, merges, and validations of the merges."""
 
 import os
 import time
@@ -29,20 +29,20 @@ from merge_callback.live.weights import tensors_by_name
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.merged_validation import MergedValidation
 
-# Where Lightning defines hooks that do nothing.
+# The modules in which Lightning defines hooks that do nothing.
 _EMPTY_HOOKS = ("lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks")
 
 
 class MergeSession:
-    """Lives as long as one run: fresh, resumed from a checkpoint, or continued by another fit of the same module.
+    """One run, which may be fresh, resumed from a checkpoint, or continued by another fit of the same module.
 
-    `MergeCallback` makes a new session when a run begins that does not go on with the one before.
+    `MergeCallback` makes a new session for each fit that does not continue the previous one.
 
     Args:
-        merges: The user's merges, and the capture that they are made of.
-        recalibration: Of batch norm statistics.
-        validation: Of the merges.
-        messages: For the user.
+        merges: The user's merges, with the capture that they are made from.
+        recalibration: Recalibrates batch norm statistics of merges.
+        validation: Validates the merges.
+        messages: Logs infos and warnings for the user.
     """
 
     def __init__(
@@ -55,22 +55,22 @@ class MergeSession:
         self.step = 0
         self._recalibration = recalibration
         self._messages = messages
-        # Learning rates that the step in progress uses.
+        # Learning rates of the step in progress.
         self._rates: list[float] = []
 
-    # What hooks of `MergeCallback` hand on, in the order in which Lightning calls them.
+    # Called by the hooks of `MergeCallback`, in Lightning's order.
 
     def is_continued_by(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether a fit goes on with this session: it is of the same module and does not count its steps anew."""
+        """Returns whether a fit continues this session: it has the same module and does not restart its step count."""
         return self.module is pl_module and self.step <= optimizer_step(trainer)
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Any] | None) -> None:
         """Begins a fit.
 
         Args:
-            trainer: At the first step of the fit.
+            trainer: The Trainer, before the first step of the fit.
             pl_module: The module that is trained, on its device.
-            state: What a checkpoint holds of a session, to go on from; None if there is none.
+            state: The state of a session from a checkpoint, to continue from; None if there is none.
         """
         step, is_new = optimizer_step(trainer), self.module is None
         self.module, self.step = pl_module, step
@@ -89,12 +89,12 @@ class MergeSession:
         self._messages.say(f"{self.capture.describe()}; merges: {names}", "start")
 
     def before_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Takes note of the rates and the inputs of a training step."""
+        """Records the learning rates and the inputs of a training batch."""
         self._rates = learning_rates(trainer.optimizers)
         self._recalibration.remember(pl_module, batch, is_saved=self.capture.storage.in_checkpoints)
 
     def after_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Captures, if the optimizers have stepped."""
+        """Captures weights, if the optimizers have stepped."""
         is_validated = validation_follows(trainer)
         self.validation.num_validations += is_validated
         step = optimizer_step(trainer)
@@ -103,8 +103,8 @@ class MergeSession:
         self.step = step
         began, waited_before = time.perf_counter(), self.capture.waited_seconds
         self.capture.after_step(pl_module, step, self._rates, learning_rates(trainer.optimizers))
-        # The module's own hook comes next, and may write to the weights, as clipping them does; so may other callbacks
-        # around a validation and at the end of an epoch, such as one that averages weights.
+        # The module's own hook comes next and may write to the weights, for example to clip them. So may other
+        # callbacks around a validation or at the end of an epoch, for example to average weights.
         is_own_hook = pl_module.on_train_batch_end.__module__ not in _EMPTY_HOOKS
         if is_own_hook or is_validated or trainer.is_last_batch:
             self.capture.finish()
@@ -113,7 +113,7 @@ class MergeSession:
         self._explain_phase(trainer)
 
     def end(self, trainer: Trainer) -> None:
-        """The training is over: says what was not captured or not checked, and closes."""
+        """Ends the training: tells the user what was not captured or not checked, and closes."""
         self.capture.averages.wait()
         self._explain_phase(trainer, is_end=True)
         window, predictor = self.capture.window, self.validation.predictor
@@ -129,7 +129,7 @@ class MergeSession:
         self.close(trainer)
 
     def close(self, trainer: Trainer) -> None:
-        """Leaves nothing under way: the model may be about to leave its device."""
+        """Finishes copies under way, since the model may leave its device next, and ends the validations."""
         try:
             self.capture.finish()
         finally:
@@ -138,9 +138,9 @@ class MergeSession:
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on as if there had been no interruption.
+        """Returns all that is needed to continue as if there had been no interruption.
 
-        Tensors are there by reference; those of a sharded model are not, see `put_shards_into`.
+        Tensors are included by reference, except those of a sharded model; see `put_shards_into`.
         """
         inputs = self._recalibration.inputs.state_dict() if self.capture.storage.in_checkpoints else None
         tensors = {} if self.capture.sharding.is_sharded else {t.key: t.part for t in captured_tensors(self.capture)}
@@ -158,7 +158,7 @@ class MergeSession:
     def put_shards_into(self, checkpoint: dict[str, Any], state_key: str) -> None:
         """Adds the state of a sharded run to a checkpoint that all ranks are about to save; otherwise does nothing.
 
-        Rank 0 alone writes what `state_dict` returns, so shards go where those of the model go.
+        Only rank 0 writes what `state_dict` returns, so the shards are saved beside those of the model.
         """
         if not self.capture.sharding.is_sharded:
             return
@@ -183,13 +183,13 @@ class MergeSession:
         self.merges.proven_rules = set(state["proven_rules"])
         self.validation.load_state_dict(state)
         if state["step"] < self.step:
-            # Saved by a callback earlier in the list, before this one had seen the step.
+            # A callback earlier in the list saved the checkpoint before this one had seen the step.
             self.capture.after_step(pl_module, self.step, state["rates"], learning_rates(trainer.optimizers))
 
-    # What a user asks of the merges.
+    # Called by users, through `MergeCallback`.
 
     def merged_state_dict(self, name: str | None) -> dict[str, Any]:
-        """The state dict of the module under a merge, as copies that can be exported."""
+        """Returns the state dict of the module under a merge, as copies."""
         self.merges.captured(name)
         assert self.module is not None
         with self.merges.merged_weights(self.module, name):
@@ -201,18 +201,18 @@ class MergeSession:
         merge = self.merges.captured(name)
         assert self.module is not None
         with self.merges.merged_weights(self.module, name):
-            # Beside the merge that is swapped in, a GPU need not hold another one.
+            # Copies in host memory, so that the GPU holds no second merge beside the one that is swapped in.
             state = {k: export_copy(v) if isinstance(v, Tensor) else v for k, v in self.module.state_dict().items()}
         save(path, weights_checkpoint(self.module, state, self.step), merge.provenance())
 
-    # What callbacks that act on the training ask of it.
+    # Called by callbacks that change the training.
 
     def forget_since(self, step: int, buffers: Mapping[str, Tensor] | None = None) -> None:
-        """Drops what was captured, validated and kept for batch norm from a step on; averages begin anew.
+        """Drops snapshots and validations from a step on, and all inputs kept for batch norm. Averages restart.
 
         Args:
-            step: The first that is forgotten.
-            buffers: Floating-point buffers at the newest snapshot that is left; None keeps those of the newest now.
+            step: The first step to forget.
+            buffers: Floating-point buffers at the newest remaining snapshot; None keeps the current ones.
         """
         self.capture.forget_since(step)
         if buffers:
@@ -223,11 +223,11 @@ class MergeSession:
     def put_into_(
         self, pl_module: torch.nn.Module, coefficients: Mapping[int, float], buffers: Mapping[str, Tensor]
     ) -> None:
-        """Writes a merge of snapshots into the live model, for good: training goes on from it.
+        """Writes a merge of snapshots into the live model permanently: training continues from it.
 
         Args:
             pl_module: The module that is trained.
-            coefficients: By snapshot step, summing to one.
+            coefficients: Snapshot step -> coefficient; they sum to one.
             buffers: Name -> value of floating-point buffers.
         """
         assert self.capture.ring is not None

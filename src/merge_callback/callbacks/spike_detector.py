@@ -1,4 +1,4 @@
-"""Does the training loss run away? A robust deviation from what it was of late. Pure, on floats."""
+"""Detects spikes of the training loss by a robust deviation from recent losses. Pure Python on floats."""
 
 import math
 from collections import deque
@@ -7,30 +7,30 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 
-# Standard deviations in a median absolute deviation of a normal distribution.
+# The standard deviation of a normal distribution, divided by its median absolute deviation.
 _MAD_TO_DEVIATION = 1.4826
-# The median of fewer losses than that is noise itself.
+# The median of fewer losses is too noisy.
 _MIN_RECENT = 25
 
 
 @dataclass
 class SpikeDetector:
-    """Finds the step at which the loss began to run away.
+    """Finds the step at which a spike of the loss began.
 
-    The mean of the latest ``patience`` losses is compared with the median of the ``window`` losses before them, or of
-    the last quarter of those (25 at least) where that is lower, as it is while the loss falls. A falling loss lies
-    below both, so it does not look like a spike. A deviation is that of the noise between one step and the next, taken
-    from the median of absolute differences, so that neither outliers nor a falling loss widen it. A loss that is NaN or
-    infinite is a spike at once.
+    The mean of the latest ``patience`` losses is compared with the median of the ``window`` losses before them. If the
+    median of the last quarter of those (at least 25) is lower, as it is while the loss falls, it is used instead. A
+    falling loss lies below both medians, so it is no spike. The deviation is that of the noise between one step and the
+    next. It comes from the median of absolute differences, so neither outliers nor a falling loss increase it. A loss
+    that is NaN or infinite is a spike at once.
 
     Args:
-        threshold: How many deviations above the median are a spike.
-        patience: Over how many steps; one bad batch alone is none.
-        window: How many losses before them are compared with. No verdict until half of it is there; of a dozen losses
-            and fewer the noise is not known well, and a false alarm is likely.
+        threshold: Number of deviations above the median that make a spike.
+        patience: Number of latest losses whose mean is compared, so that one bad batch alone is no spike.
+        window: Number of earlier losses to compare with. There is no verdict until half of them are there. With a dozen
+            losses or fewer the noise is poorly known, and a false alarm is likely.
 
     Raises:
-        ValueError: If one of them makes no sense.
+        ValueError: If an argument is out of range.
 
     Examples:
         >>> detector = SpikeDetector(patience=2, window=24)
@@ -58,7 +58,7 @@ class SpikeDetector:
         self._losses = deque(self._losses, self.window + self.patience)
 
     def update(self, step: int, loss: float) -> int | None:
-        """Takes note of the loss of a step; returns the step at which a spike began, if there is one now."""
+        """Records the loss of a step; returns the step at which a spike began, or None if there is no spike now."""
         if not math.isfinite(loss):
             return step
         self._steps.append(step)
@@ -67,35 +67,35 @@ class SpikeDetector:
         before, latest = losses[: -self.patience], losses[-self.patience :]
         if len(before) < self.window // 2:
             return None
-        # With the whole window alone, a rise that comes while the loss falls is found late.
+        # The whole window alone would find a rise late if it comes while the loss falls.
         recent = before[-max(self.window // 4, _MIN_RECENT) :]
         level, deviation = min(median(before), median(recent)), noise(before)
         if sum(latest) / self.patience - level <= self.threshold * deviation:
             return None
-        # Where the losses that end here left the noise.
+        # Goes back to the first of the latest losses that lie above the noise.
         begin = len(losses) - 1
         while begin > 0 and losses[begin - 1] - level > deviation:
             begin -= 1
         return self._steps[begin]
 
     def clear(self) -> None:
-        """Forgets all losses; for a model that has others from here on."""
+        """Forgets all losses, for when the model was changed and its losses with it."""
         self._steps.clear()
         self._losses.clear()
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Losses that the next verdict depends on."""
+        """Returns the losses that the next verdict depends on, with their steps."""
         return {"steps": list(self._steps), "losses": list(self._losses)}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.clear()
         self._steps.extend(map(int, state["steps"]))
         self._losses.extend(state["losses"])
 
 
 def noise(losses: Sequence[float]) -> float:
-    """Standard deviation of the noise between one loss and the next, whatever the trend."""
+    """Returns the standard deviation of the noise between one loss and the next, whatever the trend."""
     differences = [newer - older for older, newer in pairwise(losses)]
     middle = median(differences)
     return _MAD_TO_DEVIATION * median(abs(each - middle) for each in differences) / math.sqrt(2)

@@ -1,4 +1,4 @@
-"""`SpikeRecovery`: after a loss spike, back to a merge from before it; an actor where all else observes."""
+"""`SpikeRecovery`: after a loss spike, writes a merge of earlier snapshots into the live model."""
 
 import math
 import os
@@ -18,41 +18,41 @@ from merge_callback.live.weights import nonfinite_names, snapshot_buffers
 from merge_callback.merging.rules import sma
 from merge_callback.utilities.checks import check_count
 
-# After so many steps without one, a training step is taken to be one that returns no loss at all.
+# If this many first steps return no loss, `training_step` is assumed never to return one.
 _MOST_WITHOUT_LOSS = 20
 
 
 class SpikeRecovery(Callback):
-    """Watches the training loss; when it runs away, puts a merge of snapshots from before that into the model.
+    """Watches the training loss and, after a spike, writes a merge of earlier snapshots into the model.
 
-    Merging a few checkpoints from before a collapse lets a run go on that would diverge again from the last of them
-    (arXiv 2505.12082; three of them there). When a loss or a gradient is NaN or infinite, or when the
-    detector finds a spike:
+    Merging a few checkpoints from before a collapse lets a run continue that would diverge again from the last of them
+    (arXiv 2505.12082, which merges three). When a loss or a gradient is NaN or infinite, or when the detector finds a
+    spike:
 
     1. The run is saved as it is, if a folder is given.
-    2. Snapshots that were taken since the spike began are dropped, and averages over every step begin anew.
-    3. The uniform merge of the latest ``num_snapshots`` of the others is written into the model. Another recovery soon
-       afterwards reaches further back: it leaves out as many of the latest as were merged before.
-    4. Optimizers begin without the momenta of the spike, unless they are to keep them.
+    2. Snapshots that were taken since the spike began are dropped, and averages over every step restart.
+    3. The uniform merge of the latest ``num_snapshots`` remaining snapshots is written into the model. If another
+       recovery follows soon, it reaches further back: it skips as many snapshots as were merged before.
+    4. Optimizers restart without the momenta of the spike, unless ``optimizer_state="keep"``.
     5. For ``rate_steps`` steps the learning rates are lowered, unless an `AnnealBranch` lowers them already.
 
-    Steps and data are not turned back: the batches of the spike are skipped, and not trained on again. All ranks act
-    alike, on the mean of their losses. Until it acts, training is bit-identical to training without it; every step
-    costs a pass over the gradients, and waits for the device.
+    Steps and data are not rewound: the batches of the spike are skipped and not trained on again. All ranks act alike,
+    on the mean of their losses. Until the first recovery, training is bit-identical to training without this callback.
+    Every step costs a pass over the gradients and waits for the device.
 
     Args:
-        merge_callback: Whose snapshots; it stands in the Trainer's callbacks before this one.
-        detector: Decides what a spike is.
-        num_snapshots: How many are merged.
-        optimizer_state: ``"reset"`` or ``"keep"``. Gradients that are NaN or infinite do not get into it.
-        rate_factor: What learning rates are multiplied by after a recovery, in (0, 1].
-        rate_steps: For how many optimizer steps.
-        max_recoveries: After so many the next spike ends the run with an error.
+        merge_callback: Takes the snapshots. List it before this callback in the Trainer's callbacks.
+        detector: Decides what a spike is; None is a `SpikeDetector` with its defaults.
+        num_snapshots: Number of snapshots to merge.
+        optimizer_state: ``"reset"`` or ``"keep"``. Gradients that are NaN or infinite never enter it.
+        rate_factor: Factor on the learning rates after a recovery, in (0, 1].
+        rate_steps: Number of optimizer steps with lowered learning rates.
+        max_recoveries: Maximum number of recoveries; the next spike ends the run with an error.
         folder: Where the run is saved before each recovery, as ``before-recovery-<step>.ckpt``; None saves nothing.
 
     Raises:
-        ValueError: If an argument makes no sense.
-        RuntimeError: While training, if there were ``max_recoveries`` already.
+        ValueError: If an argument is invalid.
+        RuntimeError: During training, at a spike after ``max_recoveries`` recoveries or without an earlier snapshot.
 
     Examples:
         >>> from merge_callback import MergeCallback, SpikeRecovery
@@ -95,21 +95,21 @@ class SpikeRecovery(Callback):
         self.rate_steps = rate_steps
         self.max_recoveries = max_recoveries
         self.folder = folder
-        # Steps at which it acted.
+        # Steps of the recoveries so far.
         self.recoveries: list[int] = []
         self._num_in_a_row = 0
         self._rates_until = 0
         self._overlay: RateOverlay | None = None
         self._losses: list[Tensor] = []
-        # Minus infinity from the first loss on.
+        # The first loss sets it to minus infinity, so that it never reaches the limit.
         self._num_without_loss = 0.0
         self._has_bad_gradient = False
-        # Floating-point buffers at the steps of the snapshots; of those the window itself has only the newest.
+        # Snapshot step -> floating-point buffers; the window itself keeps only those of the newest snapshot.
         self._buffers: dict[int, dict[str, Tensor]] = {}
         self._step = 0
         self._loaded_state: dict[str, Any] | None = None
 
-    # What Lightning calls.
+    # Hooks, called by Lightning.
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -128,7 +128,7 @@ class SpikeRecovery(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if self.merge_callback not in callbacks or callbacks.index(self.merge_callback) > callbacks.index(self):
             raise ValueError(
-                "SpikeRecovery has to stand in the Trainer's callbacks, behind the MergeCallback it was given"
+                "SpikeRecovery must come after its MergeCallback, and both must be in the Trainer's callbacks"
             )
         self._loaded_state = None
 
@@ -137,7 +137,7 @@ class SpikeRecovery(Callback):
         self.detector.clear()
         self.recoveries, self._num_in_a_row, self._rates_until = [], 0, 0
         self._losses, self._num_without_loss = [], 0
-        # Another fit of the same module goes on with its window.
+        # Another fit of the same module continues with the same window.
         kept = self.merge_callback.snapshot_steps
         self._buffers = {step: buffers for step, buffers in self._buffers.items() if step in kept}
         if (state := self._loaded_state) is not None:
@@ -150,7 +150,7 @@ class SpikeRecovery(Callback):
                 for step, of_step in state["buffers"].items()
             }
             self._loaded_state = None
-        # It may have come later than the callback.
+        # This callback may have been added on resume, after the snapshot was taken.
         if kept and kept[-1] not in self._buffers:
             self._buffers[kept[-1]] = local_clones(self.merge_callback.session.capture.buffers)
         self._lower_rates(trainer)
@@ -160,15 +160,15 @@ class SpikeRecovery(Callback):
         )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        # A gradient scaler skips steps with infinite gradients by itself, and is meant to meet some.
+        # A gradient scaler skips steps with infinite gradients by itself, and some of these are normal.
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # Of a sharded model each rank looks at its own part, so that lists may mix shards and plain tensors.
+        # Each rank checks its own shards as plain tensors, since one list may mix shards and plain tensors.
         own = {str(place): _dense(local(gradient)) for place, gradient in enumerate(gradients)}
         is_bad = trainer.strategy.reduce_boolean_decision(bool(own and nonfinite_names(own)), all=False)
         if is_bad:
-            # The step finds nothing to do.
+            # Without gradients the optimizer step changes nothing.
             self._has_bad_gradient = True
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -187,7 +187,7 @@ class SpikeRecovery(Callback):
             self._restore_rates()
         self._remember_buffers(pl_module)
         if not self._losses:
-            # A step may leave out a batch now and then.
+            # `training_step` may skip a batch now and then and return no loss.
             self._num_without_loss += 1
             if self._num_without_loss == _MOST_WITHOUT_LOSS:
                 raise ValueError(
@@ -214,21 +214,21 @@ class SpikeRecovery(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore_rates()
 
-    # How it does it.
+    # Implementation.
 
     def _recover(self, trainer: Trainer, pl_module: LightningModule, began: int, loss: float) -> None:
         what = f"SpikeRecovery: at step {self._step} the loss is {loss:.4g}, which began at step {began}"
         if self.folder is not None:
             trainer.save_checkpoint(Path(self.folder) / f"before-recovery-{self._step}.ckpt", weights_only=False)
         if len(self.recoveries) >= self.max_recoveries:
-            raise RuntimeError(f"{what}; the run was recovered {len(self.recoveries)} times already, which is the most")
+            raise RuntimeError(f"{what}; max_recoveries={self.max_recoveries} allows no further recovery")
         steps = [step for step in self.merge_callback.snapshot_steps if step < began]
         self._buffers = {step: buffers for step, buffers in self._buffers.items() if step < began}
         self.merge_callback.session.forget_since(began, self._buffers_near(steps[-1]) if steps else None)
         reach = self._num_in_a_row * self.num_snapshots
         merged = (steps[: len(steps) - reach] or steps[:1])[-self.num_snapshots :]
         if not merged:
-            raise RuntimeError(f"{what}, and there is no snapshot from before to go back to")
+            raise RuntimeError(f"{what}, and there is no earlier snapshot to go back to")
         coefficients = dict(zip(merged, sma(merged), strict=True))
         self.merge_callback.session.put_into_(pl_module, coefficients, self._buffers_near(merged[-1]))
         if self.optimizer_state == "reset":
@@ -240,13 +240,13 @@ class SpikeRecovery(Callback):
         self._rates_until = self._step + self.rate_steps
         self._restore_rates()
         self._lower_rates(trainer)
-        state = "begin anew" if self.optimizer_state == "reset" else "stay as they are"
+        state = "are reset" if self.optimizer_state == "reset" else "are kept"
         rates = f"; rates are {self.rate_factor} of theirs for {self.rate_steps} steps" if self._overlay else ""
         rank_zero_warn(f"{what}. Back to the merge of steps {merged}; optimizer states {state}{rates}")
         pl_module.log("recovery/num_recoveries", float(len(self.recoveries)), on_step=True, on_epoch=False)
 
     def _buffers_near(self, step: int) -> dict[str, Tensor]:
-        """Those of a snapshot, or of the one nearest to it of which they are known."""
+        """Returns the buffers of a snapshot, or of the nearest snapshot whose buffers are known."""
         nearest = min(self._buffers, key=lambda known: abs(known - step), default=None)
         return self._buffers[nearest] if nearest is not None else {}
 
@@ -257,7 +257,7 @@ class SpikeRecovery(Callback):
             self._buffers[self._step] = local_clones(snapshot_buffers(pl_module))
 
     def _lower_rates(self, trainer: Trainer) -> None:
-        # Under a decay they are on their way down anyhow.
+        # An `AnnealBranch` lowers the rates already.
         if self._step < self._rates_until and not is_overlaid(trainer.optimizers):
             factor = self.rate_factor
             self._overlay = RateOverlay(trainer.optimizers, lambda: factor, is_decay=False)

@@ -1,1 +1,1 @@
-"""What is kept of a run for its merges."""
+"""Captures the weights that merges are made from, keeps them, and makes the merges."""

@@ -1,4 +1,4 @@
-"""What is kept of a run for its merges: a window of snapshots, and averages over every step."""
+"""Captures the weights that merges are made from: a window of snapshots, and averages over every step."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,18 +30,18 @@ from merge_callback.utilities.background import wait_for_device
 
 
 class SnapshotCapture:
-    """Follows a run step by step, and keeps what merges are made of.
+    """Follows a run step by step and captures the weights that merges are made from.
 
     Args:
         every_n_train_steps: Optimizer steps between two snapshots; None starts at one and doubles.
         num_snapshots: Capacity of the ring.
-        rules: The rules of the merges; their `Window`s say how far back the ring has to reach.
-        start: ``"stable"``, or the optimizer step from which on to capture.
+        rules: Rules of the merges; their `Window`s determine how far back the ring must reach.
+        start: ``"stable"`` captures while the learning rate is constant; an int captures from that optimizer step on.
         dtype: Dtype in which snapshots are kept; None keeps each parameter's own.
         storage: Where snapshots and averages are kept.
-        name: Distinguishes files in a directory.
-        averages: Name -> profile of every average. With averages and no rules no snapshots are taken.
-        selection: Which parameters are captured; the others are left to the live model.
+        name: Name of the callback; distinguishes its files in a directory.
+        averages: Name -> profile of each average. With averages but no rules, no snapshots are taken.
+        selection: Which parameters are captured; the others stay live in merges.
     """
 
     def __init__(
@@ -72,21 +72,21 @@ class SnapshotCapture:
         self.sharding = Sharding({})
         self.layout: RowLayout | None = None
         self.ring: SnapshotRing | None = None
-        # Floating-point buffers at the newest snapshot: batch norm statistics are taken over, not averaged.
+        # Floating-point buffers at the newest snapshot: a merge copies batch norm statistics and does not average them.
         self.buffers: dict[str, Tensor] = {}
         self._left_out = ""
-        # What is captured, and which finding of it the layout is known to fit.
+        # The tensors to capture, and the number of their `find` that the layout is known to fit.
         self._live: LiveTensors | None = None
         self._fitting = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies look for themselves at what they capture."""
+        """Leaves out `_live`: a copy finds the tensors to capture for itself."""
         self.averages.wait()
         return self.__dict__ | {"_live": None}
 
     @property
     def is_comparable(self) -> bool:
-        """Whether merges and the live model belong to one phase of constant rate, which goes on."""
+        """Whether merges and the live model belong to the same stable phase, which still goes on."""
         return self.window.phase.is_stable and not (self.window.is_outdated and self.num_snapshots)
 
     @property
@@ -96,17 +96,17 @@ class SnapshotCapture:
 
     @property
     def why_empty(self) -> str:
-        """Why there is no merge, as long as nothing was captured."""
+        """The error message for a merge that is requested before anything was captured."""
         start = self.window.start
         begins = "once the learning rate is constant" if start == "stable" else f"at step {start}"
         return f"nothing was captured yet, so there is no merge: capturing begins {begins}"
 
     def prepare(self, module: nn.Module) -> None:
-        """Allocates the ring, unless the module's parameters get their shapes only in its first forward pass.
+        """Allocates ring and averages, unless lazy parameters get their shapes only in the first forward pass.
 
         Raises:
-            ValueError: If the module has no trainable floating-point parameters, or none of those selected.
-            MemoryError: If the ring does not fit into the memory that is free.
+            ValueError: If the module has no trainable floating-point parameters, or none is selected.
+            MemoryError: If ring and averages do not fit into the free memory.
         """
         if has_lazy_parameters(module):
             return
@@ -129,7 +129,7 @@ class SnapshotCapture:
         self.averages.fit_to(layout)
 
     def _required_bytes(self, layout: RowLayout) -> dict[torch.device, int]:
-        """Bytes by device of the snapshots, a merge of them, and the averages with the copy they are moved towards."""
+        """Returns the bytes by device of snapshots, one merge of them, averages and the copy that averages read."""
         place = self.storage.merge_device
         num_rows = self.storage.num_rows_in_memory(self.num_snapshots)
         needs = [required_bytes(layout, num_rows, self.dtype, place), required_bytes(layout, 1, None, place)]
@@ -139,7 +139,7 @@ class SnapshotCapture:
         return {device: sum(need.get(device, 0) for need in needs) for need in needs for device in need}
 
     def describe(self) -> str:
-        """What will be captured, when and where, and how many bytes it takes."""
+        """Returns what is captured, when and where, and how many bytes it takes, in words for the user."""
         start = self.window.start
         during = "while the learning rate is constant" if start == "stable" else f"from step {start} on"
         parts = []
@@ -158,19 +158,19 @@ class SnapshotCapture:
         return f"{what}, {self.storage.describe(self.layout, self.num_snapshots, self.dtype, sizes)}"
 
     def finish(self) -> None:
-        """Called before anything writes to the live weights: copies of them that are under way come first."""
+        """Makes it safe to write to the live weights while copies are under way; call it before any write."""
         if self.ring is not None:
             self.ring.storage.finish()
         self.averages.finish()
 
     def forget_since(self, step: int) -> None:
-        """Drops the snapshots of that step and of later ones; averages, which know them all, begin anew."""
+        """Drops the snapshots of this step and later ones. Averages restart, since they include every step."""
         if self.ring is not None:
             self.ring.drop([taken for taken in self.ring.steps if taken >= step])
         self.averages.clear()
 
     def after_step(self, module: nn.Module, step: int, used: Sequence[float], following: Sequence[float]) -> None:
-        """Takes note of an optimizer step, and a snapshot where one is due.
+        """Records an optimizer step: updates the averages, and takes a snapshot if one is due.
 
         Args:
             module: The live model, after that step.
@@ -213,14 +213,14 @@ class SnapshotCapture:
         if not self.window.make_room_(self.ring, step):
             return
         if problem is not None:
-            # Other ranks may have taken theirs, and must go on in step with this one.
+            # Other ranks may have taken this snapshot, and all rings must hold the same steps.
             self.ring.leave_open(step, problem)
             return
         self.ring.append(step, parameters)
         self.buffers = local_clones(buffers)
 
     def _fit_to(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> None:
-        """Allocates for these parameters, unless what is there fits them."""
+        """Allocates ring and averages for these parameters, unless the present ones fit them."""
         if self.layout is not None and self.layout.fits(parameters):
             return
         if self.layout is not None:
@@ -232,16 +232,16 @@ class SnapshotCapture:
                 stacklevel=2,
             )
         self.averages.clear()
-        # Otherwise both rings would take their memory at once.
+        # Free the old ring first, so that both never take memory at once.
         self.ring = None
         self.averages.fit_to(None)
         self.prepare(module)
 
     def drop_unusable(self) -> list[str]:
-        """Drops snapshots that cannot be used on some rank; returns why. Ranks call it at the same time.
+        """Drops snapshots that some rank cannot use, and returns the reasons. All ranks must call it together.
 
         Raises:
-            OSError: If there are any, and the place of the snapshots is a strict one.
+            OSError: If there is such a snapshot and the storage is strict.
         """
         if self.ring is None:
             return []
@@ -253,7 +253,7 @@ class SnapshotCapture:
         return list(problems.values())
 
     def spread(self, coefficients: Sequence[float], row: Sequence[Tensor]) -> float:
-        """`SnapshotRing.spread` over all shards of the model; for all ranks to call at the same time."""
+        """Returns `SnapshotRing.spread` over all shards of the model. All ranks must call it together."""
         assert self.ring is not None
         assert self.layout is not None
         replicas = self.sharding.num_replicas(self.layout.places)
@@ -261,7 +261,7 @@ class SnapshotCapture:
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        """Shapes of the whole tensors that are captured, by name; none while they are not known."""
+        """Full shapes of the captured tensors by name; empty while they are not known."""
         if self.layout is None:
             return {}
         return self.sharding.shapes({name: place.shape for name, place in self.layout.places.items()})

@@ -1,4 +1,4 @@
-"""Snapshots in a directory: one checked file each."""
+"""Keeps snapshots in a directory, as one file with a checksum each."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from merge_callback.utilities.files import FlatTensor, atomic_write, read_header
 
 @dataclass(frozen=True)
 class SnapshotDirectory:
-    """A directory as the place of snapshots: one file a snapshot and rank, at most ``num_snapshots`` of them.
+    """Keeps snapshots in a directory: one file per snapshot and rank, at most ``num_snapshots`` per rank.
 
     Args:
-        path: The directory; missing folders are made.
-        strict: What happens when a file is missing or corrupt as a merge is made. False leaves the snapshot out with a
-            warning, and the merge is made of the others; True is an error.
+        path: The directory; missing folders are created.
+        strict: Whether a missing or corrupt file is an error when a merge is made. If False, a warning names the
+            snapshot, and the merge is made from the others.
         in_checkpoints: Whether checkpoints hold the snapshots too; see `SnapshotMemory`.
     """
 
@@ -52,7 +52,7 @@ class SnapshotDirectory:
         return self.strict
 
     def num_rows_in_memory(self, num_snapshots: int) -> int:
-        # The one on its way to the disk.
+        # Only the row that is being written to the disk.
         return min(num_snapshots, 1)
 
     def new_storage(
@@ -71,15 +71,16 @@ class SnapshotDirectory:
 
 
 class DirectoryStorage:
-    """Rows in files of a directory: written by a thread of their own, whole or not at all, and checked when read.
+    """Stores rows as files in a directory.
 
-    On its way to the disk a row lies in host memory, where it gets as `HostStorage` has it.
+    A background thread writes each file atomically, and each file is checked before a merge uses it. A `HostStorage`
+    holds the one row that is being written to the disk.
 
     Args:
         layout: Where each tensor lies in a row.
         dtype: Dtype in which snapshots are kept; None keeps each tensor's own.
-        folder: Where the files go.
-        prefix: What their names begin with, another one for each callback and rank.
+        folder: Folder of the files.
+        prefix: Start of the file names; differs for each callback and rank.
     """
 
     is_merged_in_host_memory = True
@@ -88,47 +89,47 @@ class DirectoryStorage:
         self.layout = layout
         self.folder = folder
         self.prefix = prefix
-        # Files of the same names may be those of another run.
+        # Marks the files of this run: another run may write files of the same names.
         self._owner = uuid.uuid4().hex
         folder.mkdir(parents=True, exist_ok=True)
-        # One snapshot on its way to the disk; the next one waits until it has arrived.
+        # Holds the one snapshot that is being written to the disk; the next one waits until that is done.
         self._staged = HostStorage(layout, 1, dtype)
         self._background = Background("snapshots")
         self._steps: dict[int, int] = {}
-        # Why the latest write to a slot failed, and which state of a file has been checked already.
+        # By slot: why its latest write failed, and modification time and size of its file at the latest check.
         self._failed: dict[int, str] = {}
         self._checked: dict[int, tuple[int, int]] = {}
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of memory: of the one row on its way to the disk."""
+        """Bytes of memory, which are those of the one row that is being written."""
         return self._staged.size_bytes
 
     def path(self, slot: int) -> Path:
-        """The file of a slot."""
+        """Returns the path of a slot's file."""
         return self.folder / f"{self.prefix}{slot:03d}.safetensors"
 
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copies live tensors as `HostStorage.write` does; the file is written when this has returned."""
+        """Copies live tensors as `HostStorage.write` does. A background thread then writes the file."""
         self._background.wait()
         self._staged.write(0, step, tensors)
         self._start_writing(slot, step)
 
     def finish(self) -> None:
-        """What the GPU does from now on waits for the copy under way."""
+        """Makes later GPU work wait for the copy under way."""
         self._staged.finish()
 
     def row(self, slot: int) -> list[Row]:
-        """The row of a slot, read from the file as far as it is asked for."""
+        """Returns the row of a slot; only the slices that a caller takes are read from the file."""
         self._background.wait()
         return [FlatTensor(self.path(slot), f"row{group}") for group in range(len(self.layout.groups))]
 
     def new_row(self) -> list[Tensor]:
-        """Room for a merge in host memory."""
+        """Allocates a row for a merge in host memory."""
         return host_row(self.layout)
 
     def problem(self, slot: int) -> str | None:
-        """Why the snapshot in a slot cannot be used; each file is read through once to find out."""
+        """Returns why the snapshot in a slot cannot be used; None if it can. To check a file, reads it through once."""
         self._background.wait()
         if slot in self._failed:
             return self._failed[slot]
@@ -139,7 +140,7 @@ class DirectoryStorage:
                 return None
             told = json.loads(read_header(path)[0]["__metadata__"]["snapshot"])
             if told["owner"] != self._owner or told["step"] != self._steps[slot]:
-                return f"{path} was written by another run; each needs a directory, or a callback's name, of its own"
+                return f"{path} was written by another run; use another directory or another callback name for each run"
             sums = [_checksum(row) for row in self.row(slot)]
         except (OSError, KeyError, ValueError) as error:
             return f"{path} cannot be read: {error}"

@@ -1,4 +1,4 @@
-"""Where each tensor lies in a flat row."""
+"""The layout of a flat row: where each tensor lies in it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ class _Place:
 
 
 class RowLayout:
-    """Where each tensor lies in a flat row; a row is one flat tensor per dtype and device of the live tensors.
+    """Where each tensor lies in a flat row. A row is one flat tensor per dtype and device of the live tensors.
 
     Args:
         tensors: Name -> live tensor; only shapes, strides, dtypes and devices are read.
@@ -42,7 +42,7 @@ class RowLayout:
             self.num_elements[group] += _padded(tensor.numel())
 
     def views(self, row: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The tensors inside a row, by name: views, shaped and strided as the live ones."""
+        """Returns the tensors inside a row by name: views with the shapes and strides of the live tensors."""
         return {
             name: row[place.group].as_strided(
                 place.shape, place.stride, row[place.group].storage_offset() + place.offset
@@ -51,9 +51,9 @@ class RowLayout:
         }
 
     def runs(self, labels: Mapping[str, int]) -> list[tuple[int, int, int, int]]:
-        """Stretches of the row whose tensors have the same label (1 if none): group, first element, end, label.
+        """Returns the stretches of a row whose tensors share a label, as (group, start, stop, label).
 
-        Padding belongs to the tensor before it.
+        A tensor without a label has label 1. Padding belongs to the tensor before it.
         """
         found: list[tuple[int, int, int, int]] = []
         for group in range(len(self.groups)):
@@ -71,14 +71,14 @@ class RowLayout:
     def new_row(
         self, device: torch.device | None = None, dtype: torch.dtype | None = None, *, pin_memory: bool = False
     ) -> list[Tensor]:
-        """An uninitialised row in a dtype and on a device, or in the live tensors' own."""
+        """Allocates an uninitialised row. A device or dtype of None keeps that of each live tensor."""
         return [
             torch.empty(numel, dtype=dtype or own_dtype, device=device or own_device, pin_memory=pin_memory)
             for (own_dtype, own_device), numel in zip(self.groups, self.num_elements, strict=True)
         ]
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether tensors have the names, shapes, dtypes and devices that this layout was made for."""
+        """Returns whether tensors have the names, shapes, dtypes and devices that this layout was made for."""
         return self.places.keys() == tensors.keys() and all(
             place.shape == tensors[name].shape
             and self.groups[place.group] == (tensors[name].dtype, tensors[name].device)

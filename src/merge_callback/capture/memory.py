@@ -1,4 +1,4 @@
-"""Bytes that a capture takes, and bytes that are free."""
+"""Computes how much memory a capture takes, and how much is free."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class CaptureSizes:
-    """Bytes of memory that a capture takes: rows of snapshots, averages, and the copy that averages are moved to."""
+    """Bytes of memory that a capture takes: snapshots, averages, and the copy of the weights that averages read."""
 
     snapshots: int = 0
     averages: int = 0
@@ -24,7 +24,10 @@ class CaptureSizes:
 def required_bytes(
     layout: RowLayout, capacity: int, dtype: torch.dtype | None, device: torch.device | None = None
 ) -> dict[torch.device, int]:
-    """Bytes of ``capacity`` rows by device, or on one given device; host memory for a GPU counts as pinned."""
+    """Returns the bytes that ``capacity`` rows take, by device; all on ``device`` if it is given.
+
+    Rows in host memory of a model on a GPU count as pinned memory.
+    """
     required: dict[torch.device, int] = {}
     for (own_dtype, own_device), numel in zip(layout.groups, layout.num_elements, strict=True):
         place = device or own_device
@@ -36,7 +39,7 @@ def required_bytes(
 
 
 def _pinned_bytes(size: int) -> int:
-    """Bytes that torch allocates for pinned memory: the next power of two, unless its settings say otherwise."""
+    """Returns the bytes that torch allocates for pinned memory: the next power of two, unless configured otherwise."""
     settings = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
     is_rounded = not any("pinned_max_round_threshold_mb" in setting for setting in settings)
     return 1 << (size - 1).bit_length() if is_rounded and size else size
@@ -45,16 +48,16 @@ def _pinned_bytes(size: int) -> int:
 def refuse_if_too_large(
     required: Mapping[torch.device, int], num_snapshots: int, num_averages: int = 0, num_processes: int = 1
 ) -> None:
-    """Checks that snapshots and averages fit into the memory that is free on each device.
+    """Raises MemoryError unless snapshots and averages fit into the free memory of each device.
 
     Args:
-        required: Bytes that this process needs, by device, a merge included.
+        required: Bytes that this process needs by device, including those of one merge.
         num_snapshots: Capacity of the ring.
-        num_averages: Averages over every step.
+        num_averages: Number of averages over every step.
         num_processes: Processes on this host that allocate as much as this one.
 
     Raises:
-        MemoryError: If one does not; the message says how much is needed, how much is there, and what to change.
+        MemoryError: If they do not fit. The message says how much is needed, how much is free, and what to change.
     """
     for device, size in required.items():
         free = free_bytes(device)
@@ -71,24 +74,24 @@ def refuse_if_too_large(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be allocated on a device; None where the platform does not tell."""
+    """Returns the bytes that can still be allocated on a device; None if the platform does not report it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "cpu" and _MEMINFO.exists():
-        # Free pages alone would leave out what the page cache gives back on demand.
+        # Not MemFree, which leaves out the memory that the page cache returns on demand.
         available = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
         return int(available.split()[1]) * 1024
     return None
 
 
 def on_devices(layout: RowLayout) -> str:
-    """The devices of the live tensors, in words."""
+    """Returns the devices of the live tensors, in words for the user."""
     return f"on {', '.join(sorted({str(device) for _, device in layout.groups}))}"
 
 
 def mebibytes(num_bytes: int) -> str:
-    """A size, in words.
+    """Returns a number of bytes in MiB, as text.
 
     Examples:
         >>> mebibytes(3 * 2**19)

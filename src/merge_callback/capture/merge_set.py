@@ -1,4 +1,4 @@
-"""The merges that a user has named: made together, and put into a model for a while."""
+"""The merges that a user has named: makes them together and swaps them into a model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,20 +17,20 @@ from merge_callback.utilities.messages import Messages
 
 
 class MergeSet:
-    """Merges by name, made of a capture's snapshots or copied from its averages.
+    """The user's merges by name. Each is made from a capture's snapshots or copied from one of its averages.
 
     Args:
         merges: The merges; the first is the primary one.
-        capture: What they are made of.
-        recalibration: Of batch norm statistics, where a merge is swapped in.
-        messages: For the user.
+        capture: Holds the snapshots and averages that the merges are made from.
+        recalibration: Recalibrates batch norm statistics after a merge is swapped in.
+        messages: Logs infos and warnings for the user.
     """
 
     def __init__(
         self, merges: Sequence[Merge], capture: SnapshotCapture, recalibration: Recalibration, messages: Messages
     ) -> None:
         self.capture = capture
-        # Names of merges whose rule has given proper coefficients once.
+        # Names of merges whose rule has returned valid coefficients at least once.
         self.proven_rules: set[str] = set()
         self._merges = {merge.name: merge for merge in merges}
         self._recalibration = recalibration
@@ -45,10 +45,10 @@ class MergeSet:
         return next(iter(self._merges))
 
     def __getitem__(self, name: str | None) -> Merge:
-        """The merge of that name; the primary one if it is None.
+        """Returns the merge with this name; the primary one if name is None.
 
         Raises:
-            ValueError: If there is no merge of that name.
+            ValueError: If no merge has this name.
         """
         if name is not None and name not in self._merges:
             raise ValueError(f"there is no merge called {name!r}; there are: {', '.join(self._merges)}")
@@ -56,42 +56,43 @@ class MergeSet:
 
     @property
     def are_any_ready(self) -> bool:
-        """Whether anything was captured that one of the merges can be made of."""
+        """Whether at least one of the merges can be made now."""
         return any(merge.is_ready for merge in self)
 
     def captured(self, name: str | None = None) -> Merge:
-        """The merge of that name, which can be made.
+        """Returns the merge with this name after a check that it can be made now; the primary one if name is None.
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If there is no merge of that name.
+            ValueError: If no merge has this name.
         """
         if not (merge := self[name]).is_ready:
             raise RuntimeError(self.capture.why_empty)
         return merge
 
     def coefficients(self, name: str | None = None) -> dict[int, float]:
-        """The coefficients of a merge by snapshot step, oldest first; they sum to one.
+        """Returns the coefficients of a merge by snapshot step, oldest first; they sum to one.
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If there is no merge of that name, its rule gives no proper coefficients, or it is an average.
+            ValueError: If no merge has this name, its rule returns invalid coefficients, or it is an average over
+                every step.
         """
         return self[name].coefficients()
 
     def implied_decay(self, name: str | None = None) -> list[tuple[int, float]]:
-        """The learning-rate decay that a merge stands for: (snapshot step, multiplier), oldest first."""
+        """Returns the learning-rate decay that a merge corresponds to: (snapshot step, multiplier), oldest first."""
         coefficients = self.coefficients(name)
         return list(zip(coefficients, decay_from_coefficients(list(coefficients.values())), strict=True))
 
     def rows(self, step: int) -> Iterator[tuple[Merge, list[Tensor]]]:
-        """Makes every merge that is ready and whose rule works now, and yields it with its row.
+        """Yields every merge that can be made now, with its row. Rows are reused: copy one to keep it.
 
-        Rows are reused: copy one to keep it. Snapshots are read once for all merges, where there is memory for that. A
-        rule has proven itself when the next merge is asked for.
+        If memory allows, all merges are made in one pass over the snapshots. The rule of a merge counts as proven once
+        the caller asks for the next merge.
 
         Args:
-            step: Optimizer steps so far, to tell the user.
+            step: Optimizer steps so far, for the warning about a rule that fails.
         """
         usable = [merge for merge in self if merge.is_ready and self._rule_works(merge, step)]
         rows: Iterator[list[Tensor]] = iter(())
@@ -105,7 +106,7 @@ class MergeSet:
         try:
             merge.snapshots()
         except ValueError as error:
-            # A rule that never worked is a mistake to mend; one that worked before must not end a long run.
+            # A rule that never worked is the user's mistake, so raise. One that worked before must not end a long run.
             if merge.name not in self.proven_rules:
                 raise
             self._messages.warn(f"no merge {merge.name!r} at step {step}: {error}")
@@ -114,11 +115,13 @@ class MergeSet:
 
     @contextmanager
     def merged_weights(self, module: nn.Module, name: str | None = None) -> Iterator[None]:
-        """Inside the context the module holds a merge, made anew of what can be used; afterwards its own weights.
+        """Swaps a new merge into the module inside the context, and restores the module's own weights afterwards.
+
+        Snapshots that cannot be used are dropped first.
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If there is no merge of that name, it cannot be made, or the module has other tensors.
+            ValueError: If no merge has this name, the merge cannot be made, or the module's tensors do not match it.
         """
         self.drop_unusable()
         merge = self.captured(name)
@@ -127,16 +130,17 @@ class MergeSet:
 
     @contextmanager
     def swapped_in(self, module: nn.Module, merge: Merge, row: list[Tensor]) -> Iterator[None]:
-        """Inside the context the module holds a merge, as its row has it; afterwards its own weights.
+        """Swaps the row of a merge into the module inside the context, and restores its own weights afterwards.
 
         Raises:
-            ValueError: If the module has other tensors.
+            ValueError: If the module's tensors do not match those of the merge.
         """
         assert self.capture.layout is not None
         merged = self.capture.layout.views(row)
         self.capture.finish()
         live = tensors_by_name(module, [*merged, *merge.buffers])
-        # Copies, since a forward pass may write to buffers; and Lightning takes the model off its device after a fit.
+        # Copied, since a forward pass may write to buffers; moved, since Lightning takes the model off its device after
+        # a fit.
         for name, buffer in merge.buffers.items():
             merged[name] = buffer.to(local(live[name]).device, copy=True)
         with swapped_weights(live, merged, before=partial(reshard, module)):
@@ -144,17 +148,17 @@ class MergeSet:
             yield
 
     def drop_unusable(self) -> None:
-        """Leaves out snapshots that cannot be used on some rank, and says so; for all ranks to call at the same time.
+        """Drops snapshots that some rank cannot use, with a warning for each. All ranks must call it together.
 
         Raises:
-            OSError: If there are any, and the directory they are in is a strict one.
+            OSError: If there is such a snapshot and the snapshots' directory is strict.
         """
         for problem in self.capture.drop_unusable():
             self._messages.warn(f"a snapshot is left out of the merges: {problem}")
 
     def drop_nonfinite(self, step: int) -> None:
-        """Begins averages anew that hold NaN or inf on some rank; for all ranks to call at the same time."""
+        """Resets averages that hold NaN or inf on some rank, and warns of each. All ranks must call it together."""
         for name in self.capture.averages.drop_nonfinite(self.capture.sharding.gather):
             self._messages.warn(
-                f"no merge {name!r} at step {step}: its average holds NaN or inf, and begins anew with the next step"
+                f"no merge {name!r} at step {step}: its average holds NaN or inf and restarts at the next step"
             )

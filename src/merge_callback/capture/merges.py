@@ -1,4 +1,4 @@
-"""A merge of what was captured: of the snapshots in the ring, or an average over every step."""
+"""The two kinds of merges: a weighted sum of the snapshots in the ring, and an average over every step."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,65 +13,64 @@ from merge_callback.merging.rules import Rule, merge_coefficients, rule_label
 
 
 class Merge(Protocol):
-    """A linear merge of what a run has captured."""
+    """Interface of a merge: a linear combination of the weights that a run has captured."""
 
     name: str
     label: str
 
     @property
     def is_ready(self) -> bool:
-        """Whether there is something to make it of."""
+        """Whether enough was captured to make the merge."""
 
     def coefficients(self) -> dict[int, float]:
-        """By snapshot step, oldest first; they sum to one.
+        """Returns the coefficients by snapshot step, oldest first; they sum to one.
 
         Raises:
             RuntimeError: If nothing was captured yet.
-            ValueError: If it is not made of snapshots, or its rule gives no proper coefficients.
+            ValueError: If the merge is not made of snapshots, or its rule returns invalid coefficients.
         """
 
     def snapshots(self) -> dict[int, float]:
-        """The snapshots that it is made of: coefficient by step; none for an average over every step.
+        """Returns the coefficients by snapshot step; empty for an average over every step.
 
         Raises:
-            ValueError: If its rule gives no proper coefficients.
+            ValueError: If the rule returns invalid coefficients.
         """
 
     def row(self, from_ring: Iterator[list[Tensor]] | None = None) -> list[Tensor]:
-        """The merge as a row of the capture's layout.
+        """Returns the merge as a row of the capture's layout.
 
         Args:
-            from_ring: Gives the next row that was made of snapshots, for merges that are made together. None makes a
-                row of its own.
+            from_ring: Yields the rows of merges that the ring makes together, in order. None makes this merge alone.
 
         Raises:
-            ValueError: If it holds NaN or inf.
+            ValueError: If the merge is made alone and is an average that holds NaN or inf.
         """
 
     def span_steps(self, step: int) -> float:
-        """Optimizer steps that it reaches back, seen from a step."""
+        """Returns how many optimizer steps the merge reaches back from ``step``."""
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:
-        """Floating-point buffers that go with it, by name."""
+        """Floating-point buffers that belong to the merge, by name."""
 
     def diagnostics(self, row: Sequence[Tensor], step: int) -> dict[str, float]:
-        """Numbers about it; for all ranks to call at the same time."""
+        """Returns numbers about the merge to log. All ranks must call it together."""
 
     def describe(self, step: int) -> str:
-        """What it is made of, in a few words."""
+        """Returns what the merge is made of, in a few words."""
 
     def provenance(self) -> dict[str, Any]:
-        """Where it comes from, for files that hold it."""
+        """Returns where the merge comes from, for the files that hold it."""
 
 
 class WindowMerge:
-    """A merge of the snapshots in the ring, by a rule.
+    """A weighted sum of the snapshots in the ring, with the coefficients of a rule.
 
     Args:
-        name: Its name.
+        name: Name of the merge.
         rule: Turns the snapshots' steps into coefficients.
-        capture: What it is made of.
+        capture: Holds the ring of snapshots.
     """
 
     def __init__(self, name: str, rule: Rule, capture: SnapshotCapture) -> None:
@@ -79,7 +78,7 @@ class WindowMerge:
         self.label = rule_label(rule)
         self._rule = rule
         self._capture = capture
-        # A rule is asked once for the same snapshots.
+        # Coefficients of the present snapshots: the rule is called only when the snapshots change.
         self._known: dict[int, float] = {}
 
     @property
@@ -130,9 +129,9 @@ class AverageMerge:
     """An average over every optimizer step, which needs no snapshots.
 
     Args:
-        name: Its name.
-        average: Its profile.
-        capture: What keeps it.
+        name: Name of the merge and of its average.
+        average: Profile of the average.
+        capture: Holds the average.
     """
 
     def __init__(self, name: str, average: Average, capture: SnapshotCapture) -> None:
@@ -153,7 +152,7 @@ class AverageMerge:
 
     def row(self, from_ring: Iterator[list[Tensor]] | None = None) -> list[Tensor]:
         if from_ring is None:
-            # Those that are made for a validation were looked through before.
+            # For merges that are made together, `MergeSet.drop_nonfinite` has checked the averages before.
             self._check_finite()
         return self._capture.averages.row(self.name)
 

@@ -1,27 +1,31 @@
-"""When to capture: is the learning rate constant, and is a snapshot due. Pure, on floats and ints."""
+"""Decides when to capture: whether the learning rate is constant, and whether a snapshot is due.
+
+Everything here is pure Python on floats and ints, without torch.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-# A stable phase is over when a rate has moved by more than this from where it stood when the phase began.
+# A stable phase ends when a rate differs by more than this, relatively, from its value when the phase began.
 DRIFT_TOLERANCE = 1e-6
-# Neighbouring steps agree when their rates do to the last digits: near its top a long cosine moves by very little.
+# Rates of two steps in a row count as equal within this. It is tiny, since a long cosine moves little near its top.
 SAME_TOLERANCE = 1e-15
-# This many steps in a row that do not agree with the next are a decay, however slow.
+# More than this many steps in a row whose rates differ from those of the next step are a decay, however slow.
 MAX_DRIFTING_STEPS = 3
-# A phase that ends by drifting after fewer steps was only the top of a schedule that never settles.
+# A phase that ends by drifting after fewer steps was no stable phase, but the top of a schedule such as a cosine.
 MIN_PHASE_STEPS = 10
-# A warmup is rarely longer than this share of a run, or this many steps; a rate that still moves then never settles.
+# Warmups rarely take a larger share of a run, or more steps where its length is unknown. A rate that still moves then
+# is assumed never to settle.
 SETTLING_SHARE = 0.2
 SETTLING_STEPS = 10_000
-# Too short a time to judge, unless the run is over.
+# Fewer steps are too few to judge whether the rate settles, unless the run is over.
 MIN_SETTLING_STEPS = 100
 
 
 class PhaseEvent(Enum):
-    """What one optimizer step means for the stable phase."""
+    """The meaning of one optimizer step for the stable phase."""
 
     UNSETTLED = "the rates move, and no phase goes on"
     BEGAN = "the first step of a phase"
@@ -37,11 +41,11 @@ class PhaseEvent(Enum):
 
 @dataclass
 class StablePhase:
-    """Follows the learning rates and tells when they are constant.
+    """Follows the learning rates and detects when they are constant.
 
-    A phase begins at an optimizer step whose rates equal those of the step before or after it. It ends when they have
-    moved by more than a relative 1e-6 from its first rates, or when they move at every step, however little. So the
-    last step of a warmup that reached the full rate belongs to the phase, and so does the last one before a decay.
+    A phase begins at an optimizer step whose rates equal those of the step before or after it. It ends when the rates
+    differ by more than a relative 1e-6 from its first ones, or when they move at every step, however little. So the
+    last step of a warmup belongs to the phase if it has the full rate, and so does the last step before a decay.
 
     Examples:
         >>> phase = StablePhase()
@@ -63,11 +67,11 @@ class StablePhase:
         return self.anchor is not None
 
     def observe(self, used: Sequence[float], following: Sequence[float]) -> PhaseEvent:
-        """Takes note of one optimizer step; returns what it means.
+        """Records one optimizer step and returns what it means for the phase.
 
         Args:
             used: Learning rates of that step, one per parameter group of every optimizer.
-            following: Learning rates as the scheduler left them for the next step.
+            following: Learning rates that the scheduler has set for the next step.
         """
         event = self._event(list(used), following)
         self.num_steps += event.is_stable
@@ -79,7 +83,7 @@ class StablePhase:
         self.num_drifting_steps = 0 if _close(rates, following, SAME_TOLERANCE) else self.num_drifting_steps + 1
         if self.anchor is not None and self.num_drifting_steps > MAX_DRIFTING_STEPS:
             self.anchor = None
-            # What looked like a phase was the top of a cosine.
+            # A phase this short was only the top of a cosine.
             if self.num_steps < MIN_PHASE_STEPS:
                 self.num_begun -= 1
                 return PhaseEvent.RETRACTED
@@ -97,10 +101,10 @@ class StablePhase:
         return PhaseEvent.BEGAN
 
     def never_settled(self, planned_steps: float) -> bool:
-        """Whether no stable phase has begun by a time when most runs' warmups are over.
+        """Returns whether no stable phase has begun, although the warmup of most runs would be over.
 
         Args:
-            planned_steps: Length of the run in optimizer steps, may be infinite; zero when the run is over.
+            planned_steps: Length of the run in optimizer steps; infinite if unknown, zero if the run is over.
         """
         patience = SETTLING_SHARE * planned_steps if math.isfinite(planned_steps) else SETTLING_STEPS
         if planned_steps > 0:
@@ -116,10 +120,10 @@ def _close(rates: Sequence[float], others: Sequence[float], tolerance: float) ->
 
 @dataclass
 class CaptureSchedule:
-    """Knows at which optimizer steps a snapshot is due.
+    """Decides at which optimizer steps a snapshot is due.
 
-    The first one is due at the first multiple of the interval, each further one an interval later. The interval doubles
-    whenever the ring is thinned.
+    The first snapshot is due at the first multiple of the interval, and each further one an interval later. The
+    interval doubles whenever the ring is thinned.
 
     Examples:
         >>> schedule = CaptureSchedule(interval=5)
@@ -134,9 +138,9 @@ class CaptureSchedule:
     next_step: int | None = None
 
     def take(self, step: int) -> bool:
-        """Whether a snapshot is due at ``step``; if so, the next one is due an interval later."""
+        """Returns whether a snapshot is due at ``step``; if so, the next one is due an interval later."""
         if self.next_step is None:
-            # Manual optimization may take several steps a batch and jump over the multiple itself.
+            # Not a test for multiples: with manual optimization a batch may take several steps and skip the multiple.
             self.next_step = max(-(-step // self.interval), 1) * self.interval
         if step < self.next_step:
             return False
@@ -144,15 +148,15 @@ class CaptureSchedule:
         return True
 
     def double(self, newest: int) -> None:
-        """Doubles the interval, counted from the newest snapshot that was kept."""
+        """Doubles the interval and counts it from ``newest``, the step of the newest snapshot that was kept."""
         self.interval *= 2
         self.next_step = newest + self.interval
 
 
 def needs_thinning(steps: Sequence[int], step: int, required_span: float) -> bool:
-    """Whether dropping the oldest snapshot of a full ring would leave less than the required span behind ``step``.
+    """Returns whether a full ring without its oldest snapshot would cover less than the required span up to ``step``.
 
-    A ring of one has nothing to thin.
+    A ring of one snapshot has nothing to thin.
 
     Examples:
         >>> needs_thinning([10, 20, 30, 40], step=50, required_span=25)

@@ -1,4 +1,4 @@
-"""The places where a user can keep snapshots; each makes the storage for them."""
+"""Places where a user can keep snapshots: the interface of a place, and memory as one."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -12,52 +12,52 @@ from merge_callback.utilities.checks import check_bool
 
 
 class StoragePlace(Protocol):
-    """Where a user wants snapshots to be kept; makes the storage once the model is known."""
+    """Interface of a place for snapshots. It creates the storage once the model is known."""
 
     @property
     def in_checkpoints(self) -> bool:
-        """Whether checkpoints hold what is kept."""
+        """Whether checkpoints hold the snapshots and averages."""
 
     @property
     def merge_device(self) -> torch.device | None:
-        """Where snapshots are in memory and merges are made; None is where the model is."""
+        """Device where snapshots are in memory and merges are made; None is the model's own."""
 
     @property
     def average_device(self) -> torch.device | None:
-        """Where averages over every step are kept; None is where the model is."""
+        """Device where averages over every step are kept; None is the model's own."""
 
     @property
     def is_shared_by_ranks(self) -> bool:
-        """Whether something outside the process may spoil a snapshot, so that ranks have to agree on what is usable."""
+        """Whether something outside the process may spoil a snapshot, so that ranks must agree on which are usable."""
 
     @property
     def is_strict(self) -> bool:
         """Whether a snapshot that cannot be used is an error."""
 
     def num_rows_in_memory(self, num_snapshots: int) -> int:
-        """Rows of this many snapshots that take memory."""
+        """Returns how many rows ``num_snapshots`` snapshots take in memory."""
 
     def new_storage(
         self, layout: RowLayout, num_snapshots: int, dtype: torch.dtype | None, name: str
     ) -> SnapshotStorage:
-        """The storage of a callback of that name on this rank."""
+        """Creates the storage on this rank for the callback with this name."""
 
     def describe(self, layout: RowLayout, num_snapshots: int, dtype: torch.dtype | None, sizes: CaptureSizes) -> str:
-        """Where snapshots and averages are, and how many bytes they take, in words."""
+        """Returns where snapshots and averages are and how many bytes they take, in words for the user."""
 
 
 @dataclass(frozen=True)
 class SnapshotMemory:
-    """Memory as the place of snapshots.
+    """Keeps snapshots in memory: on the model's device or in host memory.
 
     Args:
-        place: ``"device"``, where the model is, or ``"cpu"``, host memory: pinned and filled beside the training where
-            there is a GPU. Averages over every step are kept there too.
+        place: ``"device"`` is the memory of the model's device. ``"cpu"`` is host memory; with a GPU it is pinned and
+            filled while training goes on. Averages over every step are kept in the same place.
         in_checkpoints: Whether checkpoints hold the snapshots, the averages and the inputs that are kept for batch norm
-            statistics. Without them a resumed window starts empty.
+            statistics. If not, the window starts empty after a resume.
 
     Raises:
-        ValueError: If there is no such place.
+        ValueError: If ``place`` is neither ``"device"`` nor ``"cpu"``.
 
     Examples:
         >>> SnapshotMemory("cpu", in_checkpoints=False)

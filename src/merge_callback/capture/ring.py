@@ -1,9 +1,8 @@
-"""The rolling buffer: snapshots as flat rows, and their merges.
+"""The rolling buffer of snapshots as flat rows, and the merges made from them.
 
-A model's tensors lie one after the other in one flat row per dtype and device (`RowLayout`), so that capturing is one
-copy and merging streams over long rows whatever the number of tensors. `SnapshotRing` keeps the order of the
-snapshots; where the rows live is the business of a `SnapshotStorage`. Here that is the model's own device; pinned host
-memory and a directory fit behind the same interface.
+A model's tensors lie one after the other in one flat row per dtype and device (`RowLayout`). So a capture is one copy,
+and a merge streams over long rows, however many tensors there are. `SnapshotRing` keeps the order of the snapshots. A
+`SnapshotStorage` keeps the rows: in the memory of the model's device, in pinned host memory or in a directory.
 """
 
 import itertools
@@ -17,16 +16,16 @@ from merge_callback.capture.memory import free_bytes, required_bytes
 from merge_callback.capture.storage import SnapshotStorage
 from merge_callback.merging.combine import Row, chunks, combine_
 
-# Of the memory that is free, what may be taken for nothing but speed.
+# Share of the free memory that may be used only to be faster.
 AMPLE_SHARE = 0.25
 
 
 class SnapshotRing:
-    """The latest snapshots in order, oldest first, at most ``capacity`` of them.
+    """The latest snapshots, oldest first, at most ``capacity`` of them.
 
     Args:
-        storage: Where the rows live.
-        capacity: Number of snapshots kept.
+        storage: Keeps the rows.
+        capacity: Maximum number of snapshots.
     """
 
     def __init__(self, storage: SnapshotStorage, capacity: int) -> None:
@@ -43,11 +42,11 @@ class SnapshotRing:
         return len(self.steps) == self.capacity
 
     def append(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Stores the tensors as the snapshot of a step, in place of the oldest one where the ring is full."""
+        """Stores the tensors as the snapshot of a step. If the ring is full, they replace the oldest snapshot."""
         self.storage.write(self._next_slot(step), step, tensors)
 
     def leave_open(self, step: int, problem: str) -> None:
-        """Keeps the place of a snapshot that this process cannot take, until all ranks know of it; see `problems`."""
+        """Reserves the slot of a snapshot that this process cannot take, until all ranks drop it; see `problems`."""
         self._next_slot(step)
         self._open[step] = problem
 
@@ -60,7 +59,7 @@ class SnapshotRing:
         return slot
 
     def thin(self) -> None:
-        """Drops every second snapshot and keeps the oldest, so that half the ring covers what the whole one did."""
+        """Drops every second snapshot but keeps the oldest, so that half as many reach equally far back."""
         self._keep(range(0, len(self.steps), 2))
 
     def clear(self) -> None:
@@ -73,30 +72,31 @@ class SnapshotRing:
         self._open = {step: problem for step, problem in self._open.items() if step in self.steps}
 
     def combine(self, coefficients: Sequence[float], out: list[Tensor] | None = None) -> list[Tensor]:
-        """The merge ``sum_j c_j x_j`` as a row in the live tensors' dtypes, accumulated in float32 or better.
+        """Returns the merge ``sum_j c_j x_j`` as a row in the live tensors' dtypes, accumulated in float32 or better.
 
-        Each snapshot with a coefficient is read once and the merge is written once; beside it only chunks are needed.
+        Each snapshot with a non-zero coefficient is read once, and the merge is written once. Extra memory is needed
+        only for chunks.
 
         Args:
             coefficients: One per snapshot, oldest first, summing to one.
-            out: The row to write to; None is a new one.
+            out: The row to write to; None allocates a new one.
 
         Returns:
-            The row; `RowLayout.views` shows the tensors in it.
+            The row; `RowLayout.views` returns the tensors inside it.
         """
         return self.combine_all([coefficients], [out or self.storage.new_row()])[0]
 
     def combine_all(
         self, coefficients: Sequence[Sequence[float]], outs: Sequence[list[Tensor]]
     ) -> Sequence[list[Tensor]]:
-        """Several merges at once, for which each snapshot is read once all the same; see `combine_`.
+        """Makes several merges at once and reads each snapshot only once; see `combine_`.
 
         Args:
-            coefficients: Those of each merge.
-            outs: As many rows to write to.
+            coefficients: For each merge one coefficient per snapshot, as in `combine`.
+            outs: The rows to write to, one per merge.
 
         Returns:
-            The rows.
+            The rows in ``outs``.
         """
         used = [any(of_snapshot) for of_snapshot in zip(*coefficients, strict=True)]
         coefficients = [list(itertools.compress(each, used)) for each in coefficients]
@@ -105,10 +105,11 @@ class SnapshotRing:
         return outs
 
     def merges(self, coefficients: Sequence[Sequence[float]]) -> Iterator[list[Tensor]]:
-        """`combine` for each; a row and views of it are good until the next one is asked for, also in a later call.
+        """Yields one merged row per coefficient vector. Rows are reused: copy one to keep it.
 
-        In host memory the rows are kept and written to again, since touching fresh memory takes as long as merging, and
-        all merges are made at once where there is ample memory for them. On a GPU there is one at a time.
+        A row and its views are valid until the next row is requested, also by a later call. In host memory the rows are
+        kept and written again, since touching fresh memory takes as long as merging. All merges are made in one pass if
+        there is ample memory for them. On a GPU merges are made one at a time.
         """
         outs = self._kept(len(coefficients)) if self.storage.is_merged_in_host_memory else []
         if len(outs) == len(coefficients):
@@ -118,7 +119,7 @@ class SnapshotRing:
                 yield self.combine(each, *outs)
 
     def _kept(self, num_rows: int) -> list[list[Tensor]]:
-        """As many rows, or a single one where memory is short."""
+        """Returns ``num_rows`` rows to reuse, or a single one if memory is short."""
         num_new = num_rows - len(self._kept_rows)
         free = free_bytes(torch.device("cpu"))
         required = sum(required_bytes(self.storage.layout, num_new, None).values())
@@ -134,15 +135,15 @@ class SnapshotRing:
         copies: Mapping[str, int] | None = None,
         add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> float:
-        """RMS distance of the snapshots in a merge from the merge, over the norm of the merge.
+        """Returns the RMS distance of the merged snapshots from their merge, divided by the norm of the merge.
 
         Args:
             coefficients: As given to `combine`; snapshots with a coefficient of zero do not count.
             merged: The row that `combine` returned.
-            copies: Of a sharded model: name -> how many ranks hold the same elements of that tensor.
-            add_up: Sums a tensor over ranks.
+            copies: For a sharded model: name -> number of ranks that hold the same elements of that tensor.
+            add_up: Sums a tensor over ranks; the default is for a single process.
         """
-        # Squared distance and squared norm.
+        # [squared distance, squared norm]
         sums = torch.zeros(2, dtype=torch.float64)
         rows_of = self._rows([value != 0 for value in coefficients])
         for group, start, stop, shared_by in self.storage.layout.runs(copies or {}):
@@ -160,13 +161,13 @@ class SnapshotRing:
         return math.sqrt(distance / norm) if norm else 0.0
 
     def _rows(self, is_used: Sequence[bool]) -> list[list[Row]]:
-        """For each group of the layout the rows that are used."""
+        """Returns, for each group of the layout, the rows of the snapshots that are used."""
         slots = [slot for slot, is_one in zip(self._slots, is_used, strict=True) if is_one]
         rows = [self.storage.row(slot) for slot in slots]
         return [list(of_group) for of_group in zip(*rows, strict=True)]
 
     def problems(self) -> dict[int, str]:
-        """Steps whose snapshots cannot be used, and why."""
+        """Returns the steps whose snapshots cannot be used, with the reason for each."""
         found = {
             step: self._open.get(step) or self.storage.problem(slot)
             for step, slot in zip(self.steps, self._slots, strict=True)
@@ -174,24 +175,24 @@ class SnapshotRing:
         return {step: problem for step, problem in found.items() if problem is not None}
 
     def drop(self, steps: Iterable[int]) -> None:
-        """Drops the snapshots of some steps."""
+        """Drops the snapshots of the given steps."""
         dropped = set(steps)
         self._keep([position for position, step in enumerate(self.steps) if step not in dropped])
 
     def snapshots(self) -> Iterator[dict[str, Tensor]]:
-        """The tensors of each snapshot by name, oldest first; views where the rows are in memory."""
+        """Yields the tensors of each snapshot by name, oldest first. They are views if the rows are in memory."""
         for slot in self._slots:
             yield self.storage.layout.views([row[:] for row in self.storage.row(slot)])
 
     def restore_(self, steps: Sequence[int], read: Callable[[int], Mapping[str, Tensor]]) -> list[str]:
-        """Takes over the newest of some saved snapshots, as many as fit.
+        """Restores the newest saved snapshots, as many as the ring can hold.
 
         Args:
-            steps: Of the saved snapshots, oldest first.
-            read: Gives the tensors of one of them, by its position; the dropped ones are not asked for.
+            steps: Steps of the saved snapshots, oldest first.
+            read: Returns the tensors of the snapshot at a position in ``steps``; not called for dropped snapshots.
 
         Returns:
-            What was dropped, in words.
+            A clause for the user if snapshots were dropped; otherwise empty.
         """
         num_dropped = max(0, len(steps) - self.capacity)
         self._slots, self.steps = [], []

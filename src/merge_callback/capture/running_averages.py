@@ -1,13 +1,13 @@
-"""Shadows: exponential averages of the weights over every optimizer step, which need no snapshots.
+"""Shadows: running averages of the weights over every optimizer step, which need no snapshots.
 
-A shadow is moved towards the live weights by ``1 - beta`` at each update. Two profiles give ``beta`` over a gap of
-``g`` steps that ends at step ``t``:
+Each update moves a shadow towards the live weights by ``1 - beta``. Two profiles define ``beta`` for a gap of ``g``
+steps that ends at step ``t``:
 
 - *half-life* ``h``: ``beta = 0.5 ** (g / h)``, so that a weight vector counts half as much for every ``h`` steps of
-  age, whatever the gap. As a share of training, ``h`` grows with the steps so far.
+  age, whatever the gap. If ``h`` is given as a share of training, it grows with the steps so far.
 - *power function* (EDM2, arXiv 2312.02696, section 3): ``beta = (1 - g / t) ** (gamma + 1)``, which weights step ``s``
   in proportion to ``s ** gamma``. Its width ``sigma_rel`` is the profile's standard deviation as a share of training.
-  From a few stored averages `synthesis_coefficients` makes one of any other width (section 3.2).
+  `synthesis_coefficients` combines a few stored averages into one of any other width (section 3.2).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,13 +28,13 @@ from merge_callback.utilities.background import Background
 
 
 class Shadow:
-    """One average of the weights, kept beside the live model.
+    """One running average of the weights, kept beside the live model.
 
-    Weights of less than 32 bits are averaged in float32: an increment below half a unit in their last place would be
-    lost.
+    Weights of less than 32 bits are averaged in float32. In their own dtype, an increment below half a unit in the last
+    place would be lost.
 
     Args:
-        average: Its profile.
+        average: The profile of the average.
     """
 
     def __init__(self, average: Average) -> None:
@@ -44,11 +44,11 @@ class Shadow:
 
     @torch.no_grad()
     def update(self, step: int, live: Mapping[str, Tensor]) -> None:
-        """Moves towards the live weights; begins with them. One pass, and nothing waits for the device.
+        """Moves the average towards the live weights, in one pass and without waiting for the device.
 
         Args:
             step: Optimizer steps done.
-            live: Name -> live tensor, always the same ones.
+            live: Name -> live tensor. At the first update, or if the names change, the average starts as their copy.
         """
         if self.step is None or self.tensors.keys() != live.keys():
             self.tensors = {name: shadow_like(tensor).copy_(tensor) for name, tensor in live.items()}
@@ -59,7 +59,7 @@ class Shadow:
     def _move(self, live: Mapping[str, Tensor], share: float) -> None:
         pairs = [(shadow, live[name]) for name, shadow in self.tensors.items()]
         alike = [shadow.dtype == now.dtype for shadow, now in pairs]
-        # Tensors of the shadow's own dtype, nearly all of them, are read where they are.
+        # Live tensors of the shadow's dtype, nearly all of them, are read in place. Others need a scratch buffer.
         if same := list(compress(pairs, alike)):
             torch._foreach_lerp_([shadow for shadow, _ in same], [now for _, now in same], share)
         scratches: dict[tuple[torch.dtype, torch.device], ScratchBuffer] = {}
@@ -69,30 +69,30 @@ class Shadow:
                 moved.lerp_(scratch.like(part).copy_(part), share)
 
     def write_row_(self, out: list[Tensor], layout: RowLayout) -> list[Tensor]:
-        """Writes the average, in the live tensors' dtypes, into a row of the layout; returns the row."""
+        """Writes the average into a row of the layout, in the row's dtypes, and returns the row."""
         for name, view in layout.views(out).items():
             view.copy_(self.tensors[name])
         return out
 
     @property
     def is_finite(self) -> bool:
-        """Whether it holds neither NaN nor inf; waits for the device."""
+        """Whether the average holds neither NaN nor inf; waits for the device."""
         return not nonfinite_names(self.tensors)
 
     def clear(self) -> None:
-        """Begins anew with the next update."""
+        """Resets the average: it restarts at the next update."""
         self.step, self.tensors = None, {}
 
 
 class HostShadows:
-    """Shadows in host memory, updated by a thread of their own beside the training.
+    """Shadows in host memory, updated by a background thread.
 
-    An update copies the live weights (on a stream of its own where they are on a GPU), and the averages are moved
-    towards the copy while the training goes on. The next update waits for it, and so does whoever asks for an average.
+    An update copies the live weights, on a separate stream if they are on a GPU. The thread then moves the averages
+    towards the copy while training goes on. The next update waits for the thread, and so does reading an average.
 
     Args:
-        shadows: What is updated.
-        layout: Of the live tensors.
+        shadows: The shadows to update.
+        layout: Row layout of the live tensors.
     """
 
     def __init__(self, shadows: Iterable[Shadow], layout: RowLayout) -> None:
@@ -102,21 +102,21 @@ class HostShadows:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the copy."""
+        """Bytes of the copy of the live weights."""
         return self._copy.size_bytes
 
     def update(self, step: int, live: Mapping[str, Tensor]) -> None:
-        """`Shadow.update` of each, which is under way when this returns; until `finish` the live tensors are read."""
+        """Starts `Shadow.update` of each shadow. The live tensors may still be read until `finish` is called."""
         self.wait()
         self._copy.write(0, step, live)
         self._background.begin(self._move, step)
 
     def finish(self) -> None:
-        """Called before anything writes to the live tensors."""
+        """Makes it safe to write to the live tensors; call it before any write."""
         self._copy.finish()
 
     def wait(self) -> None:
-        """Returns when the averages are up to date; raises what their update raised."""
+        """Waits until the averages are up to date; raises the error of an update that failed."""
         self._background.wait()
 
     def _move(self, step: int) -> None:
@@ -126,17 +126,17 @@ class HostShadows:
 
 
 class RunningAverages:
-    """The averages over every step that merges ask for, with the buffers that go with them.
+    """All averages over every step that the merges use, with the buffers that belong to them.
 
     Args:
-        averages: Name -> profile of every average.
-        device: Where they are kept; None is where the model is. Elsewhere they are updated by a thread of their own.
+        averages: Name -> profile of each average.
+        device: Where the averages are kept; None is the model's device. Elsewhere a background thread updates them.
     """
 
     def __init__(self, averages: Mapping[str, Average], device: torch.device | None) -> None:
         self.device = device
         self.layout: RowLayout | None = None
-        # Floating-point buffers when the averages were last updated.
+        # Floating-point buffers at the latest update of the averages.
         self.buffers: dict[str, Tensor] = {}
         self._shadows = {name: Shadow(average) for name, average in averages.items()}
         self._beside: HostShadows | None = None
@@ -150,30 +150,30 @@ class RunningAverages:
         return list(self._shadows)
 
     def __getitem__(self, name: str) -> Shadow:
-        """The average of that name, as of the latest step."""
+        """Returns the average with this name, up to date with the latest step."""
         self.wait()
         return self._shadows[name]
 
     def fit_to(self, layout: RowLayout | None) -> None:
-        """Prepares for live tensors of a layout; None frees what was prepared for others."""
+        """Prepares for live tensors of this layout; None frees the memory that an earlier layout took."""
         self.layout = layout
-        # Otherwise both copies would take their memory at once.
+        # Free the old copy first, so that both never take memory at once.
         self._beside = None
         if layout is not None and self._shadows and self.device is not None:
             self._beside = HostShadows(self._shadows.values(), layout)
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes of the copy that averages beside the training are moved towards."""
+        """Bytes of the copy of the live weights that a background update reads; zero without such updates."""
         return self._beside.size_bytes if self._beside is not None else 0
 
     def wait(self) -> None:
-        """Returns when updates beside the training are done; raises what went wrong there."""
+        """Waits until background updates are done; raises the error of one that failed."""
         if self._beside is not None:
             self._beside.wait()
 
     def finish(self) -> None:
-        """Called before anything writes to the live tensors."""
+        """Makes it safe to write to the live tensors; call it before any write."""
         if self._beside is not None:
             self._beside.finish()
 
@@ -193,20 +193,19 @@ class RunningAverages:
         self.buffers = local_clones(buffers)
 
     def clear(self) -> None:
-        """Begins all of them anew with the next update."""
+        """Resets all averages: they restart at the next update."""
         self.wait()
         for shadow in self._shadows.values():
             shadow.clear()
 
     def drop_nonfinite(self, gather: Callable[[Mapping[str, None]], Mapping[str, None]]) -> list[str]:
-        """Begins averages anew that hold NaN or inf, which would stay for good; returns their names.
+        """Resets averages that hold NaN or inf, which would never disappear, and returns their names.
 
-        Waits for the device. Whether weights are finite is not asked at every step: that would cost another pass over
-        them.
+        Waits for the device. `update` does not look for NaN, since that would cost another pass over the weights.
 
         Args:
-            gather: Gives the entries of all ranks. What one drops all have to drop, or they would validate other
-                merges.
+            gather: Returns the entries of all ranks. All ranks must drop the same averages, or they would validate
+                different merges.
         """
         self.wait()
         bad = {name: None for name, shadow in self._shadows.items() if shadow.tensors and not shadow.is_finite}
@@ -216,20 +215,20 @@ class RunningAverages:
         return dropped
 
     def row(self, name: str) -> list[Tensor]:
-        """A copy of the average of that name, as a row of the layout."""
+        """Returns a copy of the average with this name, as a row of the layout."""
         assert self.layout is not None
         row = self.layout.new_row() if self.device is None else host_row(self.layout)
         return self[name].write_row_(row, self.layout)
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Every tensor of every average, by reference: name of the average, name of the live tensor, tensor."""
+        """Yields every tensor of every average by reference: (name of the average, name of the live tensor, tensor)."""
         self.wait()
         for average, shadow in self._shadows.items():
             for name, tensor in shadow.tensors.items():
                 yield average, name, tensor
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the averages' `tensors`."""
+        """Returns the state of the averages, except their `tensors`."""
         self.wait()
         profiles = {name: {"profile": repr(s.average), "step": s.step} for name, s in self._shadows.items()}
         return {"profiles": profiles, "buffers": self.buffers}
@@ -240,15 +239,15 @@ class RunningAverages:
         read: Callable[[str], Mapping[str, Tensor]],
         buffers: Mapping[str, Tensor],
     ) -> list[str]:
-        """Takes over the saved averages of the same name and profile.
+        """Restores the saved averages that have the same name and profile.
 
         Args:
-            state: As `state_dict` made it.
-            read: Gives the tensors of the average of a name; only what can be taken over is asked for.
-            buffers: Live floating-point buffers, on whose devices the saved ones are kept.
+            state: The state that `state_dict` returned.
+            read: Returns the saved tensors of the average with a given name; called only for averages to restore.
+            buffers: Live floating-point buffers; the saved ones are moved to their devices.
 
         Returns:
-            What could not be taken over, in words.
+            A clause for the user about each average that could not be restored.
         """
         lost = []
         for name, shadow in self._shadows.items():
@@ -260,11 +259,11 @@ class RunningAverages:
         if len(lost) < len(self._shadows):
             saved_buffers = state["buffers"].items()
             self.buffers = {name: buffer.to(buffers[name].device, copy=True) for name, buffer in saved_buffers}
-        return [f"there is nothing of the average {name!r} to go on from: it starts anew" for name in lost]
+        return [f"the checkpoint holds no average {name!r} with this profile: it restarts" for name in lost]
 
 
 def shadow_bytes(layout: RowLayout, device: torch.device | None = None) -> dict[torch.device, int]:
-    """Bytes that a shadow of the live tensors of a layout takes by device; all on one device if that is given."""
+    """Returns the bytes that one shadow of a layout's tensors takes, by device; all on ``device`` if it is given."""
     required: dict[torch.device, int] = {}
     for (dtype, own_device), numel in zip(layout.groups, layout.num_elements, strict=True):
         place = device or own_device
@@ -273,7 +272,7 @@ def shadow_bytes(layout: RowLayout, device: torch.device | None = None) -> dict[
 
 
 def shadow_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """An uninitialised tensor as a shadow of this one has it, on a device or on its own."""
+    """Allocates an uninitialised tensor for the average of this one; device None is the tensor's own."""
     return torch.empty_like(tensor, dtype=_wide(tensor.dtype), device=device, requires_grad=False)
 
 

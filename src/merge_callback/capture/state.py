@@ -1,8 +1,8 @@
-"""The state of a capture in checkpoints, and back: one way for whole and for sharded models.
+"""Saves a capture to checkpoints and restores it, in the same way for whole and for sharded models.
 
-Every captured tensor has a key, such as ``snapshot.0.layer.weight``. Where the model is whole, the callback's state
-holds the tensors under these keys. In a sharded run each rank holds a part of every tensor, so they go where the
-model's own shards go, and the state says where that is.
+Every captured tensor has a key, such as ``snapshot.0.layer.weight``. For a whole model, the callback's state holds the
+tensors under these keys. In a sharded run each rank holds a shard of every tensor. These shards are saved beside the
+model's own, and the callback's state says where.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,18 +21,18 @@ from merge_callback.live.weights import merged_parameters, snapshot_buffers
 
 # Version of the state that checkpoints hold; states of other versions are not read.
 STATE_FORMAT = 2
-# Tensors by key, or the entry of a sharded checkpoint that holds them.
+# The tensors by key, or the name of the entry in a sharded checkpoint that holds them.
 SavedTensors: TypeAlias = str | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class CapturedTensor:
-    """A tensor that was captured, and how it is found again.
+    """A captured tensor with the key under which it is saved.
 
     Args:
-        key: Under which it is saved.
-        name: Of the live tensor that it is shaped like.
-        part: What this process holds of it.
+        key: Key in the checkpoint.
+        name: Name of the live tensor that has the same shape.
+        part: The part that this process holds: its shard, or the whole tensor.
     """
 
     key: str
@@ -41,7 +41,7 @@ class CapturedTensor:
 
 
 def capture_state(capture: SnapshotCapture) -> dict[str, Any]:
-    """What a capture needs to go on as if there had been no interruption, but for its `captured_tensors`."""
+    """Returns all that a capture needs to continue after an interruption, except its `captured_tensors`."""
     is_saved = capture.storage.in_checkpoints
     return {
         "window": capture.window.state_dict(),
@@ -54,7 +54,7 @@ def capture_state(capture: SnapshotCapture) -> dict[str, Any]:
 
 
 def captured_tensors(capture: SnapshotCapture) -> Iterator[CapturedTensor]:
-    """All that was captured and belongs into checkpoints, by reference."""
+    """Yields every captured tensor that checkpoints hold, by reference."""
     if not capture.storage.in_checkpoints:
         return
     if capture.ring is not None:
@@ -70,11 +70,11 @@ def put_into_checkpoint(
 ) -> SavedTensors:
     """Adds the parts that all ranks hold to a Lightning checkpoint that is about to be saved.
 
-    A checkpoint of shards takes them as one more optimizer's state, which every rank writes and which Lightning never
-    asks for when it loads. For a checkpoint of whole tensors rank 0 gathers them, one after the other.
+    A sharded checkpoint stores them as the state of one more optimizer. Every rank writes that, and Lightning does not
+    read it when it loads. For a checkpoint of whole tensors, rank 0 gathers them one at a time.
 
     Returns:
-        Where `TensorReader` finds them, to be kept in the callback's state.
+        Where `TensorReader` finds the tensors; keep it in the callback's state.
     """
     if any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values()):
         entry = {each.key: sharding.as_dtensor(each.name, each.part) for each in tensors}
@@ -85,10 +85,12 @@ def put_into_checkpoint(
 
 
 def without_shards(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A loaded state that is about to be saved again before training begins: without tensors that lie in the old file.
+    """Returns a loaded state in a form that can be saved again before training begins.
+
+    Tensors that are stored as shards in the old file are left out.
 
     Args:
-        state: Of a session; one that holds its tensors itself stays as it is.
+        state: State of a session. If it holds its tensors itself, it is returned unchanged.
     """
     if not isinstance(state.get("tensors"), str):
         return dict(state)
@@ -98,12 +100,12 @@ def without_shards(state: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TensorReader:
-    """Reads saved tensors back, as far as this process holds them.
+    """Reads this process's part of the saved tensors.
 
     Args:
-        saved: As the state has it.
-        sharding: How the live tensors are spread now.
-        path: Of the checkpoint, for tensors that lie in it as shards.
+        saved: The tensors, or the name of their entry, as the state holds it.
+        sharding: How the live tensors are sharded now.
+        path: Path of the checkpoint; needed for tensors that it stores as shards.
     """
 
     saved: SavedTensors
@@ -113,12 +115,12 @@ class TensorReader:
     def read(
         self, prefix: str, names: Iterable[str], empty: Callable[[], Mapping[str, Tensor]]
     ) -> Mapping[str, Tensor]:
-        """What this process holds of the tensors that were saved under a prefix, by name of the live tensor.
+        """Returns this process's part of the tensors that were saved under a prefix, by name of the live tensor.
 
         Args:
-            prefix: Keys are this, a dot, and the name of the live tensor.
-            names: Of the live tensors.
-            empty: Makes the tensors that shards are read into; whole tensors stay where they were loaded.
+            prefix: First part of the keys, which are ``prefix.name`` with the name of the live tensor.
+            names: Names of the live tensors.
+            empty: Allocates the tensors that shards are read into; whole tensors stay where they were loaded.
         """
         if not isinstance(self.saved, str):
             return {name: self.sharding.own_part(name, self.saved[f"{prefix}.{name}"]) for name in names}
@@ -132,16 +134,16 @@ class TensorReader:
 def restore_capture_(
     capture: SnapshotCapture, state: Mapping[str, Any], module: nn.Module, reader: TensorReader
 ) -> list[str]:
-    """Takes over a saved state, as much of it as fits.
+    """Restores a saved state, or those parts of it that still fit the model and the arguments.
 
     Args:
-        capture: A new one, prepared for the module.
-        state: As `capture_state` made it.
+        capture: A new capture, prepared for the module.
+        state: The state that `capture_state` returned.
         module: The live model.
-        reader: Of the `captured_tensors`.
+        reader: Reads the `captured_tensors`.
 
     Returns:
-        What was dropped or changed on the way, in words; empty if the window goes on exactly.
+        A clause for the user about each thing that was dropped or changed; empty if the window continues exactly.
     """
     num_saved, is_saved = len(state["steps"]), state["averages"] is not None
     problem = _difference(capture.shapes, state["shapes"])
@@ -160,9 +162,9 @@ def restore_capture_(
 
 
 def _difference(live: Mapping[str, list[int]], saved: Mapping[str, list[int]]) -> str | None:
-    """The first tensor whose shape in the model is not the one that was captured, in words; None if all agree."""
+    """Describes the first tensor whose shapes in model and snapshots differ; None if all agree."""
     if not saved:
-        # Shapes were not known yet, so nothing was captured.
+        # Shapes were not known yet when the state was saved, so nothing was captured.
         return None
     for name in [*live, *saved]:
         if live.get(name) != saved.get(name):

@@ -1,4 +1,4 @@
-"""Where snapshots live: the places that a user can choose, and the storage of rows in memory."""
+"""Storage for snapshot rows: the interface, and its implementations in device memory and in host memory."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,32 +17,32 @@ HOST = torch.device("cpu")
 
 
 class SnapshotStorage(Protocol):
-    """Where rows live. Slots are numbered from zero to the ring's capacity."""
+    """Interface of a storage for snapshot rows. Slots are numbered from zero up to the ring's capacity."""
 
     layout: RowLayout
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of memory that it takes."""
+        """Bytes of memory that the storage takes."""
 
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copies live tensors into a slot; until `finish` they may still be read."""
+        """Copies live tensors into a slot. The copy may still read them until `finish` is called."""
 
     def finish(self) -> None:
-        """Called before anything writes to the live tensors."""
+        """Makes it safe to write to the live tensors; call it before any write."""
 
     def row(self, slot: int) -> Sequence[Row]:
-        """The flat rows of a slot, one for each group of the layout."""
+        """Returns the row of a slot: one flat tensor for each group of the layout."""
 
     @property
     def is_merged_in_host_memory(self) -> bool:
-        """Whether `new_row` is there."""
+        """Whether merges of these rows are made in host memory."""
 
     def new_row(self) -> list[Tensor]:
-        """Room for a merge, in the memory where merges of these rows are made."""
+        """Allocates a row for a merge, in the memory where merges of these rows are made."""
 
     def problem(self, slot: int) -> str | None:
-        """Why what was written into a slot cannot be used; None if it can."""
+        """Returns why the snapshot in a slot cannot be used; None if it can."""
 
 
 def new_slots(
@@ -53,24 +53,29 @@ def new_slots(
     *,
     pin_memory: bool = False,
 ) -> list[list[Tensor]]:
-    """Rows of zeros, in a dtype and on a device, or in the live tensors' own.
+    """Allocates ``capacity`` rows of zeros. Each has its own memory, so that saving some rows does not save all.
 
-    Each row has memory of its own, so that saving some of them does not save all.
+    Args:
+        layout: Where each tensor lies in a row.
+        capacity: Number of rows.
+        dtype: Dtype of the rows; None keeps each live tensor's own.
+        device: Device of the rows; None keeps each live tensor's own.
+        pin_memory: Whether rows in host memory are pinned.
     """
     slots = [layout.new_row(device, dtype, pin_memory=pin_memory) for _ in range(capacity)]
     for part in itertools.chain.from_iterable(slots):
-        # On purpose: the pages are touched now and not at the first capture, and no stale memory is ever saved.
+        # Touches the pages now rather than at the first capture, and keeps stale memory out of checkpoints.
         part.zero_()
     return slots
 
 
 def slot_views(layout: RowLayout, slots: Iterable[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """For each slot the tensors inside its row, in the layout's order."""
+    """Returns, for each slot, views of the tensors inside its row, in the layout's order."""
     return [list(layout.views(row).values()) for row in slots]
 
 
 class DeviceStorage:
-    """Rows in the memory of the model's own device.
+    """Stores rows in the memory of the model's own device.
 
     Args:
         layout: Where each tensor lies in a row.
@@ -84,7 +89,7 @@ class DeviceStorage:
         self._views = slot_views(layout, self._slots)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy's views are of its own rows: pickled by themselves they would not be."""
+        """Leaves out the views: `__setstate__` makes new ones, which point into the copy's own rows."""
         return self.__dict__ | {"_views": []}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -102,28 +107,28 @@ class DeviceStorage:
         torch._foreach_copy_(self._views[slot], [tensors[name] for name in self.layout.places])
 
     def finish(self) -> None:
-        """Copies are made in the order of the device's own work."""
+        """Does nothing: the device makes copies in order with its other work."""
 
     def row(self, slot: int) -> list[Tensor]:
-        """The row of a slot itself, nothing is copied."""
+        """Returns the row of a slot itself, not a copy."""
         return self._slots[slot]
 
     @property
     def is_merged_in_host_memory(self) -> bool:
-        """Whether the model is."""
+        """Whether the model is in host memory, since merges are made on the model's device."""
         return all(device.type == "cpu" for _, device in self.layout.groups)
 
     def new_row(self) -> list[Tensor]:
-        """Room for a merge, on the model's own device."""
+        """Allocates a row for a merge on the model's own device."""
         return self.layout.new_row()
 
     def problem(self, slot: int) -> str | None:
-        """Memory does not spoil."""
+        """Returns None: rows in memory can always be used."""
         return None
 
 
 class HostStorage:
-    """Rows in host memory, pinned where there is a GPU; copied on a stream of their own beside the forward pass.
+    """Stores rows in host memory. For a model on a GPU the memory is pinned and copies run beside the forward pass.
 
     Args:
         layout: Where each tensor lies in a row.
@@ -146,13 +151,14 @@ class HostStorage:
         self._is_waited_for = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy's views are of its own rows, and its streams its own."""
+        """Leaves out views and streams, of which a copy makes its own. Waits for copies under way first."""
         self.arrive()
         return {"layout": self.layout, "_gpus": self._gpus, "_slots": self._slots}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
         if self._gpus:
+            # Tensors that were pickled or copied are not pinned.
             self._slots = [[part.pin_memory() for part in row] for row in self._slots]
         self._prepare()
 
@@ -162,7 +168,7 @@ class HostStorage:
         return size_bytes(chain.from_iterable(self._slots))
 
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copies live tensors into a slot; with a GPU the copy is under way when this returns."""
+        """Copies live tensors into a slot. Copies from a GPU are still under way when this returns."""
         sources = [tensors[name].detach() for name in self.layout.places]
         with ExitStack() as streams:
             for gpu, stream in self._streams.items():
@@ -170,49 +176,49 @@ class HostStorage:
                 streams.enter_context(torch.cuda.stream(stream))
             for view, source in zip(self._views[slot], sources, strict=True):
                 if source.is_cuda:
-                    # Cast there: otherwise torch copies what is not contiguous by way of memory that is not pinned.
+                    # Cast on the GPU: otherwise torch copies non-contiguous tensors through memory that is not pinned.
                     view.copy_(source.to(view.dtype), non_blocking=True)
                 else:
-                    # Only of a GPU's copies is it known when they have arrived.
+                    # Synchronous: only a copy from a GPU has an event that tells when it has arrived.
                     view.copy_(source)
-        # Whoever waits for one need not keep a core busy meanwhile.
+        # Blocking events, so that a thread that waits for one does not keep a core busy.
         self._copied = {
             gpu: stream.record_event(torch.cuda.Event(blocking=True)) for gpu, stream in self._streams.items()
         }
         self._is_waited_for = False
 
     def finish(self) -> None:
-        """What the GPU does from now on waits for copies under way; the host does not."""
+        """Makes later GPU work wait for copies under way; the host does not wait."""
         if not self._is_waited_for:
             for gpu, event in self._copied.items():
                 torch.cuda.current_stream(gpu).wait_event(event)
         self._is_waited_for = True
 
     def arrive(self) -> None:
-        """Returns when what was written is there."""
+        """Waits until all copies have arrived in host memory."""
         for gpu, event in self._copied.items():
             with torch.cuda.device(gpu):
                 event.synchronize()
 
     def row(self, slot: int) -> list[Tensor]:
-        """The row of a slot, when it has arrived."""
+        """Returns the row of a slot, after its copy has arrived."""
         self.arrive()
         return self._slots[slot]
 
     def tensors(self, slot: int) -> dict[str, Tensor]:
-        """The tensors of a slot by name, when they have arrived; views."""
+        """Returns views of the tensors of a slot by name, after their copy has arrived."""
         self.arrive()
         return dict(zip(self.layout.places, self._views[slot], strict=True))
 
     def new_row(self) -> list[Tensor]:
-        """Room for a merge in host memory: a GPU's need not hold model, live weights and merge at once."""
+        """Allocates a row for a merge in host memory, so that it takes no GPU memory beside model and live weights."""
         return host_row(self.layout)
 
     def problem(self, slot: int) -> str | None:
-        """Memory does not spoil."""
+        """Returns None: rows in memory can always be used."""
         return None
 
 
 def host_row(layout: RowLayout) -> list[Tensor]:
-    """An uninitialised row in host memory, pinned if its tensors come from a GPU."""
+    """Allocates an uninitialised row in host memory, pinned if a live tensor is on a GPU."""
     return layout.new_row(HOST, pin_memory=any(device.type == "cuda" for _, device in layout.groups))

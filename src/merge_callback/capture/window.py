@@ -1,4 +1,4 @@
-"""Which steps belong to the window of snapshots, and when the next one is due."""
+"""Decides which steps belong to the window of snapshots, and when the next snapshot is due."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -9,17 +9,17 @@ from merge_callback.capture.ring import SnapshotRing
 from merge_callback.merging.rules import Rule, required_span
 from merge_callback.merging.windows import Window
 
-# Without an interval of its own the ring covers at least this share of the training so far.
+# If the user sets no interval, the ring covers at least this share of the training so far.
 DEFAULT_SPAN = 0.1
 
 
 class CaptureWindow:
-    """Follows the learning rates, begins and ends the window, and thins the ring when it covers too little.
+    """Follows the learning rates, begins and ends the window, and thins the ring when it covers too few steps.
 
     Args:
         every_n_train_steps: Optimizer steps between two snapshots; None starts at one and doubles.
-        rules: The rules of the merges; their `Window`s say how far back the ring has to reach.
-        start: ``"stable"``, or the optimizer step from which on to capture.
+        rules: Rules of the merges; their `Window`s determine how far back the ring must reach.
+        start: ``"stable"`` captures while the learning rate is constant; an int captures from that optimizer step on.
     """
 
     def __init__(self, every_n_train_steps: int | None, rules: Iterable[Rule], start: Literal["stable"] | int) -> None:
@@ -27,15 +27,15 @@ class CaptureWindow:
         self.start = start
         self.phase = StablePhase()
         self.schedule = CaptureSchedule(every_n_train_steps or 1)
-        # Whether the ring's snapshots are of an earlier phase than the one that goes on.
+        # Whether the ring still holds the snapshots of an earlier phase.
         self.is_outdated = False
         self._has_begun = False
         self._rules = [*rules, *([Window(span=DEFAULT_SPAN)] if every_n_train_steps is None else [])]
 
     def follow(self, step: int, used: Sequence[float], following: Sequence[float]) -> PhaseEvent:
-        """Takes note of an optimizer step; returns what it means for the window.
+        """Records an optimizer step and returns what it means for the window.
 
-        With a start by step, rates play no part: the window begins there and holds to the end.
+        If ``start`` is a step, learning rates are ignored: the window begins at that step and lasts to the end.
 
         Args:
             step: Number of optimizer steps so far.
@@ -45,21 +45,21 @@ class CaptureWindow:
         event = self.phase.observe(used, following)
         if self.start != "stable":
             return PhaseEvent.HELD if step >= self.start else PhaseEvent.UNSETTLED
-        # A run that was resumed with another start may be inside a phase that no window was begun for.
+        # A run resumed with another ``start`` may be inside a phase for which no window has begun.
         if event is PhaseEvent.HELD and not self._has_begun:
             event = PhaseEvent.BEGAN
         if event is PhaseEvent.BEGAN:
-            # The old snapshots stay until the new window has its first one.
+            # The old snapshots stay until the first one of the new window is taken.
             self.is_outdated = True
             self.schedule = CaptureSchedule(self.every_n_train_steps or 1)
         self._has_begun = event.is_stable
         return event
 
     def make_room_(self, ring: SnapshotRing, step: int) -> bool:
-        """Prepares the ring for a snapshot of this step; returns whether it is still due afterwards.
+        """Prepares the ring for a snapshot of this step and returns whether the snapshot is still due.
 
-        Snapshots of an earlier phase are dropped. A full ring that would cover too little is thinned, and the interval
-        doubles.
+        Snapshots of an earlier phase are dropped. If a full ring would cover too few steps, it is thinned and the
+        interval doubles; then the snapshot may be due later.
         """
         if self.is_outdated:
             ring.clear()
@@ -75,7 +75,7 @@ class CaptureWindow:
 
     @property
     def interval(self) -> str:
-        """The interval between snapshots, in words.
+        """The interval between snapshots, in words for the user.
 
         Examples:
             >>> CaptureWindow(100, [], "stable").interval, CaptureWindow(None, [], "stable").interval
@@ -84,7 +84,7 @@ class CaptureWindow:
         return f"every {self.every_n_train_steps} steps" if self.every_n_train_steps else "at an interval that doubles"
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes during training, as plain numbers."""
+        """Returns everything that changes during training, as plain numbers."""
         return {
             "every_n_train_steps": self.every_n_train_steps,
             "phase": asdict(self.phase),
@@ -94,15 +94,15 @@ class CaptureWindow:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], steps: Sequence[int], num_saved: int) -> list[str]:
-        """Takes over what `state_dict` gave.
+        """Restores the state that `state_dict` returned.
 
         Args:
             state: The saved state.
-            steps: Steps of the snapshots that were taken over.
-            num_saved: How many snapshots there were when the state was saved.
+            steps: Steps of the snapshots that were restored.
+            num_saved: Number of snapshots when the state was saved.
 
         Returns:
-            What changed, in words; empty if the schedule goes on exactly.
+            A clause for the user about each change; empty if the schedule continues exactly.
         """
         self.phase = StablePhase(**state["phase"])
         self.is_outdated, self._has_begun = state["is_outdated"], state["has_begun"]

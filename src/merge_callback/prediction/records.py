@@ -123,7 +123,7 @@ def read_records(path: str | os.PathLike[str]) -> list[AnnealRecord]:
     return list(records.values())
 
 
-def trunk_at(history: Sequence[StableValidation], step: int, max_gap_steps: int) -> StableValidation | None:
+def validation_at(history: Sequence[StableValidation], step: int, max_gap_steps: int) -> StableValidation | None:
     """Returns a stable run's values at a step, linearly interpolated between two validations if necessary.
 
     Args:
@@ -158,8 +158,8 @@ def completed(record: AnnealRecord, history: Sequence[StableValidation]) -> Anne
     """
     return replace(
         record,
-        forecast=record.forecast or trunk_at(history, record.start_step, max_gap_steps=0),
-        matched=record.matched or trunk_at(history, record.step, max_gap_steps=record.span_steps),
+        forecast=record.forecast or validation_at(history, record.start_step, max_gap_steps=0),
+        matched=record.matched or validation_at(history, record.step, max_gap_steps=record.span_steps),
     )
 
 
@@ -174,7 +174,7 @@ def run_identity(history: Sequence[StableValidation]) -> str | None:
     return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def trunk_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str | None, list[StableValidation]]:
+def stable_run_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str | None, list[StableValidation]]:
     """Returns identifier and validations of the run in a `MergeCallback` checkpoint; ``(None, [])`` without them."""
     for state in (checkpoint.get("callbacks") or {}).values():
         if isinstance(state, Mapping) and "history" in state:
@@ -192,5 +192,5 @@ def _ends_in_half_a_line(path: Path) -> bool:
 
 
 def _parse(line: Mapping[str, Any]) -> AnnealRecord:
-    trunk = {key: StableValidation(**line[key]) if line[key] else None for key in ("forecast", "matched")}
-    return AnnealRecord(**{**line, **trunk})
+    validations = {key: StableValidation(**line[key]) if line[key] else None for key in ("forecast", "matched")}
+    return AnnealRecord(**{**line, **validations})

@@ -1,1 +1,1 @@
-"""Merges validated beside the live model, and logged."""
+"""Validates merges beside the live model, and logs the results."""

@@ -1,20 +1,20 @@
-"""How much wall time a callback may take, as a share of the run's. Pure, on seconds."""
+"""Limits the wall time that a callback takes to a share of the run's. Pure Python on seconds."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Budget:
-    """Spaces out something costly so that all that was spent stays under a share of the time so far.
+    """Spaces out a costly task so that all time spent stays under a share of the run's time so far.
 
-    The first time is free, since nobody knows yet what it costs; later ones wait until they fit.
+    The task may always run the first time, since its cost is not known yet. After that it waits until it fits.
 
     Args:
-        share: Largest share of the time, in (0, 1); None allows everything.
-        elapsed: Seconds of the run before the fit that goes on.
+        share: Largest share of the time, in (0, 1); None sets no limit.
+        elapsed: Seconds of the run before the current fit.
         spent: Seconds spent so far.
-        latest: What it cost the last time.
-        num_skipped: How many times it did not fit.
+        latest: Seconds that the task took the last time.
+        num_skipped: Number of times that the task did not fit.
 
     Examples:
         >>> budget = Budget(share=0.02)
@@ -32,7 +32,7 @@ class Budget:
     num_skipped: int = 0
 
     def allows(self, elapsed: float) -> bool:
-        """Whether as much as the last time fits now.
+        """Returns whether the task fits now, if it takes as long as the last time.
 
         Args:
             elapsed: Seconds of the run so far.
@@ -42,7 +42,7 @@ class Budget:
         return self.spent + self.latest <= self.share * elapsed
 
     def spend(self, seconds: float, *, is_costly: bool = False) -> None:
-        """Takes note of seconds that were spent; the costly ones are what is spaced out."""
+        """Records seconds that were spent; ``is_costly`` marks those of the task that is spaced out."""
         self.spent += seconds
         if is_costly:
             self.latest = seconds

@@ -1,10 +1,11 @@
-"""What loggers and the terminal are shown beyond plain metrics: logged values in, charts and a closing table out.
+"""Shows logged values beyond plain metrics: as charts in loggers, and as a closing table in the terminal.
 
-TensorBoard gives a run one colour, so live and merged values of one run look alike there. They are therefore written
-once more as runs of their own below the log folder, ``merged`` and ``annealed``, under the live metric's name: one
-chart, a colour for each, without a click. The layout of the Custom Scalars page lies there too, beside one that a user
-may have written for the run itself: TensorBoard shows both, and neither replaces the other. Weights & Biases is told
-which value of a metric is its best. Other loggers need nothing but the metrics, whose names all of them take.
+TensorBoard gives a run one colour, so live and merged values of one run look alike there. Merged and annealed values
+are therefore written again as separate runs below the log folder, ``merged`` and ``annealed``, under the name of the
+live metric. So one chart shows all three, each in its own colour. The layout of the Custom Scalars page is stored in
+the ``merged`` and ``annealed`` runs too. A user may have written one for the run itself; TensorBoard shows both. For
+Weights & Biases, merged values and gains are defined with their best value. Other loggers need only the metrics, whose
+names they all accept.
 """
 
 import os
@@ -18,16 +19,16 @@ from merge_callback.live.evaluate import LoggedValue
 from merge_callback.utilities.tables import NOTHING, number, text_table
 from merge_callback.validation.logged import BOUNDS, LoggedName
 
-# Everything that is logged of a merge itself.
+# The diagnostics of a merge that get a chart.
 DIAGNOSTICS = ("num_snapshots", "span_steps", "spread", "seconds", "num_skipped")
 
 
 def scalar_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's layout of custom scalars: category -> chart -> kind of chart and patterns of tags.
+    """Returns TensorBoard's layout of custom scalars: category -> chart -> kind of chart and patterns of tags.
 
     Args:
         metrics: Live metrics that have merged values.
-        label: Of the callback.
+        label: The callback's label in logged names.
 
     Examples:
         >>> scalar_layout(["loss"])["Live, merged, annealed"]
@@ -35,9 +36,9 @@ def scalar_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str
     """
     metrics = list(metrics)
     return {
-        # Every run has the live metric's name: the live one, the merged one, the annealed one.
+        # The live, merged and annealed runs all use the live metric's name.
         f"Live, merged, annealed{label}": {metric: ["Multiline", [f"^{re.escape(metric)}$"]] for metric in metrics},
-        # Of all merges, also those that come later.
+        # The pattern fits all merges, including those that are logged later.
         f"Gain of the merge{label}": {
             metric: ["Multiline", [f"^merge_gain{label}(_[^/]*)?/{re.escape(metric)}$"]] for metric in metrics
         },
@@ -46,7 +47,7 @@ def scalar_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str
 
 
 def prediction_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str, list[Any]]]:
-    """The part of the layout that comes with the first predictions; of these charts TensorBoard takes no patterns."""
+    """Returns the layout of the prediction charts. It lists full tags: TensorBoard's margin charts take no patterns."""
     charts = {
         metric: ["Margin", [str(LoggedName("annealed", label, metric, end)) for end in ("", *BOUNDS)]]
         for metric in metrics
@@ -55,11 +56,11 @@ def prediction_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict
 
 
 class Dashboards:
-    """What a callback shows in a run's loggers and at its end; used on the rank that logs.
+    """Shows a callback's results in the run's loggers and in a closing table. Used only on the rank that logs.
 
     Args:
-        title: Of the closing table.
-        label: Of the callback, in logged names.
+        title: Title of the closing table.
+        label: The callback's label in logged names.
     """
 
     def __init__(self, title: str, label: str = "") -> None:
@@ -70,13 +71,13 @@ class Dashboards:
     def _begin(self) -> None:
         self._num_shown = 0
         self._runs: dict[str, Any] = {}
-        # Parts of TensorBoard's layout that are written, names that Weights & Biases was told of.
+        # Parts of TensorBoard's layout already written, and names already defined in Weights & Biases.
         self._laid_out: set[tuple[str, str]] = set()
         self._defined: set[str] = set()
         self._is_without_figures = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies open files of their own."""
+        """Leaves out open writers: a copy opens its own."""
         return self.__dict__ | {"_runs": {}}
 
     def show(
@@ -86,19 +87,21 @@ class Dashboards:
         step: int,
         coefficients: Mapping[int, float],
     ) -> None:
-        """Brings the charts up to date with a validation.
+        """Updates the charts after a validation.
 
         Args:
-            loggers: The Trainer's.
-            logged: What the callback logs there.
-            step: Under which Lightning logs it.
-            coefficients: Of the primary merge, by snapshot step, if it is made of snapshots; drawn at the first,
-                second, fourth, eighth ... call.
+            loggers: The Trainer's loggers.
+            logged: The values that the callback logs at this validation.
+            step: The step under which Lightning logs them.
+            coefficients: Coefficients of the primary merge by snapshot step; empty if it is not made of snapshots.
+                They are drawn at the first, second, fourth, eighth ... call.
         """
         self._num_shown += 1
+        # True for powers of two.
         is_drawn = self._num_shown & (self._num_shown - 1) == 0
         written = {name: value for name, value in logged.items() if value.logger}
         for logger in loggers:
+            # By name: `lightning` and `pytorch_lightning` each have their own logger classes.
             kinds = {base.__name__ for base in type(logger).__mro__}
             if "TensorBoardLogger" in kinds:
                 self._show_in_tensorboard(logger, written, step)
@@ -108,7 +111,7 @@ class Dashboards:
                 self._define_in_wandb(logger, written)
 
     def close(self) -> None:
-        """Writes what is still to be written; for the end of a run."""
+        """Closes all writers, at the end of a fit."""
         for run in self._runs.values():
             run.close()
         self._begin()
@@ -130,7 +133,7 @@ class Dashboards:
     def _run(self, logger: Any, name: str) -> Any:
         folder = os.path.join(logger.log_dir, name)  # noqa: PTH118 (it may be a remote one)
         if folder not in self._runs:
-            # Of the same kind as the logger's own: torch's or tensorboardX's.
+            # The same class as the logger's own writer, torch's or tensorboardX's.
             self._runs[folder] = type(logger.experiment)(folder)
         return self._runs[folder]
 
@@ -154,8 +157,8 @@ class Dashboards:
                 continue
             self._defined.add(str(name))
             best = "max" if name.kind == "merge_gain" or value.higher_is_better else "min"
-            # By its whole name: a pattern would compete with the one that Lightning defines for all metrics. A dot
-            # would be taken for the way into an entry.
+            # The full name: a pattern would compete with the one that Lightning defines for all metrics. Dots are
+            # escaped: Weights & Biases reads them as paths into nested entries.
             whole = str(name).replace(".", r"\.")
             logger.experiment.define_metric(whole, step_metric="trainer/global_step", summary=f"{best},last")
 
@@ -166,13 +169,13 @@ class Dashboards:
         logged: Mapping[LoggedName, LoggedValue],
         merges: Mapping[str, str],
     ) -> str:
-        """Live and merged values, gains and predictions of a validation as a table of text that fits 80 columns.
+        """Returns a text table of live and merged values, gains and predictions that fits into 80 columns.
 
         Args:
-            step: Optimizer steps then.
+            step: Optimizer steps at the validation.
             live: Metric -> live value, on the batches that the merges were evaluated on.
-            logged: What the callback logged there.
-            merges: What each merge is made of, by label.
+            logged: The values that the callback logged at the validation.
+            merges: Label of a merge -> what it is made of.
         """
         rows = []
         for name, merged in logged.items():

@@ -1,4 +1,4 @@
-"""The picture of a merge for a logger."""
+"""Draws a merge as a figure for loggers."""
 
 import itertools
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 
 from merge_callback.merging.rules import decay_from_coefficients
 
-# To be told apart on white and on black.
+# Colours that differ clearly on a white and on a black background.
 LIVE, MERGED, PREDICTED, ANNEALED = "#888888", "#d1495b", "#0f97ad", "#d9902f"
 
 
 def plot_merge(coefficients: Mapping[int, float]) -> Figure:
-    """Coefficients of a merge above; below, the decay of the learning rate that it stands for.
+    """Plots the coefficients of a merge and, below, the learning-rate decay that it corresponds to.
 
     Args:
         coefficients: Snapshot step -> coefficient, oldest first, as `MergeCallback.coefficients` gives them.
@@ -25,7 +25,7 @@ def plot_merge(coefficients: Mapping[int, float]) -> Figure:
     steps, values = list(coefficients), list(coefficients.values())
     gap = min((newer - older for older, newer in itertools.pairwise(steps)), default=1)
     upper.bar(steps, values, width=0.8 * gap, color=MERGED)
-    # A multiplier applies to the updates since the snapshot before.
+    # A multiplier applies to the updates since the previous snapshot.
     lower.step(steps, decay_from_coefficients(values), where="pre", color=PREDICTED)
     upper.set(ylabel="coefficient", title=f"{len(steps)} snapshots up to step {steps[-1]}")
     lower.set(ylabel="implied learning rate", xlabel="optimizer steps")
@@ -36,7 +36,7 @@ def plot_merge(coefficients: Mapping[int, float]) -> Figure:
 
 
 def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
-    """The figure as red, green and blue of each pixel, ``[height, width, 3]``."""
+    """Returns the pixels of the figure as RGB values, ``[height, width, 3]``."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]

@@ -1,4 +1,4 @@
-"""What is logged beside the live metrics of a validation, and under which names: merged values and gains."""
+"""Values that are logged beside the live metrics of a validation, and their names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from merge_callback.prediction.bias import Prediction, gain
 
 
 def safe_name(name: str) -> str:
-    """A name as it stands in logged names, where every logger takes it: letters, digits, ``_``, ``.`` and ``-`` stay.
+    """Returns a name that every logger accepts: all but letters, digits, ``_``, ``.`` and ``-`` becomes ``_``.
 
     Examples:
         >>> safe_name("ema (0.2)")
@@ -21,19 +21,19 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
-# Ends of a prediction's interval.
+# Suffixes of names for the two ends of a prediction's interval.
 BOUNDS = ("/low", "/high")
 
 
 @dataclass(frozen=True)
 class LoggedName:
-    """The name of something that the callback logs.
+    """The name of one value that the callback logs.
 
     Args:
         kind: ``"merged"``, ``"merge_gain"``, ``"annealed"``, ``"annealed_error"``, or ``"merge"`` for a diagnostic.
-        label: Tells callbacks and further merges apart; begins with ``_``, or is empty.
+        label: Distinguishes callbacks and further merges; begins with ``_``, or is empty.
         metric: The live metric, or the diagnostic.
-        end: Of a prediction's interval, one of ``BOUNDS``.
+        end: One of ``BOUNDS`` for an end of a prediction's interval; otherwise empty.
 
     Examples:
         >>> str(LoggedName("merge_gain", "_late", "val_loss"))
@@ -51,11 +51,11 @@ class LoggedName:
 
 @dataclass(frozen=True)
 class Names:
-    """What one callback calls what it logs.
+    """The names under which one callback logs its values.
 
     Args:
-        callback: Its name.
-        primary: The name of its primary merge.
+        callback: Name of the callback.
+        primary: Name of its primary merge.
         higher_is_better: Patterns of metrics where more is better.
 
     Examples:
@@ -69,24 +69,25 @@ class Names:
     higher_is_better: tuple[str, ...] = ()
 
     def __call__(self, kind: str, metric: str, merge: str | None = None) -> LoggedName:
-        """The name of a value of a metric under a merge; None is the primary one."""
+        """Returns the name of a merge's value of a metric; merge None is the primary one."""
         return LoggedName(kind, self.label(merge), metric)
 
     def label(self, merge: str | None = None) -> str:
-        """What is added to names: the callback's unless it is the default, the merge's unless it is the primary one."""
+        """Returns the label in logged names: the callback's name unless default, and the merge's unless primary."""
         own = self.callback if self.callback != "merge" else None
         parts = [own, merge if merge != self.primary else None]
         return "".join(f"_{safe_name(part)}" for part in parts if part)
 
     def is_higher_better(self, metric: str, value: LoggedValue) -> bool:
-        """Whether more is better: by a pattern, or since a torchmetrics object that was logged says so."""
+        """Returns whether more is better, according to a pattern or to the torchmetrics object that was logged."""
         return self.fits(metric, self.higher_is_better) or bool(value.higher_is_better)
 
     @staticmethod
     def fits(metric: str, patterns: str | Iterable[str]) -> bool:
-        """Whether a metric fits one pattern, or any of several.
+        """Returns whether a metric fits a pattern, or any of several.
 
-        A pattern for ``acc`` also means what Lightning makes of it: ``acc_epoch``, ``acc/dataloader_idx_0``.
+        A pattern for ``acc`` also fits the names that Lightning derives from it: ``acc_epoch``,
+        ``acc/dataloader_idx_0``.
         """
         plain = metric.partition("/dataloader_idx_")[0].removesuffix("_epoch")
         return any(fits(name, patterns) for name in (metric, plain))
@@ -95,12 +96,12 @@ class Names:
 def merged_and_gains(
     names: Names, merged: Mapping[str, Mapping[str, LoggedValue]], live: Mapping[str, LoggedValue]
 ) -> dict[LoggedName, LoggedValue]:
-    """Values of merges, and how much better than the live ones they are.
+    """Returns the values of merges and their gains over the live values, to log.
 
     Args:
-        names: What they are called.
-        merged: By merge and metric.
-        live: By metric, on the same batches.
+        names: The callback's names for them.
+        merged: Merge -> metric -> value.
+        live: Metric -> live value, on the same batches.
     """
     logged = {}
     in_bar = next((metric for metric, value in live.items() if value.prog_bar), None)
@@ -119,13 +120,13 @@ def merged_and_gains(
 def predictions_and_errors(
     names: Names, predictions: Mapping[str, Prediction], live: Mapping[str, LoggedValue], *, is_end_of_decay: bool
 ) -> dict[LoggedName, LoggedValue]:
-    """Predicted annealed values with their intervals.
+    """Returns predicted annealed values with their intervals, to log.
 
     Args:
-        names: What they are called.
-        predictions: By metric.
-        live: Values of the validation, by metric.
-        is_end_of_decay: Whether the run has decayed by itself and ends here: then also how wrong the predictions were.
+        names: The callback's names for them.
+        predictions: Metric -> prediction.
+        live: Metric -> live value of the validation.
+        is_end_of_decay: Whether the run's own decay ends here; then the errors of the predictions are included.
     """
     logged: dict[LoggedName, LoggedValue] = {}
     for metric, prediction in predictions.items():

@@ -1,4 +1,4 @@
-"""Merges validated beside the live model, at each of its validations, and what is logged of them."""
+"""Validates merges at each validation of the live model, and logs the results."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -27,13 +27,13 @@ from merge_callback.validation.routers import Choices, Routers
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """A merge that was validated.
+    """A merge and the result of its validation.
 
     Args:
         merge: The merge.
-        coefficients: By snapshot step; none of an average over every step.
-        description: What it was made of, in a few words.
-        values: What its validation logged, by metric.
+        coefficients: Coefficients by snapshot step; empty for an average over every step.
+        description: What the merge was made of, in a few words.
+        values: Metric -> value that the validation logged.
     """
 
     merge: Merge
@@ -44,33 +44,33 @@ class _Evaluated:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What was found before a live validation, kept until the live values are there to compare with."""
+    """The results of merges before a live validation, kept until they can be compared with the live values."""
 
     step: int
     # The primary merge comes first, if it could be made.
     merges: dict[str, _Evaluated]
-    # On the batches that merges were evaluated on, where these are fewer than the live validation takes.
+    # Live values on the batches of the merges, if these are fewer than those of the live validation.
     live: dict[str, LoggedValue] | None
     diagnostics: dict[str, float]
 
     @property
     def values(self) -> dict[str, dict[str, LoggedValue]]:
-        """By merge and metric."""
+        """Merge -> metric -> merged value."""
         return {name: each.values for name, each in self.merges.items()}
 
 
 class MergedValidation:
-    """A `ValidationObserver` that validates merges over the batches of each live validation, and logs both.
+    """A `ValidationObserver` that validates merges on the batches of each live validation and logs the results.
 
     Args:
-        merges: What is validated.
-        names: Of what is logged.
-        predictor: Learns from the validations what an anneal would give.
-        budget: Of wall time.
-        messages: For the user.
+        merges: The merges to validate.
+        names: The names of logged values.
+        predictor: Predicts annealed values, and learns from the validations.
+        budget: Limits the wall time.
+        messages: Logs infos and warnings for the user.
         every_n_validations: Validates the merges at every n-th validation.
         limit_batches: As for `evaluate.evaluate`; with a limit the live model is evaluated on the same batches again.
-        routers: What is compared between merge and live model.
+        routers: The routers to compare between merge and live model; None compares none.
     """
 
     def __init__(
@@ -88,22 +88,22 @@ class MergedValidation:
         self.merges = merges
         self.predictor = predictor
         self.budget = budget
-        # How many validations there were, this one included.
+        # Number of validations so far, including the current one.
         self.num_validations = 0
         self._names = names
         self._messages = messages
         self._every_n_validations = every_n_validations
         self._limit_batches = limit_batches
         self._routers = routers
-        # When the fit began; None between fits.
+        # Time at which the fit began; None between fits.
         self._began: float | None = None
         self._evaluation: _Evaluation | None = None
         self._dashboards = Dashboards(f"MergeCallback({names.callback!r})", names.label())
-        # Makes the closing table; only at the end of a fit is it needed.
+        # Makes the closing table, which is needed only at the end of a fit.
         self._closing: Callable[[], str] | None = None
 
     def begin(self, trainer: Trainer) -> None:
-        """From here on the fit's validations are observed, until `close`."""
+        """Starts to observe the validations of a fit, until `close`."""
         self._began, self._closing = time.perf_counter(), None
         if trainer.barebones:
             self._messages.say(
@@ -123,13 +123,13 @@ class MergedValidation:
         for stopping in trainer.early_stopping_callbacks:
             if str(stopping.monitor).startswith(("merged", "merge_gain", "annealed")):
                 self._messages.warn(
-                    f"where a merged validation is left out, EarlyStopping(monitor={stopping.monitor!r}) sees the value"
-                    " of the one before again and counts that as no improvement: its patience has to cover those",
+                    f"where a merged validation is left out, EarlyStopping(monitor={stopping.monitor!r}) sees the"
+                    " previous value again and counts that as no improvement; choose its patience accordingly",
                     "stopping",
                 )
 
     def close(self, trainer: Trainer) -> None:
-        """The fit is over: tells what the last validation found, and what all of it took."""
+        """Ends the fit: logs the results of the last validation and the time that merges took."""
         stop_observing_validations(trainer, self)
         self._dashboards.close()
         self.budget.elapsed, self._began = self._elapsed(), None
@@ -141,11 +141,11 @@ class MergedValidation:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the latest validation has evaluated the primary merge."""
+        """Whether the latest validation evaluated the primary merge."""
         return self._evaluation is not None and self.merges.primary in self._evaluation.merges
 
     def before_validation(self, trainer: Trainer) -> None:
-        """Validates every merge, and the live weights on the same batches where these are fewer."""
+        """Validates every merge. With a batch limit, also validates the live weights on the same batches."""
         self._evaluation = None
         if self.num_validations % self._every_n_validations or not self._fits_budget(trainer):
             return
@@ -168,7 +168,7 @@ class MergedValidation:
                 if merge.name == merges.primary:
                     choices = self._choices(trainer)
             evaluated[merge.name] = _Evaluated(merge, merge.snapshots(), merge.describe(step), values)
-            # Otherwise the next merge would be made while this one still takes its memory.
+            # Frees this merge's memory before the next merge is made.
             del row
         live = evaluate(trainer, self._limit_batches) if num_batches < num_live_batches else None
         if self._routers is not None and choices:
@@ -179,7 +179,7 @@ class MergedValidation:
         self._evaluation = _Evaluation(step, evaluated, live, diagnostics)
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
-        """What to log beside the live values: merged values, gains, predictions and diagnostics."""
+        """Returns what to log beside the live values: merged values, gains, predictions and diagnostics."""
         logged = self._predicted(trainer, live)
         if self.budget.share is not None:
             logged[self._names("merge", "num_skipped")] = LoggedValue(torch.tensor(float(self.budget.num_skipped)))
@@ -196,7 +196,7 @@ class MergedValidation:
         return {str(name): value for name, value in logged.items()}
 
     def _check_names(self, live: Mapping[str, LoggedValue]) -> None:
-        """Whether every pattern fits a metric: one that was mistyped would turn the sign of gains."""
+        """Warns of patterns that fit no metric: with a mistyped one, gains would have the wrong sign."""
         for pattern in self._names.higher_is_better:
             if not any(self._names.fits(name, pattern) for name in live):
                 self._messages.warn(
@@ -208,31 +208,31 @@ class MergedValidation:
         return {"num_validations": self.num_validations, "budget": budget, **self.predictor.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave, but for the share of time, which may be another one now."""
+        """Restores what `state_dict` returned, except the share of time, which the user may have changed."""
         self.num_validations = state["num_validations"]
         self.budget = replace(Budget(**state["budget"]), share=self.budget.share)
         self.predictor.load_state_dict(state)
 
     def _elapsed(self) -> float:
-        """Seconds of this fit and of those that it goes on from."""
+        """Returns the seconds of this fit and of the earlier fits that it continues."""
         return self.budget.elapsed + (time.perf_counter() - self._began if self._began is not None else 0.0)
 
     def _fits_budget(self, trainer: Trainer) -> bool:
         if self.budget.share is None:
             return True
-        # Clocks of ranks differ, and all have to validate or none.
+        # Rank 0 decides for all: clocks differ between ranks, and either all of them validate or none.
         is_allowed: bool = trainer.strategy.broadcast(self.budget.allows(self._elapsed()))
         self.budget.num_skipped += not is_allowed
         return is_allowed
 
     def _choices(self, trainer: Trainer) -> dict[str, Choices]:
-        """Of the routers, as the module is now."""
+        """Returns what the routers choose under the module's current weights."""
         if (routers := self._routers) is None:
             return {}
         return routers.choices(trainer.lightning_module, lambda: evaluate(trainer, routers.num_batches))
 
     def _predicted(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[LoggedName, LoggedValue]:
-        """Learns from this validation, where merge and live model can be compared; returns what is predicted."""
+        """Learns from this validation, if merge and live model can be compared; returns the predictions to log."""
         capture, predictor = self.merges.capture, self.predictor
         is_decaying = not capture.window.phase.is_stable
         predictor.is_checked = is_decaying and is_last_validation(trainer)
@@ -261,19 +261,19 @@ class MergedValidation:
         values = {name: float(live[name].value) for name in primary.values if name in live}
         merged = {name: float(primary.values[name].value) for name in values}
         if evaluation.live is not None:
-            # The merge was evaluated on fewer batches, and there it is the difference that counts.
+            # The merge was evaluated on fewer batches, so only its gain over the live model there is meaningful.
             gains = {name: gain(float(evaluation.live[name].value), merged[name]) for name in values}
             merged = {name: values[name] - gains[name] for name in values}
         span_steps = round(evaluation.diagnostics["span_steps"])
         return StableValidation(evaluation.step, span_steps, values, merged, primary.merge.label)
 
     def _losses(self, evaluation: _Evaluation) -> list[str]:
-        """Metrics of the primary merge where less is better, in the order in which they are logged."""
+        """Returns the metrics of the primary merge where less is better, in the order in which they are logged."""
         values = evaluation.merges[self.merges.primary].values
         return [name for name, value in values.items() if not self._names.is_higher_better(name, value)]
 
     def _curvature_gain(self, evaluation: _Evaluation) -> dict[str, float]:
-        """The curvature gain of the first loss, if the primary merge is made of snapshots with known losses."""
+        """Returns the curvature gain of the first loss; empty unless the merge's snapshots have known losses."""
         if self.merges.primary not in evaluation.merges or not (losses := self._losses(evaluation)):
             return {}
         coefficients = evaluation.merges[self.merges.primary].coefficients
@@ -288,7 +288,7 @@ class MergedValidation:
         logged: Mapping[LoggedName, LoggedValue],
         step: int,
     ) -> None:
-        """Brings dashboards, and what is said at the end, up to date; on one rank."""
+        """Updates the dashboards and prepares the closing table; called on rank 0 alone."""
         began = time.perf_counter()
         primary = evaluation.merges.get(self.merges.primary)
         self._dashboards.show(trainer.loggers, logged, step, primary.coefficients if primary is not None else {})

@@ -1,4 +1,4 @@
-"""How a mixture of experts routes tokens under other weights than its live ones: agreement and load."""
+"""Compares how a mixture of experts routes tokens under merged and under live weights."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from merge_callback.live.sharding import all_gather_dict
 from merge_callback.utilities.checks import check_count, patterns
 from merge_callback.validation.router_agreement import RouterAgreement
 
-# Name in the logs -> what `RouterAgreement` calls it, of the merge first and of the live model second.
+# Logged name -> name in `RouterAgreement`, whose first router is the merge's and whose other is the live model's.
 LOGGED = {
     "router_agreement": "agreement",
     "router_jaccard": "jaccard",
@@ -28,7 +28,10 @@ LOGGED = {
 
 @dataclass
 class Choices:
-    """What one router has chosen: its number of experts, and of each of its calls ``[tokens, num_active]``."""
+    """The choices of one router: its number of experts, and for each of its calls the chosen experts.
+
+    Each call is an int16 tensor, ``[..., num_active]``.
+    """
 
     num_experts: int
     calls: list[Tensor]
@@ -36,21 +39,21 @@ class Choices:
 
 @dataclass(frozen=True)
 class Routers:
-    """Says where a mixture of experts has its routers, to compare those of the merge with the live ones.
+    """The routers of a mixture of experts, whose choices are compared between merge and live model.
 
-    Both models see the same batches, the first ones of the validation, in passes of their own. Logged are
-    ``merge/router_agreement`` and its companions, as means over layers.
+    Both models see the same batches, the first ones of the validation, in separate passes. The results are logged as
+    ``merge/router_agreement`` and related names, as means over layers.
 
     Args:
         modules: Patterns of the names of modules that return the scores of the experts, ``[..., num_experts]``; or a
             function that takes the LightningModule after each of its validation steps and returns name -> scores.
-        num_active: How many experts a token uses.
-        num_batches: Of each validation loader.
-        per_layer: Whether each router is logged on its own, too.
+        num_active: Number of experts that a token uses.
+        num_batches: Number of batches of each validation loader.
+        per_layer: Whether each router is also logged separately.
 
     Raises:
-        ValueError: If a number makes no sense.
-        TypeError: If an argument is of another type.
+        ValueError: If a number is below one.
+        TypeError: If an argument has the wrong type.
 
     Examples:
         >>> from merge_callback import MergeCallback, Parts
@@ -69,7 +72,7 @@ class Routers:
         check_count("num_batches", self.num_batches)
 
     def find(self, module: nn.Module) -> dict[str, nn.Module]:
-        """Clean name -> module of each router; none where a function tells the scores.
+        """Returns clean name -> module of each router; empty if a function returns the scores.
 
         Raises:
             ValueError: If a pattern fits no module.
@@ -83,33 +86,33 @@ class Routers:
         return {name: each for name, each in named.items() if fits(name, self.modules)}
 
     def choices(self, module: nn.Module, run: Callable[[], Any]) -> dict[str, Choices]:
-        """What the routers choose while something runs.
+        """Returns what the routers choose while ``run`` runs.
 
         Args:
-            module: Whose routers.
-            run: Runs the module, such as a validation of it.
+            module: The module that has the routers.
+            run: Runs the module, for example in a validation.
 
         Returns:
-            Name -> choices, of every router.
+            Name -> choices of each router.
 
         Raises:
-            ValueError: If a router was not called, or returns no scores.
+            ValueError: If a router was not called, or does not return scores.
         """
         found: dict[str, Choices] = {}
         with self._recording(module, found):
             run()
         if missing := [name for name in self.find(module) if name not in found] or [*([] if found else ["any router"])]:
             raise ValueError(
-                f"nothing was seen of {missing[0]} in the validation; is it called there, and not from compiled code,"
-                " which calls no hooks? A function may return the scores instead: Routers(function, ...)"
+                f"the validation did not call {missing[0]}, or called it from compiled code, which runs no hooks;"
+                " a function may return the scores instead: Routers(function, ...)"
             )
         return found
 
     def compare(self, merged: Mapping[str, Choices], live: Mapping[str, Choices]) -> dict[str, float]:
-        """What is logged; ranks call it together.
+        """Returns the values to log. All ranks must call it together.
 
-        A router that was given other tokens by the merge, such as one behind another router, is left out, and a warning
-        says so.
+        A router that sees other tokens in the merge than in the live model, such as one behind another router, is left
+        out with a warning.
         """
         by_layer = {}
         differing = all_gather_dict(
@@ -178,5 +181,5 @@ class Routers:
 
 
 def _shapes(choices: Mapping[str, Choices], name: str) -> list[tuple[int, ...]]:
-    """Of the calls of a router; none if it was not called."""
+    """Returns the shapes of a router's calls; empty if it was not called."""
     return [tuple(call.shape) for call in choices[name].calls] if name in choices else []

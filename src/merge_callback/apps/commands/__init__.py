@@ -1,1 +1,1 @@
-"""Configs of the commands; only the commands themselves see them."""
+"""Hydra configs of the commands; other apps do not see them."""

@@ -1,1 +1,1 @@
-"""Hydra configuration: the groups `callbacks/merge` and the demo's run."""
+"""Hydra config groups for any app: `callbacks/merge` and `hydra/callbacks`."""

@@ -1,7 +1,8 @@
-"""Trains a small GPT on real text and shows, beside the live loss, the merged one and what annealing would give.
+"""Trains a small GPT on real text and shows the live loss, the merged loss and the predicted loss after an anneal.
 
-It anneals branches of the run for real, predicts from them, and ends with one more real anneal that the prediction had
-not seen, tables and a picture. On two CPU cores it takes about four minutes.
+An anneal is a decay of the learning rate to zero. The demo anneals branches of the run and predicts from them. At the
+end it anneals one more branch, which the prediction has not seen, and shows tables and a picture. On two CPU cores it
+takes about four minutes.
 
   merge-callback demo
   merge-callback demo demo.corpus=my_text.txt callbacks/merge=pma
@@ -32,21 +33,21 @@ METRIC = "val_loss"
 
 
 def run(config: DictConfig) -> None:
-    """Trains, prints the closing tables, draws the picture, and says where everything is."""
-    # Lightning has not followed a deprecation in torch yet; nobody who tries the demo can do anything about it.
+    """Trains, prints the closing tables, draws the picture, and prints where all files are."""
+    # Lightning still uses something that torch has deprecated; a user of the demo can do nothing about it.
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
-    # Batches are made in no time here.
+    # No workers are needed: batches take almost no time to make here.
     warnings.filterwarnings("ignore", "The '.*' does not have many workers")
-    # Hydra adds a handler of its own to the root logger; Lightning's lines would come twice.
+    # Hydra adds a handler of its own to the root logger; Lightning's lines would appear twice.
     logging.getLogger("lightning.pytorch").propagate = False
-    # Said at every start of a fit, of which the demo has several, and of no use to whoever tries it.
+    # Drops lines that appear at the start of each of the demo's fits and do not help its user.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_of_use)
     console = Console(highlight=False, soft_wrap=True)
     folder = Path(HydraConfig.get().runtime.output_dir)
     if config.anneal["from"] is not None:
         branch(config, folder, console)
         return
-    fit, anneals = trunk(config, folder, console)
+    fit, anneals = stable_run(config, folder, console)
     validations = read_validations(folder / "csv" / "metrics.csv", METRIC)
     console.print(closing_table(validations))
     if anneals:
@@ -56,7 +57,7 @@ def run(config: DictConfig) -> None:
     plot_validations(validations, f"{METRIC} (nats per byte)", description, anneals).savefig(picture)
     console.print(f"Fingerprint of the trained weights: {fingerprint(fit.model)}")
     console.print(f"Picture: {picture}")
-    # Also where the environment's commands are not on the path.
+    # Full paths, since the environment's commands may not be on the PATH.
     python = Path(os.path.relpath(sys.executable))
     python = Path(sys.executable) if ".." in python.parts else python
     command = python.with_name("merge-callback")
@@ -70,8 +71,8 @@ def run(config: DictConfig) -> None:
         )
 
 
-def trunk(config: DictConfig, folder: Path, console: Console) -> tuple[Run, list[AnnealRecord]]:
-    """The run itself; with the callback, and with places enough to anneal at, also its branches."""
+def stable_run(config: DictConfig, folder: Path, console: Console) -> tuple[Run, list[AnnealRecord]]:
+    """Trains the run. If it has the callback and enough steps to anneal at, also anneals its branches."""
     merging = config.callbacks.get("merge")
     if merging and "_target_" in merging and config.resume_from is None and anneal_ends(config):
         return run_with_anneals(config, folder, console.print)
@@ -82,7 +83,7 @@ def trunk(config: DictConfig, folder: Path, console: Console) -> tuple[Run, list
 
 
 def branch(config: DictConfig, folder: Path, console: Console) -> None:
-    """A real anneal from a checkpoint of an earlier run."""
+    """Anneals a branch from a checkpoint of an earlier run."""
     record = Path(config.anneal.record or folder / "anneals.jsonl")
     config.anneal.record = str(record)
     prepare(config).fit()
@@ -94,7 +95,7 @@ def branch(config: DictConfig, folder: Path, console: Console) -> None:
 
 
 def closing_table(validations: list[Validation]) -> Table:
-    """Step, live and merged loss, the gain, and the prediction, one row a validation."""
+    """Returns a table of step, live and merged loss, gain and prediction, with one row per validation."""
     table = Table(*VALIDATION_HEADER, title=f"{METRIC}, nats per byte")
     for column in table.columns:
         column.justify = "right"
@@ -104,7 +105,7 @@ def closing_table(validations: list[Validation]) -> Table:
 
 
 def anneal_table(validations: list[Validation], anneal: AnnealRecord) -> Table:
-    """The last branch, which the prediction had not seen, beside the trunk at the same step."""
+    """Returns a table of the last branch, unseen by the prediction, beside the stable run at the same step."""
     (at_end,) = [validation for validation in validations if validation.step == anneal.step]
     title = f"A real anneal over steps {anneal.start_step}-{anneal.step}, unseen by the prediction"
     table = Table("live", "merged", "predicted", "interval", "annealed", "error", title=title)
@@ -117,13 +118,13 @@ def anneal_table(validations: list[Validation], anneal: AnnealRecord) -> Table:
 
 
 def is_of_use(line: logging.LogRecord) -> bool:
-    """Whether a line of Lightning's says something about this run."""
+    """Returns whether a log line of Lightning says something about this run."""
     text = line.getMessage()
     return not any(part in text for part in ("available: ", "Tip:", "Restor", "stopped: `max_steps"))
 
 
 def fingerprint(model: LightningModule) -> str:
-    """Digest of all weights: two runs that give the same one have trained the same model, to the bit."""
+    """Returns a digest of all weights. Two runs with the same digest have trained the same model, bit for bit."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

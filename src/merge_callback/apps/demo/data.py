@@ -1,4 +1,4 @@
-"""Blocks of bytes for next-byte prediction."""
+"""Serves a corpus as blocks of bytes, for next-byte prediction."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from merge_callback.apps.demo.corpus import load_corpus
 
 
 class ByteBlocks(Dataset[Tensor]):
-    """Consecutive blocks of a text, each with one byte more than the context, as ``[context + 1]`` int64 tensors."""
+    """Consecutive blocks of a text: the context and one byte more, as ``[context + 1]`` int64 tensors."""
 
     def __init__(self, text: Tensor, context: int) -> None:
         self.text = text
@@ -27,14 +27,14 @@ class ByteBlocks(Dataset[Tensor]):
 
 
 class ShuffledBatches:
-    """Batches of shuffled blocks, another order each epoch, that go on after a resume with the batch that was next.
+    """Batches of shuffled blocks, in another order each epoch. After a resume they continue with the next batch.
 
     A resumed run, and a branch that decays from a checkpoint, therefore see the data that the uninterrupted run sees.
 
     Args:
-        blocks: What to draw from.
-        batch_size: Blocks a batch; what is left over at the end of an epoch is left out.
-        seed: Decides the order.
+        blocks: The blocks to draw from.
+        batch_size: Blocks per batch; an incomplete batch at the end of an epoch is left out.
+        seed: Determines the order.
     """
 
     def __init__(self, blocks: ByteBlocks, batch_size: int, seed: int) -> None:
@@ -64,14 +64,14 @@ class ShuffledBatches:
 
 
 class TextDataModule(LightningDataModule):
-    """A corpus in batches: shuffled blocks to train on, evenly spaced blocks of the kept-back documents to validate.
+    """A corpus in batches: shuffled blocks for training, evenly spaced blocks of held-out documents for validation.
 
     Args:
-        corpus: As `load_corpus` takes it.
-        context: Bytes a block.
-        batch_size: Blocks a batch.
-        num_validation_blocks: How many blocks the validation takes.
-        seed: Decides the order of the training blocks.
+        corpus: Name or path of the corpus, as for `load_corpus`.
+        context: Bytes per block.
+        batch_size: Blocks per batch.
+        num_validation_blocks: Number of blocks in the validation.
+        seed: Determines the order of the training blocks.
     """
 
     def __init__(self, corpus: str, context: int, batch_size: int, num_validation_blocks: int, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""A byte-level GPT, trained with a linear warmup and then a constant rate: the phase that merging is for."""
+"""A byte-level GPT, trained with a linear warmup and then a constant rate: the stable phase, where merges help."""
 
 from typing import Any, Literal
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NUM_BYTES = 256
-# Of the loss that keeps the experts of a mixture alike busy.
+# Weight of the loss that keeps the load of the experts even.
 BALANCE_WEIGHT = 0.01
 
 
 class MixtureOfExperts(nn.Module):
-    """A feed-forward layer of several experts, of which every token uses those that its router scores highest.
+    """A feed-forward layer of several experts. Every token uses those that the router scores highest for it.
 
     The active experts together are as wide as the dense layer that they replace.
 
     Args:
         width: Size of the residual stream.
-        num_experts: How many there are.
-        num_active: How many a token uses.
+        num_experts: Number of experts.
+        num_active: Number of experts that a token uses.
     """
 
     def __init__(self, width: int, num_experts: int, num_active: int = 2) -> None:
@@ -31,7 +31,7 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(width, num_experts, bias=False)
         self.up = nn.Parameter(torch.randn(num_experts, width, hidden) * 0.02)
         self.down = nn.Parameter(torch.randn(num_experts, hidden, width) * 0.02)
-        # Of the latest forward pass, until it is taken: one when all experts are used alike.
+        # Loss of the latest forward pass, until `training_step` takes it; one if all experts have the same load.
         self.balance_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,17 +75,17 @@ class Block(nn.Module):
 
 
 class ByteGPT(LightningModule):
-    """Predicts the next byte; logs ``val_loss`` in nats a byte.
+    """Predicts the next byte; logs ``val_loss`` in nats per byte.
 
     Args:
         num_layers: Number of blocks.
         width: Size of the residual stream.
-        num_heads: Attention heads a block.
-        context: Bytes that a prediction can see.
-        dropout: Probability, in attention and after the feed-forward layer.
+        num_heads: Attention heads per block.
+        context: Number of bytes that a prediction can see.
+        dropout: Probability of dropout, in attention and after the feed-forward layer.
         learning_rate: The constant rate, reached after the warmup.
         warmup_steps: Optimizer steps of linear warmup.
-        weight_decay: Of matrices; norms have none.
+        weight_decay: Weight decay of matrices; norms have none.
         optimizer: ``"adamw"``, or ``"sgd"`` with momentum 0.9.
         num_experts: Experts in each feed-forward layer, of which a token uses two; 0 is a dense layer.
     """
@@ -117,7 +117,7 @@ class ByteGPT(LightningModule):
         self.head.weight = self.byte_embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next byte: ``[batch, length]`` -> ``[batch, length, 256]``."""
+        """Returns logits of the next byte: ``[batch, length]`` -> ``[batch, length, 256]``."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = self.blocks(self.byte_embedding(tokens) + self.position_embedding(positions))
         return self.head(self.norm(hidden))

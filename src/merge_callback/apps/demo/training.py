@@ -1,4 +1,4 @@
-"""A trunk at a constant rate, with real anneals branching off."""
+"""Trains a stable run at a constant rate, with real anneals that branch off."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from merge_callback.prediction.records import AnnealRecord, read_records
 
 
 class CheckpointAt(Callback):
-    """Saves a checkpoint after certain optimizer steps, as ``step-<number>.ckpt``; with the validation that is due."""
+    """Saves ``step-<number>.ckpt`` after certain optimizer steps, and after the validation if one is due then."""
 
     def __init__(self, folder: Path, steps: Iterable[int]) -> None:
         self.folder = folder
@@ -35,31 +35,32 @@ class CheckpointAt(Callback):
 
 
 def describe(run: Run, say: Callable[[str], None]) -> None:
-    """Says what is trained on what."""
+    """Prints the corpus and the sizes of data and model."""
     corpus, num_parameters = run.data.corpus, sum(parameter.numel() for parameter in run.model.parameters())
     say(f"Corpus: {corpus.description}")
     say(f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} kept back; {num_parameters:,} parameters")
 
 
 def anneal_ends(config: DictConfig) -> list[int]:
-    """Where branches end, as far as the run gets there; none where there are too few to calibrate and check."""
+    """Returns the steps within the run at which branches end; empty if too few to calibrate and check predictions."""
     ends = sorted(end for end in config.demo.anneal_at if end <= config.trainer.max_steps)
     return ends if len(ends) > MIN_BRANCHES else []
 
 
 def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None]) -> tuple[Run, list[AnnealRecord]]:
-    """Trains a trunk, and really anneals branches of it that end where ``demo.anneal_at`` says.
+    """Trains a stable run, and really anneals branches of it that end at the steps in ``demo.anneal_at``.
 
-    All but the last branch run before the trunk gets there, and calibrate what it predicts from then on. The last one
-    runs when the trunk is done, and shows how good the prediction was.
+    The stable run stops where the last branch but one ends. Then all branches but the last are annealed, and they
+    calibrate the predictions of the run when it continues. The last branch is annealed after the run, and shows how
+    good the prediction was.
 
     Args:
-        config: As ``conf/demo.yaml``.
-        folder: For checkpoints and records.
-        say: Takes lines for the user.
+        config: A config such as ``commands/demo.yaml``.
+        folder: Folder for checkpoints and records.
+        say: Prints a line for the user.
 
     Returns:
-        The trunk, and the records of its branches.
+        The stable run, and the records of its branches.
     """
     ends = {end: max(1, round(end * config.demo.anneal_span)) for end in anneal_ends(config)}
     *earlier, last = ends
@@ -71,7 +72,7 @@ def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None
         start = checkpoints / f"step-{end - ends[end]}.ckpt"
         settings = {"from": str(start), "span_steps": ends[end], "span": None, "record": str(record)}
         if end == last:
-            # The others are completed by the trunk when it goes on.
+            # The stable run completes the records of the other branches when it continues.
             settings["trunk"] = str(checkpoints / f"step-{end}.ckpt")
         OmegaConf.update(branch, "anneal", settings, force_add=True)
         branch.callbacks.progress_bar = None
@@ -80,23 +81,21 @@ def run_with_anneals(config: DictConfig, folder: Path, say: Callable[[str], None
             prepare(branch, loggers=(), enable_progress_bar=False, val_check_interval=10**9).fit()
 
     keeper.steps |= {earlier[-1], last}
-    trunk = prepare(config, [keeper], max_steps=earlier[-1])
-    describe(trunk, say)
-    trunk.fit()
+    run = prepare(config, [keeper], max_steps=earlier[-1])
+    describe(run, say)
+    run.fit()
     for end in earlier:
         anneal(end)
-    say(f"The trunk goes on from step {earlier[-1]}, with a calibrated prediction")
-    trunk = prepare(
-        config, [keeper], loggers=trunk.trainer.loggers, checkpoint=checkpoints / f"step-{earlier[-1]}.ckpt"
-    )
-    trunk.fit()
+    say(f"The stable run continues from step {earlier[-1]}, with a calibrated prediction")
+    run = prepare(config, [keeper], loggers=run.trainer.loggers, checkpoint=checkpoints / f"step-{earlier[-1]}.ckpt")
+    run.fit()
     anneal(last)
-    return trunk, read_records(record)
+    return run, read_records(record)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What callbacks say of a branch would hide what is said of the trunk."""
+    """Silences the callbacks' info lines about a branch, which would hide those about the stable run."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = logger.level
     logger.setLevel(logging.WARNING)

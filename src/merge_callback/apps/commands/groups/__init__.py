@@ -1,1 +1,1 @@
-"""Config groups of the commands that take a user's config: no file here, which could hide one of the user's."""
+"""Config groups of the commands that take a user's config. A config file in this folder could hide a user's own."""
