@@ -16,13 +16,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from queue import Queue
+from typing import TypeAlias
 
 from tests.faults.faults import FAULTS
 
 ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).with_name("record.json")
+# Each in a copy of the repository.
+NUM_AT_ONCE = 2
+
+Fault: TypeAlias = tuple[str, str, str, str]
 
 
 def file_of_code(source: Path, code: str) -> Path:
@@ -67,6 +74,18 @@ def passes(folder: Path, tests: list[str]) -> bool:
     return done.returncode == 0
 
 
+def notices(folder: Path, fault: Fault) -> bool:
+    """Whether its test fails once a fault is put into a copy of the repository, which is as before afterwards."""
+    _, code, broken, test = fault
+    path = file_of_code(folder / "src", code)
+    original = path.read_text()
+    path.write_text(original.replace(code, broken))
+    try:
+        return not passes(folder, [test_path(folder / "tests", test)])
+    finally:
+        path.write_text(original)
+
+
 def main(words: list[str]) -> None:
     """Puts faults in, one at a time, and records which were noticed.
 
@@ -77,26 +96,32 @@ def main(words: list[str]) -> None:
     known = {result["fault"]: result for result in json.loads(RECORD.read_text())["faults"]} if words else {}
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "copy"
-        shutil.copytree(
-            ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv*", "outputs", ".*cache")
-        )
-        source = folder / "src"
+        folders = [Path(temporary) / f"copy{number}" for number in range(NUM_AT_ONCE)]
+        for folder in folders:
+            ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "dist", ".*cache")
+            shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
         # Before an hour is spent: whether all of them can be put in.
-        places = {
-            what: (file_of_code(source, code), test_path(folder / "tests", test)) for what, code, _, test in chosen
-        }
-        if not passes(folder, sorted({test for _, test in places.values()})):
+        tests = {test_path(folders[0] / "tests", test) for *_, test in chosen}
+        for _, code, _, _ in chosen:
+            file_of_code(folders[0] / "src", code)
+        if not passes(folders[0], sorted(tests)):
             sys.exit("the tests fail without any fault")
-        for what, code, fault, name in chosen:
-            path, test = places[what]
-            original = path.read_text()
-            path.write_text(original.replace(code, fault))
-            caught = not passes(folder, [test])
-            path.write_text(original)
-            known[what] = {"fault": what, "test": name, "caught": caught, "commit": commit}
-            sys.stdout.write(f"{'caught' if caught else 'NOT CAUGHT'}: {what}\n")
-            sys.stdout.flush()
+        free: Queue[Path] = Queue()
+        for folder in folders:
+            free.put(folder)
+
+        def is_noticed(fault: Fault) -> bool:
+            folder = free.get()
+            try:
+                return notices(folder, fault)
+            finally:
+                free.put(folder)
+
+        with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+            for (what, _, _, test), caught in zip(chosen, pool.map(is_noticed, chosen), strict=True):
+                known[what] = {"fault": what, "test": test, "caught": caught, "commit": commit}
+                sys.stdout.write(f"{'caught' if caught else 'NOT CAUGHT'}: {what}\n")
+                sys.stdout.flush()
     results = [known[fault[0]] for fault in FAULTS if fault[0] in known]
     versions = {name: version(name) for name in ("torch", "lightning")}
     RECORD.write_text(json.dumps({"versions": versions, "faults": results}, indent=1) + "\n")
