@@ -10,7 +10,7 @@ demo: .venv/demo
 	$(BIN)/merge-callback demo $(ARGS)
 
 test: check package
-	$(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: .venv/installed
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -4,7 +4,8 @@
     python benchmarks/annealing/report.py --quick  # the slice of `make benchmark-quick` beside its record
 
 The first writes benchmarks/annealing/REPORT.md with its pictures, tables of docs/evidence.md and the README
-between their marks, and src/merge_callback/prior.json. Everything is computed from the records; read protocol.py first.
+between their marks, and src/merge_callback/prediction/prior.json.
+Everything is computed from the records; read protocol.py first.
 """
 
 import json

@@ -76,6 +76,7 @@ def test_a_wrong_call_ends_with_exit_code_2(tmp_path, monkeypatch, arguments, me
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_exit_codes_are_those_of_the_program_too(tmp_path):
     command = [MERGE_CALLBACK, "merge", "checkpoint=a.ckpt"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

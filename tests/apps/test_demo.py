@@ -140,6 +140,7 @@ def test_any_config_of_the_common_form_can_be_trained_and_branched(tmp_path, mon
         assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_without_the_callback_the_demo_trains_the_same_weights(tmp_path, with_merge):
     without = demo(tmp_path / "without", *SHORT, "callbacks/merge=none")
     assert weights(with_merge[1]) == weights(without)
@@ -153,6 +154,7 @@ def test_without_the_callback_the_demo_trains_the_same_weights(tmp_path, with_me
     assert len(live[0]) == 3
 
 
+@pytest.mark.slow
 def test_the_demo_trains_on_any_text_file_and_takes_overrides_of_the_callback(tmp_path):
     text = tmp_path / "own.txt"
     text.write_text("a text of one's own, many times over\n" * 2000)

@@ -169,6 +169,7 @@ def test_a_link_stays_one_and_what_it_points_to_is_replaced(run, tmp_path, name)
     assert read_provenance(tmp_path / "there" / name)["steps"] == callback.snapshot_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["merge.ckpt", "merge.safetensors"])
 def test_a_full_disk_leaves_no_half_file_and_the_older_one_stays(tmp_path, name):
     root = Path(__file__).parents[2]

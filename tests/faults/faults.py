@@ -184,7 +184,7 @@ FAULTS = [
     ),
     (
         "a signal handler that saves during the merged validation saves the merge",
-        "                save_checkpoint=save_live_checkpoint,\n",
+        "                save_checkpoint=save_with_live_loop,\n",
         "",
         "test_a_checkpoint_that_a_signal_handler_saves_in_the_merged_validation_is_the_live_one",
     ),

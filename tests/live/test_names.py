@@ -101,7 +101,7 @@ def test_what_is_left_out_is_said_at_the_start_of_fit(tmp_path, caplog):
             r"exclude='\*\.router\.\*' fits no parameter; there are inner\.weight, inner\.bias",
         ),
         ({"include": ["out.*", "lora"]}, r"include='lora' fits no parameter"),
-        ({"exclude": "*"}, r"include=\('\*',\) and exclude=\('\*',\) leave no trainable parameter to merge"),
+        ({"exclude": "*"}, r"Parts\(include=\('\*',\), exclude=\('\*',\)\) leave no trainable parameter to merge"),
         ({"include": "frozen.*"}, r"leave no trainable parameter to merge"),
     ],
 )

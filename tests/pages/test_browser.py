@@ -115,6 +115,7 @@ print("run", logger.experiment_id, logger.run_id)
 """
 
 
+@pytest.mark.slow
 def test_mlflow_shows_merged_values_and_gains_beside_the_live_ones(tmp_path):
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     # A program of its own, since MLflow's store warns of what its own libraries will not have one day.

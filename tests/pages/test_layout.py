@@ -23,7 +23,7 @@ FOLDERS = (
 )
 # Where a Trainer or a LightningModule is known; messages go through Lightning's rank-zero functions.
 USES_LIGHTNING = ("live/", "checkpoints/write.py", "validation/", "callbacks/", "apps/", "utilities/messages.py")
-# Where Lightning's private loops, results and connectors are touched.
+# Where private names of Lightning's loops, results, connectors and loaders are used.
 USES_PRIVATE_LOOPS = ("live/evaluate.py", "live/observe.py", "live/preserve.py")
 # Private names elsewhere: those of `nn.Module`, of which torch documents no others, and two of single objects.
 OTHER_PRIVATE = re.compile(

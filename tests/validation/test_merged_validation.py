@@ -263,4 +263,4 @@ def test_early_stopping_that_would_count_left_out_validations_is_told_of(tmp_pat
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         fit(make(Toy), tmp_path, MergeCallback(1, 4, **options), stopping)
-    assert any("its patience has to cover those" in str(warning.message) for warning in told) == is_told
+    assert any("patience" in str(warning.message) for warning in told) == is_told

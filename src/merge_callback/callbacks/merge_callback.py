@@ -24,7 +24,7 @@ from merge_callback.utilities.checks import check_count, check_limit, check_opti
 class MergeCallback(Callback):
     """Logs the metrics of a merge of recent weights beside the live ones: the model as if it were annealed now.
 
-    Keeps a rolling buffer of snapshots while the learning rate is constant, merges them at every validation, validates
+    Keeps a ring of the latest snapshots while the learning rate is constant, merges them at every validation, validates
     the merge on the same batches, and logs ``merged/m`` and ``merge_gain/m`` beside every metric ``m``. Training is
     bit-identical to training without the callback. Implements *Model Merging in Pre-training of Large Language Models*
     (arXiv 2505.12082); `merge_callback.merging.rules` explains which learning-rate decay a merge corresponds to.
@@ -32,7 +32,7 @@ class MergeCallback(Callback):
     Args:
         every_n_train_steps: Optimizer steps between two snapshots; with several optimizers a step is one round of them.
             None starts at one and doubles, so that the ring always covers at least the last tenth of training.
-        num_snapshots: Capacity of the rolling buffer.
+        num_snapshots: Capacity of the ring of snapshots.
         merges: The merge to evaluate: a rule's name (``"sma"``, ``"wma"``, ``"ema"``, ``"linear"``, ``"1-sqrt"``,
             ``"cosine"``), a `Window`, an `Extrapolate`, a function of the snapshots' steps, or an `Ema` or `PowerEma`
             over every step. For several merges, a mapping of names to any of these; the first is the primary one.
@@ -121,7 +121,7 @@ class MergeCallback(Callback):
 
     @property
     def snapshot_steps(self) -> list[int]:
-        """Optimizer steps of the snapshots in the buffer, oldest first."""
+        """Optimizer steps of the snapshots in the ring, oldest first."""
         return self._session.capture.steps
 
     def coefficients(self, name: str | None = None) -> dict[int, float]:

@@ -171,7 +171,8 @@ class MergeSession:
         if state.get("format") != STATE_FORMAT:
             self._messages.warn(
                 f"the checkpoint's state has format {state.get('format', 1)}, and this version reads format"
-                f" {STATE_FORMAT}: the window starts empty. Checkpoints of version 0.1.0 are of format 1",
+                f" {STATE_FORMAT}. Nothing of it is used: window, averages, validation count and predictions start"
+                " anew. Checkpoints of version 0.1.0 have format 1",
                 "resumed",
             )
             return

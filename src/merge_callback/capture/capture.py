@@ -115,7 +115,7 @@ class SnapshotCapture:
             raise ValueError(
                 f"{type(module).__name__} has no trainable floating-point parameters, so there is nothing to merge"
                 if self.selection.is_everything
-                else f"include={self.selection.include} and exclude={self.selection.exclude} leave no trainable"
+                else f"Parts(include={self.selection.include}, exclude={self.selection.exclude}) leave no trainable"
                 " parameter to merge"
             )
         self.sharding = Sharding(parameters)

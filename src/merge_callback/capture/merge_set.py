@@ -97,14 +97,14 @@ class MergeSet:
         usable = [merge for merge in self if merge.is_ready and self._rule_works(merge, step)]
         rows: Iterator[list[Tensor]] = iter(())
         if self.capture.ring is not None:
-            rows = self.capture.ring.merges([list(c.values()) for merge in usable if (c := merge.snapshots())])
+            rows = self.capture.ring.merges([list(c.values()) for merge in usable if (c := merge.ring_coefficients())])
         for merge in usable:
             yield merge, merge.row(rows)
             self.proven_rules.add(merge.name)
 
     def _rule_works(self, merge: Merge, step: int) -> bool:
         try:
-            merge.snapshots()
+            merge.ring_coefficients()
         except ValueError as error:
             # A rule that never worked is the user's mistake, so raise. One that worked before must not end a long run.
             if merge.name not in self.proven_rules:

@@ -30,8 +30,8 @@ class Merge(Protocol):
             ValueError: If the merge is not made of snapshots, or its rule returns invalid coefficients.
         """
 
-    def snapshots(self) -> dict[int, float]:
-        """Returns the coefficients by snapshot step; empty for an average over every step.
+    def ring_coefficients(self) -> dict[int, float]:
+        """Returns the coefficients to give to the ring, by snapshot step; empty if the merge uses no snapshots.
 
         Raises:
             ValueError: If the rule returns invalid coefficients.
@@ -41,7 +41,8 @@ class Merge(Protocol):
         """Returns the merge as a row of the capture's layout.
 
         Args:
-            from_ring: Yields the rows of merges that the ring makes together, in order. None makes this merge alone.
+            from_ring: Yields the rows that the ring makes for all merges with `ring_coefficients`, in their order. This
+                merge takes the next row, if it has any. None makes this merge alone.
 
         Raises:
             ValueError: If the merge is made alone and is an average that holds NaN or inf.
@@ -92,7 +93,7 @@ class WindowMerge:
             self._known = dict(zip(steps, merge_coefficients(self._rule, steps), strict=True))
         return dict(self._known)
 
-    def snapshots(self) -> dict[int, float]:
+    def ring_coefficients(self) -> dict[int, float]:
         return self.coefficients()
 
     def row(self, from_ring: Iterator[list[Tensor]] | None = None) -> list[Tensor]:
@@ -147,7 +148,7 @@ class AverageMerge:
     def coefficients(self) -> dict[int, float]:
         raise ValueError(f"the merge {self.name!r} is an average over every step, not over snapshots")
 
-    def snapshots(self) -> dict[int, float]:
+    def ring_coefficients(self) -> dict[int, float]:
         return {}
 
     def row(self, from_ring: Iterator[list[Tensor]] | None = None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The rolling buffer of snapshots as flat rows, and the merges made from them.
+"""The ring of the latest snapshots as flat rows, and the merges made from them.
 
 A model's tensors lie one after the other in one flat row per dtype and device (`RowLayout`). So a capture is one copy,
 and a merge streams over long rows, however many tensors there are. `SnapshotRing` keeps the order of the snapshots. A

@@ -112,8 +112,8 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
     module = trainer.lightning_module
     live = {name: getattr(trainer, name) for name in ("callbacks", "loggers", "_logger_connector", "save_checkpoint")}
 
-    def save_live_checkpoint(*arguments: Any, **options: Any) -> None:
-        # A signal handler may save at any moment, such as one for a cluster that is about to stop the job.
+    def save_with_live_loop(*arguments: Any, **options: Any) -> None:
+        # The observer's `save_with_live_weights` restores the weights around this. A signal handler may save at any moment, such as one for a cluster that is about to stop the job.
         with _replaced(trainer.fit_loop.epoch_loop, val_loop=live_loop), _replaced(trainer, **live):
             trainer.save_checkpoint(*arguments, **options)
 
@@ -136,7 +136,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
                 callbacks=[_SilentCallback(callback) for callback in trainer.callbacks],  # type: ignore[attr-defined]
                 loggers=[_SilentLogger(logger) for logger in trainer.loggers],
                 _logger_connector=connector,
-                save_checkpoint=save_live_checkpoint,
+                save_checkpoint=save_with_live_loop,
             )
         )
         loop.run()

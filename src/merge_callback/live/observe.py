@@ -113,11 +113,11 @@ def _saving_live_weights(trainer: Trainer) -> Iterator[None]:
     """Inside the context, every saved checkpoint holds the live weights, even while others are swapped in."""
     save = trainer.save_checkpoint
 
-    def save_live_checkpoint(*arguments: Any, **options: Any) -> None:
+    def save_with_live_weights(*arguments: Any, **options: Any) -> None:
         with live_weights():
             save(*arguments, **options)
 
-    with _replaced(trainer, save_checkpoint=save_live_checkpoint):
+    with _replaced(trainer, save_checkpoint=save_with_live_weights):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Finds the tensors of a live model that are merged, by name. Only this file reads a live model."""
+"""Finds the tensors of a live model that are merged, by name. Captures read the model only through this file."""
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain

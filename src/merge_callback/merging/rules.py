@@ -128,7 +128,7 @@ def in_steps(num_steps: float | None, share: float | None, step: int) -> float:
 
 
 def required_span(rule: str | Rule, step: int) -> float:
-    """Returns how many steps before ``step`` the buffer must cover; zero if the rule uses whatever the buffer holds."""
+    """Returns how many steps before ``step`` the ring must cover; zero if the rule uses whatever the ring holds."""
     method: Callable[[int], float] | None = getattr(rule, "required_span", None)
     return method(step) if method is not None else 0.0
 

@@ -10,7 +10,7 @@ from merge_callback.utilities.checks import check_exactly_one, check_numbers
 
 @dataclass(frozen=True)
 class Window:
-    """A rule that uses only the recent part of the buffer.
+    """A rule that uses only the recent snapshots of the ring.
 
     A snapshot is used if it is less than the span older than the newest one. So a span of ``N * V`` steps holds ``N``
     snapshots ``V`` steps apart. If the ring is full but covers less than the span, it is thinned: every second snapshot
@@ -46,7 +46,7 @@ class Window:
             raise ValueError(f"span must be a share of training in (0, 1], got {self.span}")
 
     def required_span(self, step: int) -> float:
-        """Returns how many steps before ``step`` the buffer must cover for this window."""
+        """Returns how many steps before ``step`` the ring must cover for this window."""
         return in_steps(self.span_steps, self.span, step)
 
     def __call__(self, steps: Sequence[int]) -> Sequence[float]:
@@ -92,7 +92,7 @@ class Extrapolate:
             raise ValueError(f"amount must be finite, got {self.amount}")
 
     def required_span(self, step: int) -> float:
-        """Returns how many steps before ``step`` the buffer must cover for both merges."""
+        """Returns how many steps before ``step`` the ring must cover for both merges."""
         gap_steps = in_steps(self.gap_steps, self.gap, step)
         return gap_steps + required_span(self.rule, round(step - gap_steps))
 

@@ -68,7 +68,8 @@ class AnnealPredictor:
 
     def __init__(self, calibration: str | os.PathLike[str] | None = None) -> None:
         self.calibration = calibration
-        # Every validation of the primary merge at a constant rate.
+        # Validations in which the primary merge was evaluated, in the same stable phase as the live model. Others,
+        # such as skipped ones, are absent.
         self.history: list[StableValidation] = []
         # By metric, from the latest validation at a constant rate; kept while the rate decays.
         self.predictions: dict[str, Prediction] = {}

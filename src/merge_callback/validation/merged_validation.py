@@ -167,7 +167,7 @@ class MergedValidation:
                 values = evaluate(trainer, self._limit_batches)
                 if merge.name == merges.primary:
                     choices = self._choices(trainer)
-            evaluated[merge.name] = _Evaluated(merge, merge.snapshots(), merge.describe(step), values)
+            evaluated[merge.name] = _Evaluated(merge, merge.ring_coefficients(), merge.describe(step), values)
             # Frees this merge's memory before the next merge is made.
             del row
         live = evaluate(trainer, self._limit_batches) if num_batches < num_live_batches else None
