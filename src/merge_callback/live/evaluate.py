@@ -113,7 +113,8 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
     live = {name: getattr(trainer, name) for name in ("callbacks", "loggers", "_logger_connector", "save_checkpoint")}
 
     def save_with_live_loop(*arguments: Any, **options: Any) -> None:
-        # The observer's `save_with_live_weights` restores the weights around this. A signal handler may save at any moment, such as one for a cluster that is about to stop the job.
+        # A signal handler may save at any moment, such as one for a cluster that is about to stop the job. The weights
+        # are restored around this, by `observe._saving_live_weights`.
         with _replaced(trainer.fit_loop.epoch_loop, val_loop=live_loop), _replaced(trainer, **live):
             trainer.save_checkpoint(*arguments, **options)
 
