@@ -20,9 +20,8 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from merge_callback.apps.wrong_call import ConfigError, WrongCallError
+from merge_callback.apps.wrong_call import WRONG_CALL, ConfigError, WrongCallError
 
-WRONG_CALL = 2
 _CONFIGS = "pkg://merge_callback.apps.commands"
 _GROUPS = f"{_CONFIGS}.groups"
 
@@ -89,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run_with_config(name, run, rest)
     except WrongCallError as error:
         sys.stderr.write(f"merge-callback {name}: {error}\n")
-        sys.exit(WRONG_CALL)
+        raise
 
 
 def overview() -> str:

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# The exit code.
+WRONG_CALL = 2
+
 
 class ConfigError(ValueError):
     """A config lacks an entry, or holds an invalid one."""
@@ -16,7 +19,7 @@ class WrongCallError(SystemExit):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(2)
+        super().__init__(WRONG_CALL)
         self.message = message
 
     def __str__(self) -> str:
