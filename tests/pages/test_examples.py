@@ -63,4 +63,4 @@ def test_lightning_cli_takes_the_callback_by_its_name_on_the_command_line(tmp_pa
 def test_lightning_cli_explains_every_argument_from_its_docstring(tmp_path):
     output = example(*CLI, "--trainer.callbacks.help=MergeCallback", cwd=tmp_path)
     assert "Optimizer steps between two snapshots; with several optimizers a step is one round of them." in output
-    assert "Capacity of the rolling buffer." in output
+    assert "Capacity of the ring of snapshots." in output
