@@ -3,7 +3,7 @@
 Statistic: for each fault, whether its test fails once it is in.
 Pass rule: every fault is noticed, and without a fault the same tests pass.
 
-    python -m tests.faults.run            # all of them, in 15 minutes; writes record.json
+    python -m tests.faults.run            # all of them, in half an hour; writes record.json
     python -m tests.faults.run average    # only faults in whose description the word occurs
 
 Code and tests are found by their text, so that neither has to stay in its file.
