@@ -44,6 +44,7 @@ PARTS = {
     "step": "A training step of the demo: milliseconds",
     "in_flight": "A training step of the demo while captures go to host memory: milliseconds",
     "memory": "Peaks of a GPU's memory beyond model and ring: MiB",
+    "waits": "Calls by which the host waits for the GPU, between captures",
     "whole": "Whole runs of the demo: seconds",
     "scaling": "Captures and merges by size: milliseconds",
     "ranks": "A model spread over processes: milliseconds of the slowest",
@@ -157,7 +158,8 @@ def swap_verdicts(measured: Measured) -> list[Verdict]:
 
 def step_verdicts(measured: Measured) -> list[Verdict]:
     """Blocks with the callback against their neighbours without."""
-    return [Verdict("step", setting(measured), paired_ratio(samples(measured, WITH), samples(measured, WITHOUT)))]
+    rule = "step" + " on a GPU" * is_on_gpu(measured)
+    return [Verdict(rule, setting(measured), paired_ratio(samples(measured, WITH), samples(measured, WITHOUT)))]
 
 
 def in_flight_verdicts(measured: Measured) -> list[Verdict]:
@@ -174,6 +176,12 @@ def memory_verdicts(measured: Measured) -> list[Verdict]:
     return [Verdict("memory", f"{measured['model']}, storage {measured['storage']}", median([share]))]
 
 
+def waits_verdicts(measured: Measured) -> list[Verdict]:
+    """Waits of all kinds that the callback adds."""
+    added = sum(measured["waits"][WITH].values()) - sum(measured["waits"][WITHOUT].values())
+    return [Verdict("waits", setting(measured), median([added / measured["num_steps"]]))]
+
+
 def whole_verdicts(measured: Measured) -> list[Verdict]:
     """Pairs of runs."""
     return [Verdict("whole", setting(measured), median(map(share_of_run, measured["pairs"])))]
@@ -188,6 +196,7 @@ VERDICTS: dict[str, Callable[[Measured], list[Verdict]]] = {
     "step": step_verdicts,
     "in_flight": in_flight_verdicts,
     "memory": memory_verdicts,
+    "waits": waits_verdicts,
     "whole": whole_verdicts,
 }
 
@@ -239,6 +248,14 @@ def memory_table(record: Measured) -> str:
         mib = [f"{size / 2**20:,.1f}" for size in (each["merge_bytes"], *each["peak_bytes"].values())]
         rows.append([each["model"], each["storage"], *mib])
     return table(["model", "storage", "the merge itself", *record["measured"][0]["peak_bytes"]], rows)
+
+
+def waits_table(record: Measured) -> str:
+    """A row with and without, a column for each call by which a host waits."""
+    (measured,) = record["measured"]
+    names = list(measured["waits"][WITH])
+    rows = [[kind, *(str(counts[name]) for name in names)] for kind, counts in measured["waits"].items()]
+    return f"In {measured['num_steps']} steps.\n\n{table(['', *names], rows)}"
 
 
 def whole_table(record: Measured) -> str:
@@ -301,6 +318,7 @@ TABLES = {
     "step": step_table,
     "in_flight": step_table,
     "memory": memory_table,
+    "waits": waits_table,
     "whole": whole_table,
     "scaling": scaling_table,
 }
@@ -432,7 +450,7 @@ def page(records: dict[str, Measured], folder: Path = RECORDS.parent) -> str:
         f"Made by `benchmarks/overhead/report.py`; [`protocol.py`]({protocol}) holds question, statistic"
         " and rules. Times are medians; in parentheses stands how many plain copies of the model that is.",
     ]
-    others = ("ranks",) if any("gpu" in record for record in records.values()) else ("in_flight", "memory")
+    others = ("ranks",) if any("gpu" in record for record in records.values()) else ("in_flight", "memory", "waits")
     if missing := [part for part in PARTS if part not in records and part not in others]:
         sections.append(f"Not run: {', '.join(missing)}.")
     verdicts = all_verdicts(records)

@@ -69,7 +69,7 @@ from protocol import (
     median,
 )
 from ranks import Job, sharded_seconds
-from trainings import Training, paired_blocks, paired_runs
+from trainings import WITH, WITHOUT, ProfiledWaits, Training, paired_blocks, paired_runs
 
 Record = dict[str, Any]
 HALF_LIFE_STEPS = math.log(0.5) / math.log(DECAY)
@@ -318,6 +318,18 @@ def memory(amount: Amount) -> list[Record]:
     return measured
 
 
+def host_waits(amount: Amount) -> list[Record]:
+    """How often the host waits for the device in steps between captures, by the profiler."""
+    training = trained(amount)
+    merges = {"sma": "sma", "ema": Ema(half_life_steps=HALF_LIFE_STEPS)}
+    counts = {}
+    for name, callbacks in ((WITHOUT, []), (WITH, [MergeCallback(every_n_train_steps=10**9, merges=merges, start=0)])):
+        waits = ProfiledWaits()
+        training.fit(waits.num_steps, *callbacks, waits)
+        counts[name] = waits.counts
+    return [{"model": "demo", **where(amount), "num_steps": waits.num_counted, "waits": counts}]
+
+
 def _peak_bytes(action: Callable[[], object]) -> int:
     wait_for_device()
     before = torch.cuda.memory_allocated()
@@ -379,23 +391,24 @@ PARTS: dict[str, Callable[[Amount], list[Record]]] = {
     "step": step,
     "in_flight": in_flight,
     "memory": memory,
+    "waits": host_waits,
     "whole": whole,
     "scaling": scaling,
     "ranks": ranks,
 }
 # Elsewhere these say nothing, or cannot run.
-ONLY_ON = {"in_flight": "cuda", "memory": "cuda", "ranks": "cpu"}
+ONLY_ON = {"in_flight": "cuda", "memory": "cuda", "waits": "cuda", "ranks": "cpu"}
 
 
 def environment(device: str) -> Record:
     """Versions, commit and machine."""
-    git = ["git", "-C", str(ROOT)]
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     memory = Path("/proc/meminfo").read_text().split()[1]
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
-        "commit": subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip(),
-        "has_uncommitted_source": bool(subprocess.check_output([*git, "status", "--porcelain", "src"], text=True)),
+        # A copy without its history says with COMMIT what it is a copy of.
+        "commit": os.environ.get("COMMIT") or _git("rev-parse", "HEAD"),
+        "has_uncommitted_source": "COMMIT" not in os.environ and bool(_git("status", "--porcelain", "src")),
         "versions": {name: version(name) for name in ("torch", "lightning", "timm", "ema-pytorch")},
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -405,6 +418,10 @@ def environment(device: str) -> Record:
         "huge_pages": pages.read_text().strip() if pages.exists() else None,
         "load_before": os.getloadavg()[0],
     } | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.check_output(["git", "-C", str(ROOT), *arguments], text=True).strip()
 
 
 def write(folder: Path, part: str, record: Record) -> None:

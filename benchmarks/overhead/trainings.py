@@ -12,6 +12,7 @@ from contest import wait_for_device
 from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 from omegaconf import DictConfig
+from torch.profiler import ProfilerActivity, profile
 
 from merge_callback import MergeCallback
 from merge_callback.apps.train import prepare
@@ -120,6 +121,27 @@ def paired_blocks(training: Training, block_steps: int, num_pairs: int, **argume
     clock = HookClock(callback)
     training.fit(NUM_HOOK_STEPS, callback)
     return {**blocks.counted, "in the callback's hooks": clock.seconds_of_steps}
+
+
+class ProfiledWaits(Callback):
+    """Counts the calls by which the host waits for a GPU, in training steps after a warm-up. The last callback."""
+
+    NAMES = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+    num_warm_up = 10
+    num_counted = 20
+
+    def __init__(self) -> None:
+        self.num_steps = self.num_warm_up + self.num_counted
+        self.counts: dict[str, int] = {}
+        self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.num_warm_up:
+            self._profile.start()
+        elif trainer.global_step == self.num_steps:
+            self._profile.stop()
+            names = [event.name for event in self._profile.events()]
+            self.counts = {name: names.count(name) for name in self.NAMES}
 
 
 class ValidationClock(Callback):

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from tests.helpers import reference
 
+# Where the toys train. The tests marked `gpu` run on a GPU as well: TEST_DEVICE=cuda python -m pytest -m gpu.
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
 NUM_CLASSES = 3
 # What the callback logs begins so.
 OWN_NAMES = ("merge", "annealed")
@@ -219,7 +222,9 @@ def fit(
     arguments: dict[str, Any] = {
         "val_check_interval": 4,
         "log_every_n_steps": 1,
-        "accelerator": "cpu",
+        "accelerator": DEVICE.type,
+        "devices": 1,
+        "deterministic": DEVICE.type != "cpu",
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": False,
@@ -231,7 +236,7 @@ def fit(
     train = batches() if train is None else train
     validation = batches(24, 8, shuffle=False, seed=1) if validation is None else validation
     trainer.fit(module, train, validation, ckpt_path=ckpt_path)
-    rng = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+    rng = [torch.get_rng_state(), random.getstate(), np.random.get_state(), *torch.cuda.get_rng_state_all()]
     assert trainer.logger is not None
     metrics_file = Path(str(trainer.logger.log_dir)) / "metrics.csv"
     rows = list(csv.DictReader(metrics_file.read_text().splitlines())) if metrics_file.exists() else []
@@ -241,7 +246,7 @@ def fit(
 def same(left: Any, right: Any) -> bool:
     """Bit for bit, through nested containers."""
     if isinstance(left, Tensor | np.ndarray):
-        left, right = torch.as_tensor(left), torch.as_tensor(right)
+        left, right = torch.as_tensor(left).cpu(), torch.as_tensor(right).cpu()
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)

@@ -15,7 +15,7 @@ from merge_callback import Ema, MergeCallback, PowerEma, Window
 from tests.helpers.toys import BusyToy, Toy, assert_same_training, batches, fit, lightning, make, same
 from tests.prediction.test_predictor import prefilled
 
-pytestmark = pytest.mark.usefixtures("both_lightnings")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("both_lightnings")]
 
 MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt", "ema": Ema(half_life_steps=3), "edm": PowerEma(0.1)}
 

@@ -11,7 +11,10 @@ from merge_callback import Ema, MergeCallback, PowerEma, SnapshotMemory, Window
 from tests.helpers.toys import ResumableBatches, Toy, assert_same_training, fit, lightning, make, same
 
 # Lightning's advice; these runs leave callbacks out on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+]
 # What a validation takes in seconds is nobody's to repeat.
 TIMES = {"merge/seconds"}
 

@@ -26,7 +26,7 @@ from merge_callback.live.weights import (
 )
 from merge_callback.merging.averages import Average
 from merge_callback.merging.rules import Rule
-from merge_callback.utilities.background import wait_for_device
+from merge_callback.utilities.devices import wait_for_device
 
 
 class SnapshotCapture:

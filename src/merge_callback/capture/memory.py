@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from merge_callback.capture.layout import RowLayout
+from merge_callback.utilities.devices import free_device_bytes, works_beside_host
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -32,7 +33,7 @@ def required_bytes(
     for (own_dtype, own_device), numel in zip(layout.groups, layout.num_elements, strict=True):
         place = device or own_device
         size = numel * (dtype or own_dtype).itemsize
-        if place.type == "cpu" and own_device.type == "cuda":
+        if place.type == "cpu" and works_beside_host(own_device):
             size = _pinned_bytes(size)
         required[place] = required.get(place, 0) + capacity * size
     return required
@@ -75,10 +76,9 @@ def refuse_if_too_large(
 
 def free_bytes(device: torch.device) -> int | None:
     """Returns the bytes that can still be allocated on a device; None if the platform does not report it."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "cpu" and _MEMINFO.exists():
+    if device.type != "cpu":
+        return free_device_bytes(device)
+    if _MEMINFO.exists():
         # Not MemFree, which leaves out the memory that the page cache returns on demand.
         available = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
         return int(available.split()[1]) * 1024

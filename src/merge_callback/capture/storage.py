@@ -12,6 +12,7 @@ from torch import Tensor
 from merge_callback.capture.layout import RowLayout
 from merge_callback.live.weights import size_bytes
 from merge_callback.merging.combine import Row
+from merge_callback.utilities.devices import works_beside_host
 
 HOST = torch.device("cpu")
 
@@ -128,7 +129,7 @@ class DeviceStorage:
 
 
 class HostStorage:
-    """Stores rows in host memory. For a model on a GPU the memory is pinned and copies run beside the forward pass.
+    """Stores rows in host memory. For a model on an accelerator the memory is pinned and copies run beside the forward pass.
 
     Args:
         layout: Where each tensor lies in a row.
@@ -140,24 +141,24 @@ class HostStorage:
 
     def __init__(self, layout: RowLayout, capacity: int, dtype: torch.dtype | None = None) -> None:
         self.layout = layout
-        self._gpus = sorted({device for _, device in layout.groups if device.type == "cuda"}, key=str)
-        self._slots = new_slots(layout, capacity, dtype, HOST, pin_memory=bool(self._gpus))
+        self._accelerators = sorted({place for _, place in layout.groups if works_beside_host(place)}, key=str)
+        self._slots = new_slots(layout, capacity, dtype, HOST, pin_memory=bool(self._accelerators))
         self._prepare()
 
     def _prepare(self) -> None:
         self._views = slot_views(self.layout, self._slots)
-        self._streams = {gpu: torch.cuda.Stream(gpu) for gpu in self._gpus}
-        self._copied: dict[torch.device, torch.cuda.Event] = {}
+        self._streams = {device: torch.Stream(device) for device in self._accelerators}
+        self._copied: dict[torch.device, torch.Event] = {}
         self._is_waited_for = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out views and streams, of which a copy makes its own. Waits for copies under way first."""
         self.arrive()
-        return {"layout": self.layout, "_gpus": self._gpus, "_slots": self._slots}
+        return {"layout": self.layout, "_accelerators": self._accelerators, "_slots": self._slots}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._gpus:
+        if self._accelerators:
             # Tensors that were pickled or copied are not pinned.
             self._slots = [[part.pin_memory() for part in row] for row in self._slots]
         self._prepare()
@@ -168,37 +169,37 @@ class HostStorage:
         return size_bytes(chain.from_iterable(self._slots))
 
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copies live tensors into a slot. Copies from a GPU are still under way when this returns."""
+        """Copies live tensors into a slot. Copies from an accelerator are still under way when this returns."""
         sources = [tensors[name].detach() for name in self.layout.places]
         with ExitStack() as streams:
-            for gpu, stream in self._streams.items():
-                stream.wait_stream(torch.cuda.current_stream(gpu))
-                streams.enter_context(torch.cuda.stream(stream))
+            for device, stream in self._streams.items():
+                stream.wait_stream(torch.accelerator.current_stream(device))
+                streams.enter_context(stream)
             for view, source in zip(self._views[slot], sources, strict=True):
-                if source.is_cuda:
-                    # Cast on the GPU: otherwise torch copies non-contiguous tensors through memory that is not pinned.
+                if source.device in self._streams:
+                    # Cast on the device: otherwise torch copies non-contiguous tensors through memory that is not pinned.
                     view.copy_(source.to(view.dtype), non_blocking=True)
                 else:
-                    # Synchronous: only a copy from a GPU has an event that tells when it has arrived.
+                    # Synchronous: only a copy from an accelerator has an event that tells when it has arrived.
                     view.copy_(source)
         # Blocking events, so that a thread that waits for one does not keep a core busy.
         self._copied = {
-            gpu: stream.record_event(torch.cuda.Event(blocking=True)) for gpu, stream in self._streams.items()
+            device: stream.record_event(torch.Event(device, blocking=True))
+            for device, stream in self._streams.items()
         }
         self._is_waited_for = False
 
     def finish(self) -> None:
-        """Makes later GPU work wait for copies under way; the host does not wait."""
+        """Makes the device's later work wait for copies under way; the host does not wait."""
         if not self._is_waited_for:
-            for gpu, event in self._copied.items():
-                torch.cuda.current_stream(gpu).wait_event(event)
+            for device, event in self._copied.items():
+                torch.accelerator.current_stream(device).wait_event(event)
         self._is_waited_for = True
 
     def arrive(self) -> None:
         """Waits until all copies have arrived in host memory."""
-        for gpu, event in self._copied.items():
-            with torch.cuda.device(gpu):
-                event.synchronize()
+        for event in self._copied.values():
+            event.synchronize()
 
     def row(self, slot: int) -> list[Tensor]:
         """Returns the row of a slot, after its copy has arrived."""
@@ -220,5 +221,5 @@ class HostStorage:
 
 
 def host_row(layout: RowLayout) -> list[Tensor]:
-    """Allocates an uninitialised row in host memory, pinned if a live tensor is on a GPU."""
-    return layout.new_row(HOST, pin_memory=any(device.type == "cuda" for _, device in layout.groups))
+    """Allocates an uninitialised row in host memory, pinned if a live tensor is on an accelerator."""
+    return layout.new_row(HOST, pin_memory=any(works_beside_host(device) for _, device in layout.groups))

@@ -63,7 +63,7 @@ def preserved_attributes(module: nn.Module) -> Iterator[None]:
     classes, such as a meter. Does not cover objects of installed packages.
     """
     with ExitStack() as undo:
-        memory = _Memory(undo, own_package=_package(type(module)))
+        memory = _Memory(undo, own_package=_own_package(type(module)))
         memory.remember(module)
         for metric in memory.metrics:
             metric.reset()
@@ -277,6 +277,12 @@ def _is_the_users(package: str, own_package: str | None) -> bool:
 
 def _package(owner: type) -> str:
     return owner.__module__.partition(".")[0]
+
+
+def _own_package(owner: type) -> str | None:
+    """Returns the package of the user's class. FSDP2 derives a class of torch's from it, which is then the object's."""
+    packages = (_package(each) for each in owner.__mro__)
+    return next((package for package in packages if package not in _NOT_THE_USERS), None)
 
 
 def _parts(loader: Any) -> Iterator[Any]:

@@ -26,6 +26,11 @@ def is_shard(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_offloaded(tensor: Tensor) -> bool:
+    """Returns whether a shard is kept in host memory, and copied to an accelerator to compute with it."""
+    return isinstance(tensor, DTensor) and tensor.device_mesh.device_type != local(tensor).device.type
+
+
 def reshard(module: nn.Module) -> None:
     """Puts FSDP2's sharded parameters back, without communication. The next forward pass gathers them again."""
     for submodule in module.modules():
@@ -49,9 +54,9 @@ def rank() -> int:
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Returns the sum of the tensor over all ranks, on the CPU."""
     if torch.distributed.is_initialized():
-        # NCCL supports GPU tensors only.
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        tensor = tensor.to(device)
+        # Such as "cpu:gloo,cuda:nccl". NCCL alone supports GPU tensors only.
+        devices = [entry.partition(":")[0] for entry in torch.distributed.get_backend_config().split(",")]
+        tensor = tensor.to("cpu" if "cpu" in devices else devices[0])
         torch.distributed.all_reduce(tensor)
     return tensor.cpu()
 

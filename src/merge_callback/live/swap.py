@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from merge_callback.live.sharding import is_shard, local
+from merge_callback.live.sharding import is_offloaded, is_shard, local
 from merge_callback.merging.combine import ScratchBuffer, flat_chunks
 
 # The active swaps, outermost first.
@@ -117,10 +117,8 @@ class _Exchange:
         self, live: Mapping[str, Tensor], other: Mapping[str, Tensor], before: Callable[[], None], in_place: bool
     ) -> None:
         self._before = before
-        # FSDP2 may still be copying offloaded shards from host memory to the GPU, which runs asynchronously.
-        self._is_offloaded = torch.cuda.is_initialized() and any(
-            is_shard(tensor) and local(tensor).device.type == "cpu" for tensor in live.values()
-        )
+        # FSDP2 may still be copying offloaded shards from host memory to the device, which runs asynchronously.
+        self._is_offloaded = any(map(is_offloaded, live.values()))
         # Live tensor, its own values, its other values.
         self._pointers: list[tuple[Tensor, Tensor, Tensor]] = []
         self._contents: list[_Contents] = []
@@ -160,7 +158,7 @@ class _Exchange:
     def _settle(self) -> None:
         self._before()
         if self._is_offloaded:
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
 
 
 def _misfit(name: str, own: Tensor, values: Tensor) -> str:

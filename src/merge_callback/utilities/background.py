@@ -1,19 +1,8 @@
-"""Work that runs beside the training, on a thread or on a GPU."""
+"""Work that runs beside the training, on a thread."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-
-import torch
-
-
-def wait_for_device(device: torch.device) -> float:
-    """Waits until a GPU has finished all queued work, and returns the seconds waited. On a CPU it returns at once."""
-    began = time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 class Background:

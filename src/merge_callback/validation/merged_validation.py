@@ -17,7 +17,7 @@ from merge_callback.live.observe import is_last_validation, logged_step, observe
 from merge_callback.prediction.bias import gain
 from merge_callback.prediction.predictor import AnnealPredictor
 from merge_callback.prediction.records import StableValidation
-from merge_callback.utilities.background import wait_for_device
+from merge_callback.utilities.devices import wait_for_device
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
 from merge_callback.validation.dashboards import Dashboards
