@@ -6,8 +6,8 @@
 #   benchmarks/gpu/run.sh              # on a GPU; records go to benchmarks/gpu/records/ and benchmarks/overhead/records/
 #   benchmarks/gpu/run.sh --device cpu # a trial of this script on a CPU, small; records go to a temporary folder
 #
-# Each part has a time limit, writes its record when it is done, and never stops the others. PARTS="merge demo" runs only
-# those. Exits with 1 if a part failed.
+# Each part has a time limit, writes its record when it is done, and never stops the others. PARTS="tests demo" runs only
+# those; the third is `costs`. Exits with 1 if a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python}
@@ -23,7 +23,7 @@ if [[ $device == cpu ]]; then
 else
     name=$("$python" -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())') || exit 1
     output=benchmarks/gpu/records/$name
-    costs=(memory waits capture merge several ema swap step in_flight whole scaling) amount= workers=6
+    costs=(waits memory step in_flight ema merge swap capture several whole scaling) amount= workers=6
     demo=(demo.seed=0)
 fi
 mkdir -p "$output"
@@ -41,14 +41,12 @@ part() {
 
 rm -f "$output/parts.txt"
 part demo 120 "$python" -c 'from merge_callback.apps.cli import main; main()' demo "${demo[@]}" \
-    +trainer.accelerator="$device" +trainer.devices=1 ~callbacks.progress_bar +trainer.enable_progress_bar=false \
+    +trainer.accelerator="$device" +trainer.devices=1 \
     hydra.run.dir="$output/demo" &
 # No clock runs in demo and tests, so they may run side by side. cuBLAS needs the setting to be deterministic.
 part tests 150 env TEST_DEVICE="$device" CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_NUM_THREADS=1 \
-    "$python" -m pytest -m gpu -n "$workers" --dist worksteal -p no:cacheprovider --junitxml="$output/tests.xml" \
+    "$python" -m pytest -m gpu -n "$workers" --dist worksteal -p no:cacheprovider -p no:benchmark --junitxml="$output/tests.xml" \
     tests/promises tests/capture tests/live tests/callbacks tests/validation/test_merged_validation.py
 wait
-for cost in "${costs[@]}"; do
-    part "$cost" 60 "$python" benchmarks/overhead/run.py --device "$device" $amount "$cost"
-done
+part costs 300 "$python" benchmarks/overhead/run.py --device "$device" --limit 60 $amount "${costs[@]}"
 ! grep -v "exit code 0 " "$output/parts.txt"

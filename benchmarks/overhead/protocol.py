@@ -228,9 +228,11 @@ ON_GPU = replace(
     num_threads=(1,),
     models={**FULL.models, "1 B in 100 tensors": [(10_000, 1000)] * 100},
     max_ring_bytes=45 * 10**9,
-    num_rounds=50,
-    num_quick_rounds=100,
-    num_scaling_rounds=20,
+    num_rounds=25,
+    num_quick_rounds=50,
+    num_scaling_rounds=10,
+    num_block_pairs=150,
+    num_in_flight_pairs=20,
     # GPT-2's width and depth: 86 M parameters, and a third of a second for ten steps where the device is fast.
     training=(
         "model.width=768",

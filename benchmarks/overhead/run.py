@@ -4,6 +4,7 @@
     python benchmarks/overhead/run.py ema swap       # some of them
     python benchmarks/overhead/run.py --smoke        # all on small models, records to a temporary folder
     python benchmarks/overhead/run.py --device cuda  # on a GPU with 80 GB
+    python benchmarks/overhead/run.py --limit 60     # gives up a part after so many seconds, and goes on with the next
 
 Records go to benchmarks/overhead/records/<part>.json, those of a GPU to a folder of its name. Needs 18 GiB of free
 memory, a machine that does nothing else, and the peers without what they depend on (timm's torchvision is not used):
@@ -20,12 +21,15 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -297,7 +301,9 @@ def memory(amount: Amount) -> list[Record]:
     measured = []
     weights = coefficients("wma", NUM_SNAPSHOTS)
     for _, shapes, setting in settings(amount):
-        for storage in (DeviceStorage, HostStorage):
+        # Pinning tens of gigabytes takes minutes.
+        is_large = 4 * NUM_SNAPSHOTS * sum(map(math.prod, shapes)) > 2**34
+        for storage in (DeviceStorage,) if is_large else (DeviceStorage, HostStorage):
             live = Weights(shapes, amount.device).live
             layout = RowLayout(live)
             ring = SnapshotRing(storage(layout, NUM_SNAPSHOTS), NUM_SNAPSHOTS)
@@ -432,11 +438,49 @@ def write(folder: Path, part: str, record: Record) -> None:
     (folder / f"{part}.json").write_text(text + "\n")
 
 
+@contextmanager
+def given_up_after(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError inside the context after so many seconds; never if that is zero."""
+
+    def give_up(*arguments: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def is_measured(part: str, amount: Amount, folder: Path, limit: int) -> bool:
+    """Measures a part and writes its record. What goes wrong is printed, so that the next part has its turn."""
+    try:
+        with given_up_after(limit):
+            measure(part, amount, folder)
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
+
+
+def measure(part: str, amount: Amount, folder: Path) -> None:
+    """Measures a part and writes its record."""
+    seed_everything(0, verbose=False)
+    record = {"part": part, **environment(amount.device)}
+    began = time.perf_counter()
+    measured = PARTS[part](amount)
+    record |= {"part_seconds": round(time.perf_counter() - began, 1), "measured": measured}
+    write(folder, part, record)
+    print(f"{part}: {record['part_seconds']} s, {folder / part}.json", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all of them if none is given")
     parser.add_argument("--smoke", action="store_true", help="small models, few rounds, a temporary folder")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--limit", type=int, default=0, help="seconds that each part may take; 0 is no limit")
     arguments = parser.parse_args()
     device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -448,14 +492,9 @@ def main() -> None:
         amount = replace(SMOKE, device=device, num_threads=amount.num_threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    for part in arguments.parts or [part for part in PARTS if ONLY_ON.get(part, device) == device]:
-        seed_everything(0, verbose=False)
-        record = {"part": part, **environment(device)}
-        began = time.perf_counter()
-        measured = PARTS[part](amount)
-        record |= {"part_seconds": round(time.perf_counter() - began, 1), "measured": measured}
-        write(folder, part, record)
-        print(f"{part}: {record['part_seconds']} s, {folder / part}.json", flush=True)
+    parts = arguments.parts or [part for part in PARTS if ONLY_ON.get(part, device) == device]
+    if failed := [part for part in parts if not is_measured(part, amount, folder, arguments.limit)]:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

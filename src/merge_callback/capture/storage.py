@@ -129,7 +129,7 @@ class DeviceStorage:
 
 
 class HostStorage:
-    """Stores rows in host memory. For a model on an accelerator the memory is pinned and copies run beside the forward pass.
+    """Stores rows in host memory. For an accelerator's model it is pinned, and copies run beside the forward pass.
 
     Args:
         layout: Where each tensor lies in a row.
@@ -177,15 +177,14 @@ class HostStorage:
                 streams.enter_context(stream)
             for view, source in zip(self._views[slot], sources, strict=True):
                 if source.device in self._streams:
-                    # Cast on the device: otherwise torch copies non-contiguous tensors through memory that is not pinned.
+                    # Cast on the device: otherwise torch copies strided tensors through memory that is not pinned.
                     view.copy_(source.to(view.dtype), non_blocking=True)
                 else:
                     # Synchronous: only a copy from an accelerator has an event that tells when it has arrived.
                     view.copy_(source)
         # Blocking events, so that a thread that waits for one does not keep a core busy.
         self._copied = {
-            device: stream.record_event(torch.Event(device, blocking=True))
-            for device, stream in self._streams.items()
+            device: stream.record_event(torch.Event(device, blocking=True)) for device, stream in self._streams.items()
         }
         self._is_waited_for = False
 

@@ -42,16 +42,26 @@ _ABSENT = object()
 def preserved_rng() -> Iterator[None]:
     """Restores the global random states of torch, CUDA, numpy and Python after the context."""
     # Lightning's `isolate_rng` does not restore the states after an exception.
-    states = _collect_rng_states()
-    on_gpus = dict(enumerate(states.pop("torch.cuda")))
+    states = _collect_rng_states(include_cuda=False)
+    with ExitStack() as undo:
+        undo.callback(_set_rng_states, states)
+        # Empty unless this process has used a GPU.
+        for generator in torch.cuda.default_generators:
+            undo.enter_context(_preserved_gpu_generator(generator))
+        yield
+
+
+@contextmanager
+def _preserved_gpu_generator(generator: torch.Generator) -> Iterator[None]:
+    """Lets a generator draw from a copy of its state. Setting a state would restart the dropout of recurrent layers."""
+    own, state = generator.graphsafe_get_state(), generator.get_state()
+    generator.graphsafe_set_state(generator.clone_state())
     try:
         yield
     finally:
-        _set_rng_states(states)
-        for gpu, state in on_gpus.items():
-            # Even setting the same state would restart the dropout of cuDNN's recurrent layers.
-            if not torch.equal(torch.cuda.get_rng_state(gpu), state):
-                torch.cuda.set_rng_state(state, gpu)
+        generator.graphsafe_set_state(own)
+        # A CUDA graph draws from the state that it was recorded with.
+        _set_generator(generator, state)
 
 
 @contextmanager

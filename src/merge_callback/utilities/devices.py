@@ -16,7 +16,7 @@ def works_beside_host(device: torch.device) -> bool:
 
 
 def wait_for_device(device: torch.device) -> float:
-    """Waits until a device has finished all queued work, and returns the seconds waited. On a CPU it returns at once."""
+    """Waits until a device has done all queued work, and returns the seconds waited. On a CPU it returns at once."""
     began = time.perf_counter()
     if works_beside_host(device):
         torch.accelerator.synchronize(device)
