@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ema_pytorch import EMA
 from models import Weights
 from protocol import DECAY
 from torch import Tensor, nn
@@ -30,6 +29,9 @@ def timm_model_ema() -> Any:
 
 def ema_peers(model: nn.Module) -> dict[str, Callable[[], object]]:
     """Name -> one update of its average of the model's weights."""
+    # Only this part needs the package.
+    from ema_pytorch import EMA  # noqa: PLC0415
+
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     timm = timm_model_ema()(model, decay=DECAY)
     ema = EMA(

@@ -33,7 +33,14 @@ from protocol import (
 )
 from trainings import WITH, WITHOUT, live_seconds, share_by_clocks, share_of_run
 
-MARKS = "<!-- overhead table: made by benchmarks/overhead/report.py -->", "<!-- end of overhead table -->"
+# Folder of records -> what stands around its table in docs/evidence.md.
+MARKS = {
+    folder: (f"<!-- {name}: made by benchmarks/overhead/report.py -->", f"<!-- end of {name} -->")
+    for folder, name in {
+        RECORDS: "overhead table",
+        RECORDS / "nvidia-h100-80gb-hbm3": "overhead table of a GPU",
+    }.items()
+}
 # In this order, with what stands above their tables.
 PARTS = {
     "ema": "Averages over every step: milliseconds an update",
@@ -467,7 +474,7 @@ def page(records: dict[str, Measured], folder: Path = RECORDS.parent) -> str:
 
 def main() -> None:
     """Writes it with its pictures."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS
+    folder = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else RECORDS
     output = Path(__file__).parent if folder == RECORDS else folder
     records = read_records(folder)
     if not records:
@@ -476,10 +483,11 @@ def main() -> None:
         PICTURES[part](records[part]).savefig(output / f"{part}.png")
     (output / "REPORT.md").write_text(page(records, output))
     print(output / "REPORT.md")
-    evidence = ROOT / "docs" / "evidence.md"
-    if folder == RECORDS:
-        before, rest = evidence.read_text().split(MARKS[0])
-        evidence.write_text(f"{before}{MARKS[0]}\n{evidence_table(records)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    if folder in MARKS:
+        evidence = ROOT / "docs" / "evidence.md"
+        first, last = MARKS[folder]
+        before, rest = evidence.read_text().split(first)
+        evidence.write_text(f"{before}{first}\n{evidence_table(records)}\n{last}{rest.split(last)[1]}")
 
 
 if __name__ == "__main__":

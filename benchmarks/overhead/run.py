@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +406,14 @@ PARTS: dict[str, Callable[[Amount], list[Record]]] = {
 ONLY_ON = {"in_flight": "cuda", "memory": "cuda", "waits": "cuda", "ranks": "cpu"}
 
 
+VERSIONED = ("torch", "lightning", "timm", "ema-pytorch")
+
+
+def is_installed(name: str) -> bool:
+    """Whether a package is there; the peers are needed by two parts only."""
+    return any(distributions(name=name))
+
+
 def environment(device: str) -> Record:
     """Versions, commit and machine."""
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -415,7 +423,7 @@ def environment(device: str) -> Record:
         # A copy without its history says with COMMIT what it is a copy of.
         "commit": os.environ.get("COMMIT") or _git("rev-parse", "HEAD"),
         "has_uncommitted_source": "COMMIT" not in os.environ and bool(_git("status", "--porcelain", "src")),
-        "versions": {name: version(name) for name in ("torch", "lightning", "timm", "ema-pytorch")},
+        "versions": {name: version(name) for name in VERSIONED if is_installed(name)},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": cpus[0].partition(": ")[2] if cpus else platform.processor(),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd.profiler_util import Interval
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.aggregation import CatMetric
@@ -17,9 +18,9 @@ from merge_callback.live.preserve import (
     MAX_ITEMS,
     preserved_attributes,
     preserved_loaders,
-    preserved_rng,
     preserved_trainer,
 )
+from merge_callback.live.random_states import preserved_rng
 from tests.helpers.toys import Toy, fit, make, same
 
 
@@ -120,6 +121,17 @@ class FrozenDict(dict):
         raise RuntimeError("frozen")
 
     clear = pop = update
+
+
+def test_what_belongs_to_torch_is_left_alone_also_in_a_module_whose_class_torch_has_derived():
+    # As FSDP2 does.
+    module = type("FSDPKeeper", (Keeper,), {"__module__": "torch.distributed.fsdp"})()
+    module.theirs = Interval(1, 2)
+    with preserved_attributes(module):
+        module.theirs.start = 7
+        module.inner.count = 7
+    assert module.theirs.start == 7
+    assert module.inner.count == 3
 
 
 def test_a_dict_that_allows_no_change_is_left_alone():

@@ -52,6 +52,18 @@ def test_in_place_contents_change_and_addresses_stay(numel):
     assert [tensor.data_ptr() for tensor in weights.values()] == addresses
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_live_values_come_back_to_a_module_that_was_moved_inside(in_place):
+    module = nn.Linear(2, 2)
+    live = dict(module.named_parameters())
+    values = {name: tensor.detach().clone() for name, tensor in live.items()}
+    others = {name: torch.ones_like(tensor) for name, tensor in live.items()}
+    with swapped_weights(live, others, in_place=in_place):
+        module.double().float()
+        assert (module.weight == 1).all()
+    assert all(torch.equal(tensor, values[name]) for name, tensor in module.named_parameters())
+
+
 class AfterCopy(TorchDispatchMode):
     """Does something when the copy of that number has ended, as Python does with a signal that came in the meantime."""
 

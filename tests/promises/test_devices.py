@@ -1,5 +1,8 @@
 """Where work runs beside the host's: on a GPU with TEST_DEVICE=cuda, and on a CPU as in every run of the tests."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ pytestmark = [
     # Of what compiles for a GPU.
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
 ]
 
 ON_CPU = DEVICE.type == "cpu"
@@ -116,7 +120,7 @@ class Narrow(BusyToy):
 class Compiled(BusyToy):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = torch.compile(self.inner, **({"backend": "eager"} if ON_CPU else {}))
+        self.inner.compile(backend="eager" if ON_CPU else "inductor")
 
 
 class Graphed(BusyToy):
@@ -124,7 +128,8 @@ class Graphed(BusyToy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = torch.compile(self.inner, **({"backend": "eager"} if ON_CPU else {"mode": "reduce-overhead"}))
+        how: Any = {"backend": "eager"} if ON_CPU else {"mode": "reduce-overhead"}
+        self.inner.compile(**how)
 
 
 # Recurrent layers compact the weights of a merge, which are not theirs.
@@ -250,3 +255,14 @@ def test_shards_on_the_device_train_the_same_and_their_merge_is_that_of_the_whol
         assert found == pytest.approx(expected, rel=1e-3)
     for name, tensor in whole.merged_state_dict().items():
         torch.testing.assert_close(watched["merged"][name].cpu(), tensor.cpu(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_script_for_gpus_runs_here_as_a_trial(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
+    environment = os.environ | {"PYTHON": sys.executable, "TMPDIR": str(tmp_path), "RECORDS": str(tmp_path)}
+    done = subprocess.run([script, "--device", "cpu"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split(":")[0] for line in sorted(done.stdout.splitlines())] == ["costs", "demo", "tests"]
+    assert "1 passed" in (tmp_path / "tests.txt").read_text()
+    assert "live" in (tmp_path / "demo.txt").read_text()

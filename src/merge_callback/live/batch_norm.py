@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from merge_callback.live.names import clean_name
-from merge_callback.live.preserve import preserved_attributes, preserved_rng
+from merge_callback.live.preserve import preserved_attributes
+from merge_callback.live.random_states import preserved_rng
 from merge_callback.live.sharding import all_reduce_sum, is_shard, local_clones
 from merge_callback.live.swap import swapped_weights
 from merge_callback.live.weights import has_lazy_parameters

@@ -22,7 +22,8 @@ from lightning.pytorch.loggers.logger import DummyExperiment, Logger
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from merge_callback.live.preserve import preserved_attributes, preserved_loaders, preserved_rng, preserved_trainer
+from merge_callback.live.preserve import preserved_attributes, preserved_loaders, preserved_trainer
+from merge_callback.live.random_states import preserved_rng
 from merge_callback.live.sharding import local_clones
 from merge_callback.live.swap import swapped_weights
 

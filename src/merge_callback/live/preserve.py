@@ -1,8 +1,7 @@
-"""Undoes the side effects of an extra validation: on random states, metric objects, plain attributes of modules, what
-hooks set in trainer, optimizers and schedulers, and the generators of loaders."""
+"""Undoes the side effects of an extra validation: on metric objects, plain attributes of modules, what hooks set in
+trainer, optimizers and schedulers, and the generators of loaders."""
 
 import operator
-import random
 import signal
 import sys
 import sysconfig
@@ -18,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
+
+from merge_callback.live.random_states import remember_generator
 
 # Plain tensors up to this size (sums, counters) are restored; larger ones are assumed to be constant data.
 MAX_TENSOR_BYTES = 2**20
@@ -36,32 +36,6 @@ _NOT_THE_USERS = ("torch", "torchmetrics", "lightning", "pytorch_lightning", "me
 # Attributes of every module: this file does not restore parameters, submodules and hooks.
 _MODULE_MACHINERY = frozenset(vars(nn.Module()))
 _ABSENT = object()
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Restores the global random states of torch, CUDA, numpy and Python after the context."""
-    # Lightning's `isolate_rng` does not restore the states after an exception.
-    states = _collect_rng_states(include_cuda=False)
-    with ExitStack() as undo:
-        undo.callback(_set_rng_states, states)
-        # Empty unless this process has used a GPU.
-        for generator in torch.cuda.default_generators:
-            undo.enter_context(_preserved_gpu_generator(generator))
-        yield
-
-
-@contextmanager
-def _preserved_gpu_generator(generator: torch.Generator) -> Iterator[None]:
-    """Lets a generator draw from a copy of its state. Setting a state would restart the dropout of recurrent layers."""
-    own, state = generator.graphsafe_get_state(), generator.get_state()
-    generator.graphsafe_set_state(generator.clone_state())
-    try:
-        yield
-    finally:
-        generator.graphsafe_set_state(own)
-        # A CUDA graph draws from the state that it was recorded with.
-        _set_generator(generator, state)
 
 
 @contextmanager
@@ -148,13 +122,13 @@ class _Memory:
             for attribute in list(vars(value).values()):
                 self.remember(attribute, depth - 1)
         else:
-            self._remember_generator(value)
+            remember_generator(self._undo, value)
 
     def remember_numbers(self, owner: object) -> None:
         attributes = getattr(owner, "__dict__", {})
         self._undo.callback(attributes.update, _numbers(owner))
         for attribute in attributes.values():
-            self._remember_generator(attribute)
+            remember_generator(self._undo, attribute)
 
     def _is_followed(self, owner: type) -> bool:
         return issubclass(owner, LRScheduler | SimpleNamespace) or _is_the_users(_package(owner), self._own_package)
@@ -178,16 +152,6 @@ class _Memory:
             self._undo.callback(_refill, value, _content(value))
         for item in list(value.values()) if isinstance(value, dict) else value:
             self.remember(item, depth - 1)
-
-    def _remember_generator(self, value: Any) -> None:
-        if isinstance(value, torch.Generator):
-            self._undo.callback(_set_generator, value, value.get_state())
-        elif isinstance(value, np.random.RandomState):
-            self._undo.callback(value.set_state, value.get_state())
-        elif isinstance(value, random.Random):
-            self._undo.callback(value.setstate, value.getstate())
-        elif isinstance(value, np.random.Generator):
-            self._undo.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
 
 
 @contextmanager
@@ -250,11 +214,6 @@ def _set_tensor(tensor: Tensor, content: Tensor, version: int) -> None:
     if tensor._version != version:
         with torch.no_grad():
             tensor.copy_(content)
-
-
-def _set_generator(generator: torch.Generator, state: Tensor) -> None:
-    if not torch.equal(generator.get_state(), state):
-        generator.set_state(state)
 
 
 def _set_trained(parameter: nn.Parameter, requires_grad: bool, grad: Tensor | None, version: int) -> None:

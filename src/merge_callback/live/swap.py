@@ -134,6 +134,9 @@ class _Exchange:
             if in_place or is_part or own.device != values.device:
                 scratch = scratches.setdefault((own.dtype, own.device), ScratchBuffer(own.dtype))
                 self._contents += [_Contents(part, other, scratch) for part, other in flat_chunks(own, values)]
+                if not is_part:
+                    # Whoever moves the module inside the context, as `Trainer.test` does, gives it other memory.
+                    self._pointers.append((tensor, own, own))
             else:
                 self._pointers.append((tensor, own, values))
 
