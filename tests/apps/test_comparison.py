@@ -6,7 +6,7 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
-from merge_callback.apps.comparison import ComparisonTable, best, comparison_table, read_jobs
+from merge_callback.apps.comparison import ComparisonTable, best, comparison_table, read_jobs, write_comparison
 
 HEADER = "step,val_loss,merged/val_loss,merge_gain/val_loss,val_acc,merged/val_acc,merge_gain/val_acc,merge/span_steps"
 # Two validations; in the metric where less is better the third job wins, in the other one the first.
@@ -109,6 +109,18 @@ def test_deletions_are_overrides_without_a_value(sweep):
     file = sweep / "2" / ".hydra" / "hydra.yaml"
     file.write_text(file.read_text().replace("+seed=1", "~trainer.logger"))
     assert read_jobs(sweep)[1][1].overrides["trainer.logger"] == ""
+
+
+def test_nothing_that_a_job_has_written_is_run(sweep, monkeypatch):
+    monkeypatch.setenv("SECRET", "7")
+    file = sweep / "2" / ".hydra" / "hydra.yaml"
+    file.write_text(file.read_text().replace("+seed=1", "+seed=${oc.env:SECRET}"))
+    _, jobs = read_jobs(sweep)
+    assert jobs[1].overrides["seed"] == "${oc.env:SECRET}"
+    jobs[1].overrides["seed"] = "=HYPERLINK(0)"
+    write_comparison(sweep / "comparison.csv", jobs)
+    with (sweep / "comparison.csv").open() as stream:
+        assert [row["seed"] for row in csv.DictReader(stream)][1] == "'=HYPERLINK(0)"
 
 
 def test_keys_that_end_alike_are_told_apart(sweep):

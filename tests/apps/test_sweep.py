@@ -176,6 +176,13 @@ def test_two_sweeps_may_share_a_file(tmp_path):
     assert [fresh[cell] for cell in cells] == [{"loss": 1.0}, {"loss": 2.0}, {"loss": 3.0}, {}]
 
 
+def test_a_rule_that_is_called_like_a_formula_is_text_in_the_file_and_found_again(tmp_path):
+    cell = Cell(3, "=cmd", 2, 1, None, (2, 3))
+    CellFile(tmp_path / "cells.csv", lambda cell: "same").add(cell, {"val_loss": -0.5})
+    assert (tmp_path / "cells.csv").read_text().splitlines()[1] == "3,'=cmd,2,1,,2 3,same,-0.5"
+    assert CellFile(tmp_path / "cells.csv", lambda cell: "same")[cell] == {"val_loss": -0.5}
+
+
 def test_nan_is_never_the_best():
     cells = Grid({"sma": sma}, num_snapshots=[2, 3]).cells([10, 20, 30])
     values = dict(zip(cells, [0.5, math.nan, 0.25], strict=True))

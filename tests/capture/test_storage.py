@@ -170,6 +170,16 @@ def test_snapshots_of_another_run_in_the_same_directory_are_told_from_those_of_t
         first.merged_state_dict()
 
 
+@pytest.mark.parametrize("name", ["a/b", "../x", "..", "a\\b", "a b", "é", "a%2Fb"])
+def test_whatever_a_callback_is_called_its_files_stay_in_their_folder(tmp_path, name):
+    fit(make(Toy), tmp_path / "logs", MergeCallback(2, 2, name=name, storage=tmp_path / "inner" / "files"), max_steps=6)
+    files = list((tmp_path / "inner" / "files").iterdir())
+    assert len(files) == 2
+    assert all(file.suffix == ".safetensors" for file in files)
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", "inner"}
+    assert [path.name for path in (tmp_path / "inner").iterdir()] == ["files"]
+
+
 @pytest.mark.parametrize("kind", ["device", "cpu", "files"])
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda ring: pickle.loads(pickle.dumps(ring))], ids=["copy", "pickle"]

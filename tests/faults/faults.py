@@ -758,4 +758,46 @@ FAULTS = [
         "        if True:\n",
         "test_a_rule_is_asked_once_at_each_validation",
     ),
+    (
+        "live values do not come back to a module that was moved inside the context",
+        "                    self._pointers.append((tensor, own, own))\n",
+        "                    pass\n",
+        "test_live_values_come_back_to_a_module_that_was_moved_inside",
+    ),
+    (
+        "what is torch's is put back in a module whose class torch has derived",
+        "own_package=_own_package(type(module))",
+        "own_package=_package(type(module))",
+        "test_what_belongs_to_torch_is_left_alone_also_in_a_module_whose_class_torch_has_derived",
+    ),
+    (
+        "only CUDA is taken for an accelerator",
+        "device.type == accelerator.type and device.type",
+        "device.type == 'cuda' and device.type",
+        "test_the_accelerator_works_beside_the_host_whatever_its_name",
+    ),
+    (
+        "opening a folder runs what it says",
+        "        if name not in _METADATA_NAMES.get(module, ()):\n",
+        "        if module not in _METADATA_NAMES:\n",
+        "test_the_metadata_of_a_folder_can_name_nothing_that_does_anything",
+    ),
+    (
+        "a checkpoint names files outside of its folder",
+        'if Path(name).is_absolute() or ".." in Path(name).parts:',
+        "if Path(name).is_absolute():",
+        "test_a_folder_cannot_name_files_outside_of_it",
+    ),
+    (
+        "a callback's name leads its files into another folder",
+        "quote(name, safe='')",
+        "quote(name)",
+        "test_whatever_a_callback_is_called_its_files_stay_in_their_folder",
+    ),
+    (
+        "a cell begins a formula",
+        '            settings = (cell_of_text(job.overrides.get(key, "")) for key in keys)\n',
+        '            settings = (job.overrides.get(key, "") for key in keys)\n',
+        "test_nothing_that_a_job_has_written_is_run",
+    ),
 ]

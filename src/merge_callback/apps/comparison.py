@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from merge_callback.apps.runs import Validation, merged_metrics, read_validations
+from merge_callback.utilities.csv_cells import cell_of_text
 from merge_callback.utilities.tables import NOTHING, number, text_table
 
 # "span": steps from the first to the last snapshot of the merge; "seconds": time that its validation took.
@@ -44,12 +46,14 @@ def read_jobs(folder: Path, metric: str | None = None) -> tuple[str | None, list
     """
     found = []
     for file in folder.rglob(".hydra/hydra.yaml"):
-        config = OmegaConf.load(file)
+        # Not as a config: whoever wrote the file could have it read the environment.
+        config = yaml.safe_load(file.read_text())["hydra"]
         # `~key` deletes an entry and has no value.
-        pairs = [override.lstrip("+~").partition("=") for override in config.hydra.overrides.task]
+        pairs = [override.lstrip("+~").partition("=") for override in config["overrides"]["task"]]
         overrides = {key: value for key, _, value in pairs}
         job_folder = file.parent.parent
-        job_number = int(OmegaConf.select(config, "hydra.job.num", default=0))
+        # Hydra writes "???" where a job has no number.
+        job_number = int(num) if isinstance(num := config["job"].get("num"), int) else 0
         found.append((job_number, job_folder, overrides, next(iter(sorted(job_folder.rglob("metrics.csv"))), None)))
     jobs = sorted(found, key=lambda job: job[0])
     known = dict.fromkeys(name for *_, file in jobs if file is not None for name in merged_metrics(file))
@@ -97,7 +101,8 @@ def write_comparison(file: Path, jobs: Sequence[Job]) -> None:
         writer.writerow(["folder", *keys, *RESULTS])
         for job in jobs:
             numbers = ["" if number is None else number for number in _numbers(job.last)]
-            writer.writerow([job.folder, *(job.overrides.get(key, "") for key in keys), *numbers])
+            settings = (cell_of_text(job.overrides.get(key, "")) for key in keys)
+            writer.writerow([cell_of_text(str(job.folder)), *settings, *numbers])
 
 
 class ComparisonTable(Callback):

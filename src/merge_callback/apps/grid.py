@@ -8,6 +8,7 @@ from pathlib import Path
 
 from merge_callback.merging.rules import Rule, merge_coefficients
 from merge_callback.utilities.checks import check_count, check_optional_count
+from merge_callback.utilities.csv_cells import cell_of_text, text_of_cell
 from merge_callback.utilities.files import atomic_write
 
 # The requested merge, the steps of its checkpoints, and a fingerprint that shows whether its values are up to date.
@@ -155,13 +156,14 @@ class CellFile:
         with atomic_write(self.path) as unfinished, unfinished.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(names), restval="")
             writer.writeheader()
-            writer.writerows(self._rows)
+            writer.writerows({name: cell_of_text(text) for name, text in row.items()} for row in self._rows)
 
     def _read(self) -> None:
         if not self.path.exists():
             return
         with self.path.open(newline="") as file:
-            self._rows = list(csv.DictReader(file))
+            rows = csv.DictReader(file, restval="")
+            self._rows = [{name: text_of_cell(cell) for name, cell in row.items() if name} for row in rows]
         if self._rows and (missing := [name for name in CELL_COLUMNS if name not in self._rows[0]]):
             raise ValueError(f"{self.path} does not come from a sweep: it has no column {missing[0]}")
 

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class SnapshotDirectory:
     def new_storage(
         self, layout: RowLayout, num_snapshots: int, dtype: torch.dtype | None, name: str
     ) -> "DirectoryStorage":
-        return DirectoryStorage(layout, dtype, Path(self.path), f"{name}-rank{rank():05d}-")
+        return DirectoryStorage(layout, dtype, Path(self.path), f"{quote(name, safe='')}-rank{rank():05d}-")
 
     def describe(self, layout: RowLayout, num_snapshots: int, dtype: torch.dtype | None, sizes: CaptureSizes) -> str:
         averages = f"{mebibytes(sizes.averages)} {on_devices(layout)}"

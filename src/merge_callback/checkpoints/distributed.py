@@ -9,24 +9,33 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from merge_callback.checkpoints.stored import Piece, StoredCheckpoint, StoredTensor, refuse_lazy
+from merge_callback.checkpoints.stored import Piece, StoredCheckpoint, StoredTensor, file_inside, refuse_lazy
 
-# The classes in the metadata of a distributed checkpoint. Unpickling others could run code of an untrusted file.
-_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+# All that the metadata of a distributed checkpoint may name. Each only holds data. Whole modules must not be allowed,
+# since they hold functions that delete files, and a dotted name leads from them to `os.system`.
 _METADATA_NAMES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("collections", "OrderedDict"),
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "collections": {"OrderedDict"},
 }
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not (is_dtype or module in _METADATA_MODULES or (module, name) in _METADATA_NAMES):
-            raise pickle.UnpicklingError(f"its metadata asks for {module}.{name}")
+        if name not in _METADATA_NAMES.get(module, ()):
+            raise pickle.UnpicklingError(f"its metadata asks for {module}.{name}, which is no part of a checkpoint")
         return super().find_class(module, name)
 
 
@@ -55,11 +64,10 @@ def open_distributed(path: Path) -> StoredCheckpoint:
             where = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             if getattr(where, "transform_descriptors", None):
                 raise ValueError(f"{path}: {name} was transformed when it was written")
-            begin, tensor = _saved_alone(path / where.relative_path, where.offset, where.length)
+            file = file_inside(path, where.relative_path)
+            begin, tensor = _saved_alone(file, where.offset, where.length)
             refuse_lazy(path, name, tensor)
-            pieces.append(
-                Piece(path / where.relative_path, begin, tuple(chunk.offsets), tuple(chunk.sizes), tensor.stride())
-            )
+            pieces.append(Piece(file, begin, tuple(chunk.offsets), tuple(chunk.sizes), tensor.stride()))
         properties = stored[key].properties
         tensors[name] = StoredTensor(tuple(stored[key].size), properties.dtype, tuple(pieces))
     # Lightning saves the rest of its checkpoint in this file beside the shards.

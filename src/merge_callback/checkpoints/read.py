@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.checkpoints.distributed import open_distributed
-from merge_callback.checkpoints.stored import StoredCheckpoint, StoredTensor, in_one_piece, refuse_lazy
+from merge_callback.checkpoints.stored import StoredCheckpoint, StoredTensor, file_inside, in_one_piece, refuse_lazy
 from merge_callback.utilities.files import SAFETENSORS_DTYPES, read_header
 
 # Errors that truncated, modified or foreign files may raise.
@@ -100,9 +100,7 @@ def _open_index(path: Path) -> StoredCheckpoint:
     files = json.loads(path.read_text())["weight_map"]
     known = {}
     for name in sorted(set(files.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{path} names a file in another folder: {name!r}")
-        known[name] = _safetensors(path.with_name(name))
+        known[name] = _safetensors(file_inside(path.parent, name))
     return StoredCheckpoint(path, {name: known[file][name] for name, file in files.items()})
 
 

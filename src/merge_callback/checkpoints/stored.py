@@ -16,6 +16,17 @@ from torch import Tensor
 from merge_callback.utilities.files import read_into
 
 
+def file_inside(folder: Path, name: str) -> Path:
+    """Returns the path of a file that a checkpoint names as its part.
+
+    Raises:
+        ValueError: If the name leads out of the checkpoint's folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{folder} names a file in another folder: {name!r}")
+    return folder / name
+
+
 @dataclass(frozen=True)
 class Piece:
     """A rectangular part of a tensor, stored in a file."""
