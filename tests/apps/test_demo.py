@@ -1,7 +1,6 @@
 """The demo, run as a user runs it: a program in a folder of its own."""
 
 import re
-import subprocess
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from merge_callback.apps.demo.corpus import load_corpus
 from merge_callback.apps.demo.data import ByteBlocks, TextDataModule
 from merge_callback.apps.runs import read_validations
 from merge_callback.prediction.records import read_records
-from tests.helpers.commands import MERGE_CALLBACK, merge_callback
+from tests.helpers.commands import merge_callback
+from tests.helpers.processes import run_program
 
 SHORT = [
     "trainer.max_steps=60",
@@ -18,6 +18,9 @@ SHORT = [
     "model.warmup_steps=10",
     "data.num_validation_blocks=32",
     "demo.anneal_at=[]",
+    "model.num_layers=2",
+    "model.width=32",
+    "demo.context=64",
 ]
 
 
@@ -57,8 +60,7 @@ trainer:
 
 
 def demo(folder, *overrides):
-    command = [MERGE_CALLBACK, "demo", f"hydra.run.dir={folder}", *overrides]
-    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    done = run_program("merge-callback", "demo", f"hydra.run.dir={folder}", *overrides, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return done.stdout + done.stderr
@@ -78,8 +80,9 @@ def weights(output):
 @pytest.mark.slow
 def test_the_merge_beats_the_live_model_on_real_text_and_predicts_an_anneal_it_has_not_seen(tmp_path):
     folder = tmp_path / "run"
-    # Half the demo's batches and half its steps: a quarter of its time.
+    # Half the demo's steps, batches and width: a tenth of its time.
     arguments = ["trainer.max_steps=800", "trainer.val_check_interval=40", "model.warmup_steps=80"]
+    arguments += ["model.num_layers=2", "model.width=64", "demo.context=64"]
     arguments += ["data.batch_size=8", "data.num_validation_blocks=128", "demo.anneal_at=[400,560,680,800]"]
     output = demo(folder, *arguments)
     validations = read_validations(folder / "csv" / "metrics.csv", "val_loss")
@@ -89,7 +92,7 @@ def test_the_merge_beats_the_live_model_on_real_text_and_predicts_an_anneal_it_h
     better = [validation for validation in full if validation.merged < validation.live]
     assert len(better) >= 0.9 * len(full)
     assert full[-1].gain > 0.03
-    assert full[-1].live < 2.1
+    assert full[-1].live < 2.2
     assert f"{full[-1].merged:.4f}" in output
     # Three branches calibrated it, the fourth came afterwards.
     assert [validation.step for validation in validations if validation.predicted] == [720, 760, 800]
@@ -124,10 +127,10 @@ def test_any_config_of_the_common_form_can_be_trained_and_branched(tmp_path, mon
     text.write_text("a text of one's own, many times over\n" * 2000)
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "train.yaml").write_text(CONFIG.format(text=text))
-    program = [MERGE_CALLBACK, "train", "--config-dir", "conf", "--config-name", "train"]
+    program = ["merge-callback", "train", "--config-dir", "conf", "--config-name", "train"]
     branch = ["+anneal.from=step-8.ckpt", "+anneal.span=0.2", "+anneal.record=anneals.jsonl", "hydra.job.chdir=false"]
     for arguments in (["hydra.job.chdir=false"], branch):
-        subprocess.run([*program, *arguments], cwd=tmp_path, capture_output=True, check=True)
+        assert run_program(*program, *arguments, cwd=tmp_path).returncode == 0
     (record,) = read_records(tmp_path / "anneals.jsonl")
     assert (record.start_step, record.step) == (8, 10)
     monkeypatch.chdir(tmp_path)

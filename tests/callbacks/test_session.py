@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch import nn
 from torch.nn import functional as F
 
 from merge_callback import MergeCallback
@@ -132,16 +131,26 @@ def test_a_fit_that_goes_on_keeps_the_window_and_a_new_one_begins_empty(tmp_path
     assert callback.snapshot_steps == [2, 4, 6]
 
 
-def test_a_model_without_trainable_parameters_is_refused_before_training(tmp_path):
-    class Frozen(Toy):
-        def configure_optimizers(self):
-            return torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
+def test_a_model_that_is_frozen_when_the_fit_begins_is_captured_once_it_is_thawed(tmp_path):
+    class Thawed(Toy):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 8:
+                self.out.requires_grad_(True)
 
         def training_step(self, batch, batch_idx):
-            raise AssertionError("training began")
+            loss = super().training_step(batch, batch_idx)
+            return loss if loss.requires_grad else loss.requires_grad_()
 
-    with pytest.raises(ValueError, match="Frozen has no trainable floating-point parameters"):
-        fit(make(Frozen).requires_grad_(False), tmp_path, MergeCallback())
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    runs, callback = [], MergeCallback(2, 3)
+    for callbacks in ([], [callback]):
+        module = make(Thawed).requires_grad_(False)
+        runs.append(fit(module, tmp_path / str(len(runs)), *callbacks))
+    assert_same_training(*runs)
+    assert callback.snapshot_steps == [20, 22, 24]
+    assert not torch.equal(callback.merged_state_dict()["out.weight"], runs[1].module.out.weight)
 
 
 def test_a_rule_is_asked_once_at_each_validation(tmp_path):

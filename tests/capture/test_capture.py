@@ -198,10 +198,29 @@ def test_newly_trainable_parameters_begin_a_new_window_with_a_warning():
     assert set(capture.ring.storage.layout.places) == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
-def test_a_module_without_trainable_parameters_is_refused():
+def test_a_module_without_parameters_is_refused_and_a_frozen_one_is_waited_for():
     capture = SnapshotCapture(1, 5, [], "stable", None)
-    with pytest.raises(ValueError, match="Linear has no trainable floating-point parameters"):
-        capture.prepare(nn.Linear(2, 2).requires_grad_(False))
+    with pytest.raises(ValueError, match="ReLU has no floating-point parameters"):
+        capture.prepare(nn.ReLU())
+    module = nn.Linear(2, 2).requires_grad_(False)
+    capture.prepare(module)
+    assert capture.describe().endswith("once there are trainable parameters whose shapes are known")
+    capture.after_step(module, 1, [1.0], [1.0])
+    assert capture.steps == []
+    module.weight.requires_grad_(True)
+    capture.after_step(module, 2, [1.0], [1.0])
+    assert capture.steps == [2]
+    assert list(capture.layout.places) == ["weight"]
+
+
+def test_parameters_that_never_get_a_shape_are_left_out():
+    module = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2), nn.LazyBatchNorm1d())
+    capture = SnapshotCapture(1, 5, [], "stable", None)
+    capture.prepare(module)
+    for step in (1, 2):
+        capture.after_step(module, step, [1.0], [1.0])
+    assert capture.steps == [1, 2]
+    assert list(capture.layout.places) == ["0.weight", "0.bias"]
 
 
 @given(st.integers(1, 12), st.one_of(st.none(), st.integers(1, 7)), st.integers(1, 200), st.integers(1, 200))
@@ -241,7 +260,7 @@ def test_lazy_parameters_are_captured_once_they_have_shapes():
     module = nn.LazyLinear(2)
     capture = SnapshotCapture(1, 3, [], "stable", None)
     capture.prepare(module)
-    assert capture.describe().endswith("of parameters whose shapes are not known yet")
+    assert capture.describe().endswith("once there are trainable parameters whose shapes are known")
     module(torch.zeros(1, 4))
     capture.after_step(module, 1, [1.0], [1.0])
     assert capture.steps == [1]

@@ -172,7 +172,10 @@ def test_snapshots_of_another_run_in_the_same_directory_are_told_from_those_of_t
 
 @pytest.mark.parametrize("name", ["a/b", "../x", "..", "a\\b", "a b", "é", "a%2Fb"])
 def test_whatever_a_callback_is_called_its_files_stay_in_their_folder(tmp_path, name):
-    fit(make(Toy), tmp_path / "logs", MergeCallback(2, 2, name=name, storage=tmp_path / "inner" / "files"), max_steps=6)
+    callback = MergeCallback(2, 2, name=name, storage=tmp_path / "inner" / "files")
+    fit(make(Toy), tmp_path / "logs", callback, max_steps=6)
+    # Waits until all are written.
+    callback.merged_state_dict()
     files = list((tmp_path / "inner" / "files").iterdir())
     assert len(files) == 2
     assert all(file.suffix == ".safetensors" for file in files)

@@ -2,9 +2,8 @@
 
 import json
 import re
-import subprocess
-import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from merge_callback.checkpoints.read import open_checkpoint
 from merge_callback.checkpoints.write import read_provenance
 from tests.helpers import reference
 from tests.helpers.commands import merge_callback
+from tests.helpers.processes import call
 from tests.helpers.toys import Toy, fit, make, same
 
 
@@ -373,25 +373,20 @@ def test_a_folder_of_model_and_optimizer_and_names_that_are_none_are_refused(tmp
         open_checkpoint(tmp_path / "numbers_1.pt")
 
 
-MEASURED = """
-import sys, torch
-from pathlib import Path
-from merge_callback.apps.merge import find_checkpoints
-from merge_callback.checkpoints.merge import merge_checkpoints
-from tests.helpers.commands import merge_callback
-
 def memory(kind):
     # Not `getrusage`, whose peak begins with that of the parent.
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind)]
     return int(line.split()[1])
 
-before = memory("VmRSS")
-folder, number, *outputs = sys.argv[1:]
-for output in outputs:
-    Path("/proc/self/clear_refs").write_text("5")
-    merge_checkpoints(sorted(Path(folder).glob("step-*.ckpt"))[: int(number)], Path(folder) / output)
-    print((memory("VmHWM") - before) // 1024)
-"""
+
+def peaks(folder, num_checkpoints, outputs):
+    """MiB beyond what the process had before, for each output."""
+    before, found = memory("VmRSS"), []
+    for output in outputs:
+        Path("/proc/self/clear_refs").write_text("5")
+        merge_checkpoints(sorted(folder.glob("step-*.ckpt"))[:num_checkpoints], folder / output)
+        found.append((memory("VmHWM") - before) // 1024)
+    return found
 
 
 @pytest.mark.slow
@@ -403,11 +398,7 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
     # A tensor and some chunks of it; of a .ckpt, the result once.
     most = {"m.safetensors": 64, "m.ckpt": 200}
 
-    def peaks(num_checkpoints):
-        command = [sys.executable, "-c", MEASURED, str(tmp_path), str(num_checkpoints), *most]
-        return map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-
-    for output, few, many in zip(most, peaks(2), peaks(6), strict=True):
+    for output, few, many in zip(most, *(call(peaks, tmp_path, num, list(most)) for num in (2, 6)), strict=True):
         assert many < most[output], output
         # What the allocator keeps differs by some MiB; four more checkpoints in memory would be 512.
         assert many - few < 64, output

@@ -2,7 +2,8 @@
 
 import json
 import pickle
-import subprocess
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 from merge_callback import Ema, MergeCallback, MergedCheckpoint, Window
 from merge_callback.checkpoints.write import read_provenance
+from tests.helpers.processes import call
 from tests.helpers.toys import Toy, assert_same_training, batches, fit, lightning, make, same
 
 
@@ -133,28 +135,21 @@ def test_a_file_without_a_merge_is_recognised(tmp_path):
             read_provenance(tmp_path / name)
 
 
-FULL_DISK = """
-import resource, signal, sys, torch
-from tests.helpers.toys import Toy, fit, make
-from merge_callback import MergeCallback
-from pathlib import Path
-
-folder = Path(sys.argv[1])
-callback = MergeCallback(2, 3)
-fit(make(Toy), folder / "run", callback)
-path = folder / sys.argv[2]
-callback.save_merged(path)
-before = path.read_bytes()
-# The file system takes no file larger than this any more, as a full disk would.
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
+def save_on_a_full_disk(folder, name):
+    """What is said when there is no room for a merge whose file is there already, which has to stay."""
+    callback = MergeCallback(2, 3)
+    fit(make(Toy), folder / "run", callback)
+    path = folder / name
     callback.save_merged(path)
-except OSError as error:
-    print("refused:", error)
-assert path.read_bytes() == before
-assert sorted(file.name for file in folder.iterdir()) == sorted(["run", path.name])
-"""
+    before = path.read_bytes()
+    # The file system takes no file larger than this any more, as a full disk would.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    with pytest.raises(OSError, match="not saved") as refused:
+        callback.save_merged(path)
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in folder.iterdir()) == sorted(["run", path.name])
+    return str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["merge.ckpt", "merge.safetensors"])
@@ -172,12 +167,8 @@ def test_a_link_stays_one_and_what_it_points_to_is_replaced(run, tmp_path, name)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["merge.ckpt", "merge.safetensors"])
 def test_a_full_disk_leaves_no_half_file_and_the_older_one_stays(tmp_path, name):
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path), name], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"refused: the merge of steps [20, 22, 24] was not saved to {tmp_path / name}" in done.stdout
+    said = call(save_on_a_full_disk, tmp_path, name)
+    assert said.startswith(f"the merge of steps [20, 22, 24] was not saved to {tmp_path / name}")
 
 
 @pytest.mark.usefixtures("both_lightnings")

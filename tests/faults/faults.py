@@ -40,8 +40,8 @@ FAULTS = [
     ),
     (
         "integer buffers are taken from a snapshot",
-        "        if buffer.is_floating_point() and leaf",
-        "        if leaf",
+        "        if buffer.is_floating_point() and is_saved",
+        "        if is_saved",
         "test_persistent_floating_buffers_come_from_the_snapshot_and_no_others",
     ),
     (
@@ -166,7 +166,7 @@ FAULTS = [
     ),
     (
         "merged values are written into the loggers under live names",
-        "                loggers=[_SilentLogger(logger) for logger in trainer.loggers],\n",
+        "                loggers=[SilentLogger(logger) for logger in trainer.loggers],\n",
         "",
         "test_training_is_bit_identical_with_and_without_the_callback",
     ),

@@ -1,23 +1,52 @@
 """A run that says what it is doing, so that a test can kill it there.
 
-    python -m tests.helpers.killable_run FOLDER [STEP]
-
 Saves a checkpoint after every step and resumes from it when it is started again. At the end it leaves what came of it.
 """
 
-import sys
-from pathlib import Path
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from merge_callback import MergeCallback, Window
-from tests.helpers.toys import ResumableBatches, Toy, fit, make
+from tests.helpers.processes import CONTEXT, begin
+from tests.helpers.toys import ResumableBatches, Toy, fit, make, same
+
+# In a process of its own, the test that started it.
+LISTENERS: list[Any] = []
 
 
-def say(*words):
-    print(*words, flush=True)
+class Talk:
+    """A process that runs one of the functions of this file, and what it says, line by line, until it ends."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self._receiver, sender = CONTEXT.Pipe(duplex=False)
+        self.process = begin(_talking, sender, function, arguments)
+        sender.close()
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            while True:
+                yield self._receiver.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join(120)
+
+
+def _talking(sender: Any, function: Any, arguments: tuple[Any, ...]) -> None:
+    LISTENERS.append(sender)
+    warnings.simplefilter("ignore")
+    function(*arguments)
+
+
+def say(*words: Any) -> None:
+    """Tells the test something."""
+    for listener in LISTENERS:
+        listener.send(" ".join(map(str, words)))
 
 
 class Talking(Toy):
@@ -81,5 +110,29 @@ def main(folder, large_save_at=-1):
     torch.save(state, folder / "end.pt")
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+class Terminated(Talking):
+    """Sends itself a signal in the first validation of a merge."""
+
+    trained = None
+
+    def on_train_batch_end(self, *args):
+        self.trained = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        if self.trained and not same(dict(self.state_dict()), self.trained):
+            say("terminated in the merge")
+            os.kill(os.getpid(), self.signal)
+
+
+def terminated(folder, number):
+    """A run that gets a signal in the validation of a merge, and says what is left."""
+    # A shell that starts its jobs in the background has them ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    module = make(Terminated)
+    module.signal = number
+    try:
+        fit(module, folder, MergeCallback(2, 3))
+    except BaseException as error:
+        say("ended with", type(error).__name__)
+    say("live weights are back" if same(dict(module.state_dict()), module.trained) else "other weights")

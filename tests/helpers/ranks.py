@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+
+from tests.helpers.processes import CONTEXT, begin
 
 # Long enough for a busy machine; a hang ends a test with the stack of nobody, so it should be rare.
 TIMEOUT_SECONDS = 240
@@ -24,22 +25,15 @@ class Ranks:
     """
 
     def __init__(self, world_size: int, is_ended_by_errors: bool = False) -> None:
-        context = mp.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self._answers: Any = context.Queue()
-        self._tasks = [context.Queue() for _ in range(world_size)]
+        self._answers: Any = CONTEXT.Queue()
+        self._tasks = [CONTEXT.Queue() for _ in range(world_size)]
         self._processes = [
-            context.Process(
-                target=_serve,
-                args=(rank, world_size, port, is_ended_by_errors, (tasks, self._answers)),
-                daemon=True,
-            )
+            begin(_serve, rank, world_size, port, is_ended_by_errors, (tasks, self._answers))
             for rank, tasks in enumerate(self._tasks)
         ]
-        for process in self._processes:
-            process.start()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What the function returns on each rank; fails if it raises on any, with the traceback."""

@@ -15,12 +15,12 @@ from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from merge_callback.live.preserve import (
-    MAX_ITEMS,
     preserved_attributes,
     preserved_loaders,
     preserved_trainer,
 )
 from merge_callback.live.random_states import preserved_rng
+from merge_callback.live.remember import MAX_ITEMS
 from tests.helpers.toys import Toy, fit, make, same
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import merge_callback
+from tests.helpers.processes import run_program
 from tests.helpers.toys import Toy, batches, make
 
 ROOT = Path(__file__).parents[2]
@@ -46,21 +46,16 @@ def run_blocks(page, folder, names):
         else:
             assert language == "bash", f"a block of {language} in {page.name} needs a title, so that something uses it"
             commands = [shlex.split(line) for line in code.replace("\\\n", "").splitlines()]
-            if all(command[0] == "merge-callback" for command in commands):
-                # In this process, which has imported all that they need.
-                for _, *arguments in commands:
-                    done = merge_callback(*arguments)
-                    assert done.returncode == 0, f"{page.name}: {arguments}\n{done.stdout}{done.stderr}"
+            if all(command[0] in ("merge-callback", "python") for command in commands):
+                # Without importing all that they need again.
+                for command, *arguments in commands:
+                    words = arguments if command == "python" else [command, *arguments]
+                    done = run_program(*words, cwd=folder, environment=environment)
+                    assert done.returncode == 0, f"{page.name}: {words}\n{done.stdout}{done.stderr}"
                 continue
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", code],
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, f"{page.name}: {code}\n{done.stdout}{done.stderr}"
+            shell = ["bash", "-euo", "pipefail", "-c", code]
+            ended = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            assert ended.returncode == 0, f"{page.name}: {code}\n{ended.stdout}{ended.stderr}"
 
 
 @pytest.mark.slow

@@ -1,23 +1,20 @@
 """The examples of the docs run as they stand: plain Python, and LightningCLI by file, by name and with its help."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.helpers.processes import run_program
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 CLI = ["cli.py", "fit"]
 
 
 def example(*arguments, cwd):
-    command = [sys.executable, "-W", "error::UserWarning:merge_callback", str(EXAMPLES / arguments[0]), *arguments[1:]]
     # A wide terminal, so that help texts are not broken where they are looked for.
-    environment = os.environ | {"COLUMNS": "400"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = run_program(str(EXAMPLES / arguments[0]), *arguments[1:], cwd=cwd, environment={"COLUMNS": "400"})
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

@@ -25,10 +25,11 @@ FOLDERS = (
 USES_LIGHTNING = ("live/", "checkpoints/write.py", "validation/", "callbacks/", "apps/", "utilities/messages.py")
 # Where private names of Lightning's loops, results, connectors and loaders are used.
 USES_PRIVATE_LOOPS = ("live/evaluate.py", "live/observe.py", "live/preserve.py")
-# Private names elsewhere: those of `nn.Module`, of which torch documents no others, and two of single objects.
+# Private names elsewhere: those of `nn.Module` and the count of a tensor's writes, of which torch documents no others,
+# and two of single objects.
 OTHER_PRIVATE = re.compile(
     r"_buffers|_modules|_parameters|_non_persistent_buffers_set|_foreach_\w+|_checkpoint_offset|_hparams_name"
-    r"|_save_topk_checkpoint"
+    r"|_save_topk_checkpoint|_version"
 )
 MAX_LINES = 300
 

@@ -7,6 +7,7 @@ import torch
 
 from merge_callback.prediction.metrics import AnnealPredictionError, RecoveredShare
 from merge_callback.validation.router_agreement import RouterAgreement
+from tests.helpers.processes import begin
 
 BRANCHES = torch.tensor([[1.5056, 1.4081, 1.3967], [1.3892, 1.2886, 1.2771], [1.2, 1.25, 1.1]], dtype=torch.float64)
 # Of two routers for nine tokens.
@@ -55,7 +56,9 @@ def on_rank(rank, folder):
 
 @pytest.mark.slow
 def test_ranks_add_up(tmp_path):
-    torch.multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=2)
+    processes = [begin(on_rank, rank, str(tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.join()
     for make, columns in METRICS.items():
         whole = make()
         whole.update(*BRANCHES[:, columns].T)

@@ -102,22 +102,28 @@ class SnapshotCapture:
         return f"nothing was captured yet, so there is no merge: capturing begins {begins}"
 
     def prepare(self, module: nn.Module) -> None:
-        """Allocates ring and averages, unless lazy parameters get their shapes only in the first forward pass.
+        """Allocates ring and averages, unless that has to wait for the first steps.
+
+        It waits if all parameters are frozen, which a fine-tuning callback may thaw later, and for lazy parameters,
+        which get their shapes in the first forward pass.
 
         Raises:
-            ValueError: If the module has no trainable floating-point parameters, or none is selected.
+            ValueError: If the module has no floating-point parameters, or none of the trainable ones is selected.
             MemoryError: If ring and averages do not fit into the free memory.
         """
-        if has_lazy_parameters(module):
+        if not any(parameter.is_floating_point() for parameter in module.parameters()):
+            raise ValueError(f"{type(module).__name__} has no floating-point parameters, so there is nothing to merge")
+        if has_lazy_parameters(module) or not merged_parameters(module):
             return
-        parameters = merged_parameters(module, self.selection)
-        if not parameters:
+        if not merged_parameters(module, self.selection):
             raise ValueError(
-                f"{type(module).__name__} has no trainable floating-point parameters, so there is nothing to merge"
-                if self.selection.is_everything
-                else f"Parts(include={self.selection.include}, exclude={self.selection.exclude}) leave no trainable"
+                f"Parts(include={self.selection.include}, exclude={self.selection.exclude}) leave no trainable"
                 " parameter to merge"
             )
+        self._allocate(module)
+
+    def _allocate(self, module: nn.Module) -> None:
+        parameters = merged_parameters(module, self.selection)
         self.sharding = Sharding(parameters)
         self._left_out = describe_left_out(module, self.selection)
         self.layout = layout = RowLayout(local_tensors(parameters))
@@ -149,7 +155,7 @@ class SnapshotCapture:
             parts.append(f"{num} average{'s' if num > 1 else ''} over every step {during}")
         what = ", and ".join(parts) + self._left_out
         if self.layout is None:
-            return f"{what}, of parameters whose shapes are not known yet"
+            return f"{what}, once there are trainable parameters whose shapes are known"
         sizes = CaptureSizes(
             snapshots=self.ring.storage.size_bytes if self.ring is not None else 0,
             averages=num * sum(shadow_bytes(self.layout).values()),
@@ -186,11 +192,13 @@ class SnapshotCapture:
         if not event.is_stable:
             return
         is_due = bool(self.num_snapshots) and self.window.schedule.take(step)
-        if not (is_due or len(self.averages)) or (self.layout is None and has_lazy_parameters(module)):
+        if not (is_due or len(self.averages)):
             return
         if self._live is None or self._live.module is not module:
             self._live, self._fitting = LiveTensors(module, self.selection), 0
         found, parameters = self._live.find(), self._live.parameters()
+        if not parameters:
+            return
         if is_due or found != self._fitting:
             self._fit_to(module, parameters, step)
             self._fitting = found
@@ -235,7 +243,7 @@ class SnapshotCapture:
         # Free the old ring first, so that both never take memory at once.
         self.ring = None
         self.averages.fit_to(None)
-        self.prepare(module)
+        self._allocate(module)
 
     def drop_unusable(self) -> list[str]:
         """Drops snapshots that some rank cannot use, and returns the reasons. All ranks must call it together.

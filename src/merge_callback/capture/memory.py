@@ -3,14 +3,11 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from merge_callback.capture.layout import RowLayout
-from merge_callback.utilities.devices import free_device_bytes, works_beside_host
-
-_MEMINFO = Path("/proc/meminfo")
+from merge_callback.utilities.devices import free_bytes, works_beside_host
 
 
 @dataclass(frozen=True)
@@ -72,17 +69,6 @@ def refuse_if_too_large(
                 f"{what} need {needed / 2**30:.2f} GiB on {device}, but only"
                 f" {free / 2**30:.2f} GiB are free; keep fewer of them or keep them in dtype=torch.bfloat16"
             )
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Returns the bytes that can still be allocated on a device; None if the platform does not report it."""
-    if device.type != "cpu":
-        return free_device_bytes(device)
-    if _MEMINFO.exists():
-        # Not MemFree, which leaves out the memory that the page cache returns on demand.
-        available = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
-        return int(available.split()[1]) * 1024
-    return None
 
 
 def on_devices(layout: RowLayout) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from merge_callback.capture.capture import SnapshotCapture
 from merge_callback.capture.merges import Merge
 from merge_callback.live.batch_norm import Recalibration
-from merge_callback.live.sharding import local, reshard
+from merge_callback.live.sharding import reshard
 from merge_callback.live.swap import swapped_weights
-from merge_callback.live.weights import tensors_by_name
+from merge_callback.live.weights import snapshot_buffers, tensors_by_name
 from merge_callback.merging.rules import decay_from_coefficients
 from merge_callback.utilities.messages import Messages
 
@@ -138,14 +138,29 @@ class MergeSet:
         assert self.capture.layout is not None
         merged = self.capture.layout.views(row)
         self.capture.finish()
-        live = tensors_by_name(module, [*merged, *merge.buffers])
+        live = tensors_by_name(module, merged)
         # Copied, since a forward pass may write to buffers; moved, since Lightning takes the model off its device after
         # a fit.
-        for name, buffer in merge.buffers.items():
-            merged[name] = buffer.to(local(live[name]).device, copy=True)
+        for name, buffer, own in self._fitting_buffers(module, merge):
+            live[name], merged[name] = own, buffer.to(own.device, copy=True)
         with swapped_weights(live, merged, before=partial(reshard, module)):
             self._recalibration.apply_(module)
             yield
+
+    def _fitting_buffers(self, module: nn.Module, merge: Merge) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yields name, value in the merge, and live buffer, of buffers that are as they were; the others stay live."""
+        buffers = snapshot_buffers(module)
+        for name, buffer in merge.buffers.items():
+            own = buffers.get(name)
+            if own is not None and own.shape == buffer.shape and own.dtype == buffer.dtype:
+                yield name, buffer, own
+            else:
+                what = "is gone" if own is None else f"is now {list(own.shape)} of {own.dtype}"
+                was = f"{list(buffer.shape)} of {buffer.dtype}"
+                self._messages.warn(
+                    f"the buffer {name} {what}; in the newest snapshot it was {was}. Merges take the live one",
+                    f"buffer {name}",
+                )
 
     def drop_unusable(self) -> None:
         """Drops snapshots that some rank cannot use, with a warning for each. All ranks must call it together.

@@ -17,15 +17,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers.logger import DummyExperiment, Logger
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from merge_callback.live.preserve import preserved_attributes, preserved_loaders, preserved_trainer
+from merge_callback.live.isolate import isolated_tensors
+from merge_callback.live.preserve import (
+    preserved_attributes,
+    preserved_loaders,
+    preserved_loading,
+    preserved_trainer,
+)
 from merge_callback.live.random_states import preserved_rng
-from merge_callback.live.sharding import local_clones
-from merge_callback.live.swap import swapped_weights
+from merge_callback.live.silent import SilentCallback, SilentLogger
 
 
 @dataclass(frozen=True)
@@ -36,45 +40,6 @@ class LoggedValue:
     prog_bar: bool = False
     logger: bool = True
     higher_is_better: bool | None = None
-
-
-class _SilentCallback:
-    """A proxy for a callback whose hooks do nothing. Everything else, also its class, is the callback's own.
-
-    Removing the callbacks instead would break user code that looks them up on the trainer, and the thread that draws
-    Lightning's rich progress bar.
-    """
-
-    def __init__(self, callback: Callback) -> None:
-        self._callback = callback
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._callback)
-
-    def __getattr__(self, name: str) -> Any:
-        return _do_nothing if name.startswith("on_") else getattr(self._callback, name)
-
-
-class _SilentLogger:
-    """A proxy for a logger that logs nothing. Names, folders and the class are the logger's own."""
-
-    def __init__(self, logger: Logger) -> None:
-        self._logger = logger
-        self.experiment = DummyExperiment()
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._logger)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._logger, name)
-        is_action = name.startswith("log_") or name in ("save", "finalize", "after_save_checkpoint", "watch")
-        return _do_nothing if is_action and callable(value) else value
-
-
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
 
 
 def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict[str, LoggedValue]:
@@ -122,10 +87,11 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(preserved_loaders(loaders.flattened))
+        if (training := trainer.fit_loop._combined_loader) is not None:
+            stack.enter_context(preserved_loading(training.flattened))
         stack.enter_context(preserved_trainer(trainer))
         stack.enter_context(preserved_attributes(module))
-        buffers = dict(module.named_buffers())
-        stack.enter_context(swapped_weights(buffers, local_clones(buffers)))
+        stack.enter_context(isolated_tensors(module, trainer.optimizers))
         if isinstance(wrapper := trainer.model, DistributedDataParallel):
             # DDP copies rank 0's buffers in the first evaluation after a training step, then clears this flag. The live
             # validation still needs that copy.
@@ -135,8 +101,8 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         stack.enter_context(
             _replaced(
                 trainer,
-                callbacks=[_SilentCallback(callback) for callback in trainer.callbacks],  # type: ignore[attr-defined]
-                loggers=[_SilentLogger(logger) for logger in trainer.loggers],
+                callbacks=[SilentCallback(callback) for callback in trainer.callbacks],  # type: ignore[attr-defined]
+                loggers=[SilentLogger(logger) for logger in trainer.loggers],
                 _logger_connector=connector,
                 save_checkpoint=save_with_live_loop,
             )

@@ -2,10 +2,10 @@
 
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from merge_callback.live.evaluate import LoggedValue, _epoch_values, _replaced
 from merge_callback.live.swap import live_weights
@@ -63,7 +63,7 @@ class _ObservedRun:
         with _saving_live_weights(self.trainer):
             for observer in self.observers:
                 observer.before_validation(self.trainer)
-        with _called_after_epoch_end(self.trainer.lightning_module, self._publish):
+        with _called_before_epoch_ends(self.trainer, self._publish):
             return run()
 
     def _publish(self) -> None:
@@ -90,21 +90,20 @@ class _ObservedRun:
 
 
 @contextmanager
-def _called_after_epoch_end(module: LightningModule, function: Callable[[], None]) -> Iterator[None]:
-    """Calls the function right after the module's own ``on_validation_epoch_end``.
+def _called_before_epoch_ends(trainer: Trainer, function: Callable[[], None]) -> Iterator[None]:
+    """Calls the function after the module's own ``on_validation_epoch_end``, when values can still be logged.
 
     Lightning runs the callbacks' hook of that name before the module's, too early to see what the module logs in it.
+    Nothing is set on the module, which may be copied or pickled meanwhile.
     """
-    with ExitStack() as replaced:
-        own_hook = module.on_validation_epoch_end
+    connector = trainer._logger_connector
+    end_epoch = connector.on_epoch_end
 
-        def hook() -> None:
-            # Removed first, so that the module can be copied or pickled in its own hook.
-            replaced.close()
-            own_hook()
-            function()
+    def publish_and_end() -> None:
+        function()
+        end_epoch()
 
-        replaced.enter_context(_replaced(module, on_validation_epoch_end=hook))
+    with _replaced(connector, on_epoch_end=publish_and_end):
         yield
 
 

@@ -110,6 +110,11 @@ def live_weights() -> Iterator[None]:
             exchange.put_in()
 
 
+def is_swapped(tensor: Tensor) -> bool:
+    """Returns whether an active `swapped_weights` has given a live tensor other values."""
+    return any(id(tensor) in exchange.live for exchange in _swaps)
+
+
 class _Exchange:
     """Live tensors and the values that replace them. Both directions can be repeated, also after an interrupt."""
 
@@ -117,6 +122,8 @@ class _Exchange:
         self, live: Mapping[str, Tensor], other: Mapping[str, Tensor], before: Callable[[], None], in_place: bool
     ) -> None:
         self._before = before
+        # Identities of the live tensors.
+        self.live = {id(tensor) for tensor in live.values()}
         # FSDP2 may still be copying offloaded shards from host memory to the device, which runs asynchronously.
         self._is_offloaded = any(map(is_offloaded, live.values()))
         # Live tensor, its own values, its other values.

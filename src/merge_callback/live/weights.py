@@ -30,7 +30,7 @@ def merged_parameters(module: nn.Module, selection: Selection = EVERYTHING) -> d
     return {
         name: parameter
         for name, parameter in named
-        if parameter.requires_grad and parameter.is_floating_point() and selection(name)
+        if parameter.requires_grad and parameter.is_floating_point() and not is_lazy(parameter) and selection(name)
     }
 
 
@@ -60,7 +60,8 @@ def _buffer_owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     for name, buffer in module.named_buffers():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        if buffer.is_floating_point() and leaf not in owner._non_persistent_buffers_set:
+        is_saved = leaf not in owner._non_persistent_buffers_set
+        if buffer.is_floating_point() and is_saved and not is_lazy(buffer):
             owners[clean_name(name)] = owner, leaf
     return owners
 
@@ -134,7 +135,10 @@ class LiveTensors:
 
     def _look(self) -> list[Any]:
         """Returns all that decides which tensors are merged, and under which names. Replacing a buffer is no change."""
-        parameters = [(each.dtype, each.shape) if each.requires_grad else None for each in self._all_parameters]
+        parameters = [
+            (each.dtype, each.shape) if each.requires_grad and not is_lazy(each) else None
+            for each in self._all_parameters
+        ]
         buffers = [None if buffer is None else buffer.dtype for buffer in _values(self._buffers)]
         names = chain.from_iterable([*self._fixed, *self._buffers])
         return [*parameters, *buffers, *names, *map(len, self._not_persistent)]

@@ -1,8 +1,11 @@
 """What differs between devices: whether they work beside the host, and how much memory they have left."""
 
 import time
+from pathlib import Path
 
 import torch
+
+_MEMINFO = Path("/proc/meminfo")
 
 
 def works_beside_host(device: torch.device) -> bool:
@@ -23,8 +26,12 @@ def wait_for_device(device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def free_device_bytes(device: torch.device) -> int | None:
-    """Returns the bytes that torch can still allocate on an accelerator; None if its module does not report it."""
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the bytes that can still be allocated on a device; None if the platform does not report it."""
+    if device.type == "cpu" and _MEMINFO.exists():
+        # Not MemFree, which leaves out the memory that the page cache returns on demand.
+        available = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
     if not works_beside_host(device):
         return None
     module = torch.get_device_module(device)

@@ -3,13 +3,15 @@
 from typing import Any
 
 import hydra
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 
 from template_app.utils.instantiators import instantiate_callbacks, instantiate_loggers
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
+    # Here, so that Hydra answers at once where the command line is wrong.
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything  # noqa: PLC0415
+
     if cfg.get("seed"):
         seed_everything(cfg.seed, workers=True)
     datamodule: LightningDataModule = hydra.utils.instantiate(cfg.data)
