@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from matplotlib import pyplot
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.tensorboard import SummaryWriter
 from torchmetrics import MeanSquaredError
 from torchmetrics.wrappers import MetricTracker
 
 from merge_callback import MergeCallback, Parts
 from merge_callback.live import isolate
-from tests.helpers.toys import Toy, assert_same_training, batches, fit, make
+from tests.helpers.processes import call
+from tests.helpers.toys import ResumableBatches, Toy, assert_same_training, batches, fit, lightning, make, same
 
 pytestmark = [
     pytest.mark.gpu,
@@ -269,6 +273,33 @@ def test_what_there_is_no_room_to_copy_is_told_of_when_it_is_written_to(tmp_path
         fit(make(module_class), tmp_path, MergeCallback(2, 3))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda bank: torch.cat([bank, bank]), r"the buffer bank is now \[4\]"),
+        (lambda bank: bank.double(), "the buffer bank is now .* of torch.float64"),
+        (lambda bank: None, "the buffer bank is gone"),
+    ],
+    ids=["grows", "dtype", "none"],
+)
+def test_a_buffer_that_changed_since_the_snapshot_stays_live_with_a_warning(tmp_path, change, message):
+    class Banking(Toy):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("bank", torch.zeros(2))
+
+        def on_train_batch_end(self, *arguments):
+            # After the snapshot of that step, before its validation.
+            if self.global_step == 16:
+                self.bank = change(self.bank)
+
+    without = fit(make(Banking), tmp_path / "without")
+    with pytest.warns(UserWarning, match=message):
+        watched = fit(make(Banking), tmp_path / "with", MergeCallback(2, 3))
+    assert_same_training(without, watched)
+    assert len(watched.logged("merged/val_loss")) == 6
+
+
 # Data
 
 
@@ -405,3 +436,164 @@ def test_the_loss_of_a_module_that_reads_its_merged_weights_is_that_of_the_merge
     run = fit(make(Reading), tmp_path, callback)
     merged = callback.merged_state_dict()["out.weight"].square().mean()
     assert run.logged("merged/norm")[-1][1] == pytest.approx(float(merged), rel=1e-5)
+
+
+def test_a_merge_whose_values_never_differ_from_the_live_ones_is_told_of(tmp_path):
+    class ThroughView(Toy):
+        """Reads the weights of its last layer through a view that was made before."""
+
+        def __init__(self):
+            super().__init__()
+            self.views = []
+
+        def on_fit_start(self):
+            self.views = [parameter.data for parameter in self.parameters() if parameter.requires_grad]
+
+        def on_validation_epoch_start(self):
+            for parameter, view in zip((p for p in self.parameters() if p.requires_grad), self.views, strict=True):
+                parameter.data = view
+
+    module = make(ThroughView)
+    # Its statistics would be those of the newest snapshot.
+    module.norm.track_running_stats = False
+    with pytest.warns(UserWarning, match="exactly the values of the live model 3 times"):
+        run = fit(module, tmp_path, MergeCallback(1, 3))
+    assert {gain for _, gain in run.logged("merge_gain/val_loss")} == {0.0}
+
+
+def test_a_merge_of_equal_weights_has_equal_values_and_nothing_is_said(tmp_path):
+    run = fit(make(Toy, learning_rate=0.0), tmp_path, MergeCallback(1, 3))
+    assert {gain for _, gain in run.logged("merge_gain/val_loss")} <= {0.0}
+
+
+class Scripted(Toy):
+    def __init__(self):
+        super().__init__()
+        self.out = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)))
+
+
+class Traced(Toy):
+    def __init__(self):
+        super().__init__()
+        self.out = torch.jit.trace(nn.Linear(6, 3), torch.zeros(1, 6))
+
+
+def train_scripted(folder, module_class):
+    """Both runs without the executor that compiles after some calls, and then rounds otherwise."""
+    torch._C._jit_set_profiling_executor(False)
+    torch._C._jit_set_profiling_mode(False)
+    without = fit(make(module_class), folder / "without")
+    watched = fit(make(module_class), folder / "with", MergeCallback(2, 3))
+    assert_same_training(without, watched)
+    return {gain for _, gain in watched.logged("merge_gain/val_loss")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module_class", [Scripted, Traced])
+def test_scripted_and_traced_children_train_the_same_and_have_merges(tmp_path, module_class):
+    assert call(train_scripted, tmp_path, module_class) != {0.0}
+
+
+# Validations that are counted, stopped and wrapped
+
+
+def test_every_second_validation_has_a_merge_also_where_a_later_callback_decides_on_it(tmp_path):
+    class Deciding(Callback):
+        """Asks for a validation that nobody could foresee, and prevents one."""
+
+        def on_train_batch_end(self, trainer, pl_module, *arguments):
+            loop = trainer.fit_loop.epoch_loop
+            loop._should_check_val_fx = lambda fetcher: trainer.global_step in (3, 6, 7, 12, 15, 18)
+
+    callback = MergeCallback(1, 3, evaluate_every_n_validations=2)
+    run = fit(make(Toy), tmp_path, callback, Deciding())
+    assert [step + 1 for step, _ in run.logged("val_loss")] == [3, 6, 7, 12, 15, 18]
+    assert [step + 1 for step, _ in run.logged("merged/val_loss")] == [6, 12, 18]
+
+
+class StopError(Exception):
+    pass
+
+
+class Stopping(Toy):
+    """Is stopped in the second batch of the validation of the merge at step 8."""
+
+    is_stopped = False
+
+    def on_validation_epoch_start(self):
+        self.is_merged = type(self.trainer.fit_loop.epoch_loop.val_loop.run).__name__ != "_ObservedRun"
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        if self.is_stopped and self.is_merged and self.global_step == 8 and batch_idx == 1:
+            self.trainer.save_checkpoint(self.path)
+            raise StopError
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_a_merged_validation_in_which_a_run_was_stopped_is_repeated_after_the_resume(tmp_path):
+    def module():
+        made = make(Stopping)
+        made.dropout.p = 0.0
+        return made
+
+    whole = fit(module(), tmp_path / "whole", MergeCallback(2, 3), train=ResumableBatches())
+    stopping = module()
+    stopping.is_stopped, stopping.path = True, tmp_path / "stopped.ckpt"
+    with pytest.raises(StopError):
+        fit(stopping, tmp_path / "stopped", MergeCallback(2, 3), train=ResumableBatches())
+    path = str(tmp_path / "stopped.ckpt")
+    resumed = fit(module(), tmp_path / "resumed", MergeCallback(2, 3), train=ResumableBatches(), ckpt_path=path)
+    assert same(dict(whole.module.state_dict()), dict(resumed.module.state_dict()))
+    for name in ("val_loss", "merged/val_loss"):
+        assert resumed.logged(name) == [pair for pair in whole.logged(name) if pair[0] + 1 >= 8]
+
+
+def test_what_somebody_else_has_put_around_the_validation_loop_is_called_and_stays(tmp_path):
+    class Wrapping(Callback):
+        """A profiler, say."""
+
+        def on_fit_start(self, trainer, pl_module):
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            own = loop.run
+
+            def run():
+                self.calls.append(trainer.global_step)
+                return own()
+
+            loop.run = self.run = run
+
+        def __init__(self):
+            self.calls = []
+
+    for order in (0, 1):
+        wrapping, callback = Wrapping(), MergeCallback(2, 3)
+        callbacks = [wrapping, callback] if order == 0 else [callback, wrapping]
+        run = fit(make(Toy), tmp_path / str(order), *callbacks)
+        assert [step for step in wrapping.calls if step] == [4, 8, 12, 16, 20, 24]
+        assert run.trainer.fit_loop.epoch_loop.val_loop.run is wrapping.run
+        assert len(run.logged("merged/val_loss")) == 6
+
+
+# Loggers
+
+
+def test_experiments_answer_what_they_are_asked_and_nothing_is_written(tmp_path):
+    class Asking(Toy):
+        def on_validation_epoch_end(self):
+            experiment = self.logger.experiment
+            assert isinstance(experiment, SummaryWriter)
+            answers.append((experiment.log_dir, experiment.get_logdir()))
+            figure, _ = pyplot.subplots()
+            experiment.add_figure("a picture", figure, self.global_step)
+            experiment.add_scalar("written", 1.0, self.global_step)
+
+    answers = []
+    logger = lightning(".loggers").TensorBoardLogger(tmp_path)
+    fit(make(Asking), tmp_path, MergeCallback(2, 3), logger=logger)
+    assert set(answers) == {(logger.log_dir, logger.log_dir)}
+    assert pyplot.get_fignums() == []
+    events = EventAccumulator(logger.log_dir).Reload()
+    # The sanity check and six live validations.
+    assert len(events.Scalars("written")) == 7
+    assert len(answers) == 7 + 6

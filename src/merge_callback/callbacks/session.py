@@ -96,7 +96,7 @@ class MergeSession:
     def after_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Captures weights, if the optimizers have stepped."""
         is_validated = validation_follows(trainer)
-        self.validation.num_validations += is_validated
+        self.validation.count.foresee(trainer, is_validated)
         step = optimizer_step(trainer)
         if step == self.step:
             return

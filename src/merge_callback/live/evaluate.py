@@ -12,6 +12,7 @@ and returns what to log beside them. These values have the same step and row, an
 Lightning keeps these loops private. Only this file and `observe` use their private names.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
             trainer.save_checkpoint(*arguments, **options)
 
     with ExitStack() as stack:
+        stack.enter_context(_begun(live_loop.batch_progress))
         stack.enter_context(preserved_rng())
         stack.enter_context(preserved_loaders(loaders.flattened))
         if (training := trainer.fit_loop._combined_loader) is not None:
@@ -109,6 +111,21 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         )
         loop.run()
         return _epoch_values(loop._results, connector.callback_metrics)
+
+
+@contextmanager
+def _begun(progress: Any) -> Iterator[None]:
+    """Lets the live validation look as if its first batch were under way, also after an exception.
+
+    A run that is stopped inside the context, and resumed from a checkpoint of it, then repeats the validation of that
+    step, as one that is stopped in a live validation does.
+    """
+    before = copy.deepcopy(progress.state_dict())
+    progress.reset_on_run()
+    progress.increment_ready()
+    progress.increment_started()
+    yield
+    progress.load_state_dict(before)
 
 
 def num_limited_batches(trainer: Trainer, limit_batches: int | float | None) -> tuple[int | float, int | float]:

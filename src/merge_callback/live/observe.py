@@ -4,6 +4,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 
@@ -31,32 +32,52 @@ class ValidationObserver(Protocol):
 def observe_validations(trainer: Trainer, observer: ValidationObserver) -> None:
     """Calls the observer around every validation of the running fit, until `stop_observing_validations`."""
     loop = trainer.fit_loop.epoch_loop.val_loop
-    if not isinstance(loop.run, _ObservedRun):
-        loop.run = _ObservedRun(trainer)  # type: ignore[method-assign]
-    loop.run.observers.append(observer)
+    if loop not in _observed:
+        _observed[loop] = run = _ObservedRun(trainer, vars(loop).get("run"))
+        loop.run = run  # type: ignore[method-assign]
+    _observed[loop].observers.append(observer)
 
 
 def stop_observing_validations(trainer: Trainer, observer: ValidationObserver) -> None:
     """Undoes `observe_validations`; does nothing if the observer is not registered."""
     loop = trainer.fit_loop.epoch_loop.val_loop
-    if isinstance(loop.run, _ObservedRun) and observer in loop.run.observers:
-        loop.run.observers.remove(observer)
-        if not loop.run.observers:
+    run = _observed.get(loop)
+    if run is None or observer not in run.observers:
+        return
+    run.observers.remove(observer)
+    # If somebody has wrapped it meanwhile, it stays there and calls nobody.
+    if not run.observers and loop.run is run:
+        del _observed[loop]
+        if run.replaced is None:
             del loop.run
+        else:
+            loop.run = run.replaced  # type: ignore[method-assign]
+
+
+# Validation loop -> its observed `run`.
+_observed: "WeakKeyDictionary[Any, _ObservedRun]" = WeakKeyDictionary()
 
 
 class _ObservedRun:
-    """Replaces the ``run`` method of the fit's validation loop."""
+    """Replaces the ``run`` method of the fit's validation loop.
 
-    def __init__(self, trainer: Trainer) -> None:
+    Args:
+        trainer: The trainer.
+        replaced: What somebody else has put in the place of the method, such as a profiler; it is called as before.
+    """
+
+    def __init__(self, trainer: Trainer, replaced: Callable[[], Any] | None) -> None:
         self.trainer = trainer
+        self.replaced = replaced
         self.observers: list[ValidationObserver] = []
         # Names that observers logged. Lightning's results keep them, and they are not live values in later validations.
         self.published: set[str] = set()
 
     def __call__(self) -> Any:
         loop = self.trainer.fit_loop.epoch_loop.val_loop
-        run = types.MethodType(type(loop).run, loop)
+        run = self.replaced or types.MethodType(type(loop).run, loop)
+        if not self.observers:
+            return run()
         loop.setup_data()
         if loop.skip:
             return run()
@@ -128,6 +149,11 @@ def validation_follows(trainer: Trainer) -> bool:
     """
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def batch_number(trainer: Trainer) -> int:
+    """Returns the number of the training batch that has ended, over all epochs."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx
 
 
 def is_last_validation(trainer: Trainer) -> bool:

@@ -140,7 +140,8 @@ class LiveTensors:
             for each in self._all_parameters
         ]
         buffers = [None if buffer is None else buffer.dtype for buffer in _values(self._buffers)]
-        names = chain.from_iterable([*self._fixed, *self._buffers])
+        # Not the mappings themselves, since those of scripted modules cannot be gone through.
+        names = chain.from_iterable(contents.keys() for contents in (*self._fixed, *self._buffers))
         return [*parameters, *buffers, *names, *map(len, self._not_persistent)]
 
 

@@ -20,9 +20,11 @@ from merge_callback.prediction.records import StableValidation
 from merge_callback.utilities.devices import wait_for_device
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
+from merge_callback.validation.count import ValidationCount
 from merge_callback.validation.dashboards import Dashboards
 from merge_callback.validation.logged import LoggedName, Names, merged_and_gains, predictions_and_errors
 from merge_callback.validation.routers import Choices, Routers
+from merge_callback.validation.unmoved import UnmovedValues
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,16 @@ class MergedValidation:
         self.merges = merges
         self.predictor = predictor
         self.budget = budget
-        # Number of validations so far, including the current one.
-        self.num_validations = 0
+        self.count = ValidationCount()
+        self._unmoved = UnmovedValues(messages)
         self._names = names
         self._messages = messages
         self._every_n_validations = every_n_validations
         self._limit_batches = limit_batches
         self._routers = routers
-        # Time at which the fit began; None between fits.
         self._began: float | None = None
         self._evaluation: _Evaluation | None = None
         self._dashboards = Dashboards(f"MergeCallback({names.callback!r})", names.label())
-        # Makes the closing table, which is needed only at the end of a fit.
         self._closing: Callable[[], str] | None = None
 
     def begin(self, trainer: Trainer) -> None:
@@ -147,7 +147,8 @@ class MergedValidation:
     def before_validation(self, trainer: Trainer) -> None:
         """Validates every merge. With a batch limit, also validates the live weights on the same batches."""
         self._evaluation = None
-        if self.num_validations % self._every_n_validations or not self._fits_budget(trainer):
+        self.count.begin(trainer)
+        if self.count.number % self._every_n_validations or not self._fits_budget(trainer):
             return
         step, merges = optimizer_step(trainer), self.merges
         merges.drop_unusable()
@@ -187,6 +188,8 @@ class MergedValidation:
             step = logged_step(trainer, live)
             live = evaluation.live or live
             logged |= merged_and_gains(self._names, evaluation.values, live)
+            primary = evaluation.values.get(self.merges.primary, {})
+            self._unmoved.look(primary, live, evaluation.diagnostics.get("spread", 0.0))
             self._check_names(live)
             device = trainer.lightning_module.device
             for key, diagnostic in (evaluation.diagnostics | self._curvature_gain(evaluation)).items():
@@ -205,11 +208,11 @@ class MergedValidation:
 
     def state_dict(self) -> dict[str, Any]:
         budget = asdict(replace(self.budget, elapsed=self._elapsed()))
-        return {"num_validations": self.num_validations, "budget": budget, **self.predictor.state_dict()}
+        return {"count": self.count.state_dict(), "budget": budget, **self.predictor.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, except the share of time, which the user may have changed."""
-        self.num_validations = state["num_validations"]
+        self.count.load_state_dict(state["count"])
         self.budget = replace(Budget(**state["budget"]), share=self.budget.share)
         self.predictor.load_state_dict(state)
 
