@@ -58,8 +58,8 @@ FAULTS = [
     ),
     (
         "the callback goes on watching after fit",
-        "        loop.run.observers.remove(observer)\n",
-        "",
+        "    run.observers.remove(observer)\n",
+        "    return\n",
         "test_the_callback_leaves_nothing_on_trainer_and_module",
     ),
     (
@@ -100,7 +100,7 @@ FAULTS = [
     ),
     (
         "resume loses the count of validations",
-        '        self.num_validations = state["num_validations"]\n',
+        '        self.count.load_state_dict(state["count"])\n',
         "",
         "test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on",
     ),
@@ -172,7 +172,7 @@ FAULTS = [
     ),
     (
         "other callbacks' hooks run twice",
-        '        return _do_nothing if name.startswith("on_") else getattr(self._callback, name)',
+        '        return do_nothing if name.startswith("on_") else getattr(self._callback, name)',
         "        return getattr(self._callback, name)",
         "test_other_callbacks_are_there_in_the_merged_validation_but_their_hooks_are_not_called",
     ),
@@ -184,7 +184,7 @@ FAULTS = [
     ),
     (
         "merged values come too late for monitors",
-        "        with _called_after_epoch_end(self.trainer.lightning_module, self._publish):\n            return run()",
+        "        with _called_before_epoch_ends(self.trainer, self._publish):\n            return run()",
         "        outputs = run()\n        self._publish()\n        return outputs",
         "test_early_stopping_and_checkpoints_monitor_merged_values_of_the_same_validation",
     ),
@@ -196,14 +196,15 @@ FAULTS = [
     ),
     (
         "buffers that are replaced by others keep what the merged validation made of them",
-        "        self._undo.callback(_refill, module._buffers, dict(module._buffers))\n",
-        "",
+        'if isinstance(machinery, dict | set) and not (name == "_parameters" and',
+        'if isinstance(machinery, dict | set) and not (name in ("_buffers", "_parameters") and not',
         "test_what_a_validation_changes_in_objects_and_buffers_is_the_live_validation_s_alone",
     ),
     (
-        "the hook that publishes is still on the module when others copy it",
-        "            replaced.close()\n",
-        "",
+        "the hook that publishes is on the module when others copy it",
+        "    with _replaced(connector, on_epoch_end=publish_and_end):\n",
+        "    own = trainer.lightning_module.on_validation_epoch_end\n"
+        "    with _replaced(trainer.lightning_module, on_validation_epoch_end=lambda: (own(), function())):\n",
         "test_the_module_can_be_pickled_and_copied_at_the_end_of_a_validation",
     ),
     (
@@ -766,8 +767,8 @@ FAULTS = [
     ),
     (
         "what is torch's is put back in a module whose class torch has derived",
-        "own_package=_own_package(type(module))",
-        "own_package=_package(type(module))",
+        "None if owner is None else _own_package(type(owner))",
+        "None if owner is None else _package(type(owner))",
         "test_what_belongs_to_torch_is_left_alone_also_in_a_module_whose_class_torch_has_derived",
     ),
     (
