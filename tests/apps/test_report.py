@@ -144,6 +144,7 @@ def test_the_page_holds_its_pictures_tables_and_numbers_and_needs_nothing_else(f
         assert f"<td>{cell}</td>" in html, cell
 
 
+@pytest.mark.slow
 def test_records_alone_and_a_run_without_anneals_have_a_page_too(folder):
     (folder / "csv" / "metrics.csv").rename(folder.parent / "metrics.csv")
     assert page(find(folder / "anneals.jsonl")).count("data:image") == 2 * 2

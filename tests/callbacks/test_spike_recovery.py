@@ -128,6 +128,7 @@ def test_without_it_the_same_accident_leaves_nan_for_good(tmp_path):
     assert run.module.out.weight.isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}])
 def test_a_healthy_run_is_bit_identical_with_and_without_it(tmp_path, arguments):
     merge, recovery = recovering(rate_factor=0.5, rate_steps=5)
@@ -362,6 +363,7 @@ def test_averages_over_every_step_begin_anew_after_a_recovery(tmp_path):
     assert merge.merged_state_dict("ema")["out.weight"].abs().max() < 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_a_run_that_is_interrupted_after_a_recovery_ends_as_the_one_that_was_not(tmp_path):
     def run(folder, ckpt_path=None):

@@ -91,3 +91,14 @@ def test_an_index_cannot_name_files_outside_of_its_folder(tmp_path, place):
     for path in (folder, index):
         with pytest.raises(ValueError, match="names a file in another folder"):
             open_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_where_torch_does_not_tell_the_place_of_a_tensor_nothing_is_read_from_elsewhere(tmp_path, monkeypatch):
+    torch.save({"weight": torch.ones(3)}, tmp_path / "step_1.pt")
+    dcp.save({"weight": torch.ones(3)}, checkpoint_id=tmp_path / "step_2", no_dist=True)
+    # As torch 2.9 leaves it.
+    monkeypatch.setattr(torch.UntypedStorage, "_checkpoint_offset", property(lambda self: None, lambda self, x: None))
+    for name in ("step_1.pt", "step_2"):
+        with pytest.raises(ValueError, match="does not tell where a tensor lies in a file; use a newer one"):
+            open_checkpoint(tmp_path / name)

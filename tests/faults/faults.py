@@ -921,4 +921,10 @@ FAULTS = [
         "            if own is not None:\n",
         "test_a_buffer_that_changed_since_the_snapshot_stays_live_with_a_warning",
     ),
+    (
+        "a tensor whose place is not known is read from the beginning of the file",
+        "    if begin is None and storage.nbytes():\n",
+        "    if False:\n",
+        "test_where_torch_does_not_tell_the_place_of_a_tensor_nothing_is_read_from_elsewhere",
+    ),
 ]

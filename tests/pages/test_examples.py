@@ -19,6 +19,7 @@ def example(*arguments, cwd):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_plain_example_trains_and_exports(tmp_path):
     output = example("plain.py", cwd=tmp_path)
     live, merged = (float(line.split()[1]) for line in output.splitlines() if line.startswith(("live ", "merged ")))

@@ -51,6 +51,7 @@ def test_the_overhead_report_and_the_plan_of_a_large_run_are_those_of_the_record
         assert EVIDENCE.split(begin)[1].split(end)[0].strip() == report["evidence_table"](records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "page"), [("starts", "offline"), ("recovery", "recovery"), ("experts", "experts")])
 def test_reports_and_the_tables_in_the_docs_are_those_of_the_records(monkeypatch, name, page):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

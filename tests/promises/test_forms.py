@@ -178,7 +178,9 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.filterwarnings("ignore:You are overriding:UserWarning")
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*sync_dist=True:UserWarning")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow][: i % 2]) for i, form in enumerate(FORMS)]
+)
 def test_training_is_the_same_and_the_merge_is_right(tmp_path, form):
     toy_class, arguments = FORMS[form]
     arguments = dict(arguments)
@@ -327,6 +329,7 @@ def test_lightnings_tuners_and_monitors_work_beside_it(tmp_path):
     assert watched.module.learning_rate != 0.05
 
 
+@pytest.mark.slow
 def test_the_batch_size_finder_works_beside_it(tmp_path):
     class Sized(Toy):
         batch_size = 2

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("both_lightnings")]
 MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt", "ema": Ema(half_life_steps=3), "edm": PowerEma(0.1)}
 
 
-@pytest.mark.parametrize("module_class", [Toy, BusyToy])
+@pytest.mark.parametrize("module_class", [pytest.param(Toy, marks=pytest.mark.slow), BusyToy])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -33,7 +33,9 @@ MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt", "ema": Ema(h
     ids=["plain", "accumulation", "bf16-mixed", "at-epoch-end", "limited"],
 )
 @pytest.mark.parametrize(
-    "callback_arguments", [{}, {"every_n_train_steps": 2, "limit_batches": 1}], ids=["all", "limited"]
+    "callback_arguments",
+    [{}, pytest.param({"every_n_train_steps": 2, "limit_batches": 1}, marks=pytest.mark.slow)],
+    ids=["all", "limited"],
 )
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, module_class, arguments, callback_arguments):
     without = fit(make(module_class), tmp_path / "without", **arguments)

@@ -36,7 +36,7 @@ def seeded(**arguments):
     ("every", "storage"),
     [
         (None, "device"),
-        (3, "device"),
+        pytest.param(3, "device", marks=pytest.mark.slow),
         pytest.param(None, "cpu", marks=pytest.mark.slow),
         pytest.param(3, "files", marks=pytest.mark.slow),
     ],

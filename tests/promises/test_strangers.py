@@ -248,7 +248,9 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"limit_batches": 1}], ids=["whole", "limited"])
+@pytest.mark.parametrize(
+    "arguments", [{}, pytest.param({"limit_batches": 1}, marks=pytest.mark.slow)], ids=["whole", "limited"]
+)
 @pytest.mark.parametrize("module_class", MODULES)
 def test_what_a_validation_keeps_is_kept_once(tmp_path, module_class, arguments):
     without = fit(make(module_class), tmp_path / "without")

@@ -125,6 +125,7 @@ def test_metrics_that_end_like_a_bound_are_shown_and_what_the_user_keeps_from_lo
     assert not [tag for tag in events(tmp_path / "tb").Tags()["scalars"] if "secret" in tag]
 
 
+@pytest.mark.slow
 def test_figures_of_the_merge_become_rarer_as_the_run_goes_on(tmp_path):
     callback = MergeCallback(2, 5)
     fit(make(Toy), tmp_path, callback, max_steps=40, logger=with_tensorboard(tmp_path), val_check_interval=4)
@@ -162,6 +163,7 @@ def test_training_with_dashboards_is_bit_identical_to_training_without_the_callb
     assert_same_training(bare, watched)
 
 
+@pytest.mark.slow
 def test_a_callback_that_has_shown_something_can_be_copied_and_fitted_again(tmp_path):
     callback = MergeCallback(2, 5)
     fit(make(Toy), tmp_path, callback, logger=with_tensorboard(tmp_path))
@@ -172,6 +174,7 @@ def test_a_callback_that_has_shown_something_can_be_copied_and_fitted_again(tmp_
         assert list(layout(folder / "tb" / "merged")) == ["Live, merged, annealed", "Gain of the merge", "Merge"]
 
 
+@pytest.mark.slow
 def test_two_callbacks_have_charts_of_their_own(tmp_path):
     callbacks = [MergeCallback(2, 5), MergeCallback(4, 2, name="short")]
     fit(make(Toy), tmp_path, *callbacks, logger=with_tensorboard(tmp_path))

@@ -45,6 +45,7 @@ def wandb_records(folder):
             yield record
 
 
+@pytest.mark.slow
 def test_weights_and_biases_has_them_and_knows_their_best(tmp_path):
     import wandb  # noqa: PLC0415
 

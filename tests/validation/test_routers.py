@@ -217,6 +217,7 @@ class Bytes(torch.utils.data.Dataset):
         return torch.randint(97, 123, (9,), generator=torch.Generator().manual_seed(index))
 
 
+@pytest.mark.slow
 def test_the_routers_of_the_demos_mixture_are_found_and_those_left_out_of_the_merge_are_live(tmp_path):
     options = {"context": 8, "dropout": 0.0, "learning_rate": 0.01, "warmup_steps": 2, "weight_decay": 0.0}
     torch.manual_seed(0)

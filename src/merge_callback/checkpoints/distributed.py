@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from merge_callback.checkpoints.stored import Piece, StoredCheckpoint, StoredTensor, file_inside, refuse_lazy
+from merge_callback.checkpoints.stored import (
+    Piece,
+    StoredCheckpoint,
+    StoredTensor,
+    file_inside,
+    position_in_file,
+    refuse_lazy,
+)
 
 # All that the metadata of a distributed checkpoint may name. Each only holds data. Whole modules must not be allowed,
 # since they hold functions that delete files, and a dotted name leads from them to `os.system`.
@@ -79,8 +86,7 @@ def _saved_alone(file: Path, offset: int, length: int) -> tuple[int, Tensor]:
     """Returns the first byte of a tensor's data that ``torch.save`` wrote into a part of a file, and a meta tensor."""
     with file.open("rb") as stream:
         tensor = torch.load(io.BufferedReader(_Part(stream, offset, length)), map_location="meta", weights_only=True)
-    storage = tensor.untyped_storage()
-    return offset + (storage._checkpoint_offset or 0) + tensor.storage_offset() * tensor.element_size(), tensor
+    return offset + position_in_file(tensor), tensor
 
 
 class _Part(io.RawIOBase):

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from merge_callback.checkpoints.distributed import open_distributed
-from merge_callback.checkpoints.stored import StoredCheckpoint, StoredTensor, file_inside, in_one_piece, refuse_lazy
+from merge_callback.checkpoints.stored import (
+    StoredCheckpoint,
+    StoredTensor,
+    file_inside,
+    in_one_piece,
+    position_in_file,
+    refuse_lazy,
+)
 from merge_callback.utilities.files import SAFETENSORS_DTYPES, read_header
 
 # Errors that truncated, modified or foreign files may raise.
@@ -86,11 +93,11 @@ def _open_torch(path: Path) -> StoredCheckpoint:
     for name, tensor in state.items():
         refuse_lazy(path, name, tensor)
         storage = tensor.untyped_storage()
-        position: int = getattr(storage, "_checkpoint_offset", None) or 0
+        begin = position_in_file(tensor)
+        position = begin - tensor.storage_offset() * tensor.element_size()
         # torch calculates the position from the layout that it writes; in a repacked zip file it may differ.
         if storage.nbytes() and contents.get(position) != storage.nbytes():
             raise ValueError(f"{path}: {name} is not where torch would have written it; was the file packed again?")
-        begin = position + tensor.storage_offset() * tensor.element_size()
         tensors[name] = in_one_piece(path, begin, tuple(tensor.shape), tensor.dtype, tuple(tensor.stride()))
     beside = {k: v for k, v in checkpoint.items() if k != "state_dict"} if state is not checkpoint else {}
     return StoredCheckpoint(path, tensors, beside.get("global_step"), beside)

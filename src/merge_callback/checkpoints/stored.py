@@ -27,6 +27,19 @@ def file_inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def position_in_file(tensor: Tensor) -> int:
+    """Returns the first byte of a tensor's data in the file of ``torch.save`` from which it was loaded on "meta".
+
+    Raises:
+        ValueError: If torch has not noted where the data lies; torch 2.9 and older never do.
+    """
+    storage = tensor.untyped_storage()
+    begin = getattr(storage, "_checkpoint_offset", None)
+    if begin is None and storage.nbytes():
+        raise ValueError(f"torch {torch.__version__} does not tell where a tensor lies in a file; use a newer one")
+    return (begin or 0) + tensor.storage_offset() * tensor.element_size()
+
+
 @dataclass(frozen=True)
 class Piece:
     """A rectangular part of a tensor, stored in a file."""
