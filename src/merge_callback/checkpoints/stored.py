@@ -37,7 +37,7 @@ def position_in_file(tensor: Tensor) -> int:
     begin = getattr(storage, "_checkpoint_offset", None)
     if begin is None and storage.nbytes():
         raise ValueError(f"torch {torch.__version__} does not tell where a tensor lies in a file; use a newer one")
-    return (begin or 0) + tensor.storage_offset() * tensor.element_size()
+    return int(begin or 0) + int(tensor.storage_offset()) * tensor.element_size()
 
 
 @dataclass(frozen=True)
