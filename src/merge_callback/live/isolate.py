@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from merge_callback.live.sharding import is_shard, local, local_clones, reshard
-from merge_callback.live.swap import is_swapped, swapped_weights
+from merge_callback.live.swap import is_swapped, restored_contents, swapped_weights
 from merge_callback.utilities.devices import free_bytes
 
 # Share of a device's free memory that copies of parameters, and copies of optimizer states, may take.
@@ -44,7 +45,7 @@ def isolated_tensors(module: nn.Module, optimizers: Iterable[Optimizer] = ()) ->
             tensors = {name: tensor for name, tensor in found.items() if _can_be_copied(tensor)}
             if is_always_copied or _is_room_for(tensors.values()):
                 shards = {name: tensor for name, tensor in tensors.items() if is_shard(tensor)}
-                stack.enter_context(_copied_back(shards, module))
+                stack.enter_context(restored_contents(shards, partial(reshard, module)))
                 plain = {name: tensor for name, tensor in tensors.items() if name not in shards}
                 stack.enter_context(swapped_weights(plain, local_clones(plain)))
             else:
@@ -63,18 +64,6 @@ def _is_room_for(tensors: Iterable[Tensor]) -> bool:
     for tensor in map(local, tensors):
         required[tensor.device] = required.get(tensor.device, 0) + tensor.nbytes
     return all(size <= ROOM_SHARE * (free_bytes(device) or 0) for device, size in required.items())
-
-
-@contextmanager
-def _copied_back(shards: Mapping[str, Tensor], module: nn.Module) -> Iterator[None]:
-    """Restores the contents of shards, whose pointers cannot be exchanged."""
-    copies = local_clones(shards)
-    try:
-        yield
-    finally:
-        reshard(module)
-        for name, shard in shards.items():
-            local(shard).copy_(copies[name])
 
 
 @contextmanager

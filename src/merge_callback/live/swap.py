@@ -94,6 +94,25 @@ def overwrite_(live: Mapping[str, Tensor], values: Mapping[str, Tensor], before:
 
 
 @contextmanager
+def restored_contents(live: Mapping[str, Tensor], before: Callable[[], None]) -> Iterator[None]:
+    """Restores the contents of tensors after the context, whoever writes to them inside it.
+
+    For shards, whose pointers cannot be exchanged. It takes less time than exchanging their contents.
+
+    Args:
+        live: Name -> tensor.
+        before: Called before the contents are written back, as in `swapped_weights`.
+    """
+    copies = {name: local(tensor).clone() for name, tensor in live.items()}
+    try:
+        yield
+    finally:
+        before()
+        for name, tensor in live.items():
+            local(tensor).copy_(copies[name])
+
+
+@contextmanager
 def live_weights() -> Iterator[None]:
     """Restores the live values of all active `swapped_weights` inside the context, and swaps the others in afterwards.
 
