@@ -461,7 +461,7 @@ def given_up_after(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def is_measured(part: str, amount: Amount, folder: Path, limit: int) -> bool:
+def try_to_measure(part: str, amount: Amount, folder: Path, limit: int) -> bool:
     """Measures a part and writes its record. What goes wrong is printed, so that the next part has its turn."""
     try:
         with given_up_after(limit):
@@ -501,7 +501,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     parts = arguments.parts or [part for part in PARTS if ONLY_ON.get(part, device) == device]
-    if failed := [part for part in parts if not is_measured(part, amount, folder, arguments.limit)]:
+    if failed := [part for part in parts if not try_to_measure(part, amount, folder, arguments.limit)]:
         sys.exit(f"failed: {', '.join(failed)}")
 
 

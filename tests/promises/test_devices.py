@@ -261,13 +261,9 @@ def test_shards_on_the_device_train_the_same_and_their_merge_is_that_of_the_whol
 @pytest.mark.slow
 def test_the_script_for_gpus_runs_here_as_a_trial(tmp_path):
     script = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
-    environment = os.environ | {
-        "PYTHON": sys.executable,
-        "TMPDIR": str(tmp_path),
-        "RECORDS": str(tmp_path),
-        "PARTS": "tests",
-    }
+    environment = os.environ | {"PYTHON": sys.executable, "TMPDIR": str(tmp_path), "RECORDS": str(tmp_path)}
     done = subprocess.run([script, "--device", "cpu"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split(":")[0] for line in sorted(done.stdout.splitlines())] == ["tests"]
+    assert [line.split(":")[0] for line in sorted(done.stdout.splitlines())] == ["costs", "demo", "tests"]
     assert "1 passed" in (tmp_path / "tests.txt").read_text()
+    assert "live" in (tmp_path / "demo.txt").read_text()

@@ -113,9 +113,9 @@ class SnapshotCapture:
         """
         if not any(parameter.is_floating_point() for parameter in module.parameters()):
             raise ValueError(f"{type(module).__name__} has no floating-point parameters, so there is nothing to merge")
-        if has_lazy_parameters(module) or not merged_parameters(module):
+        if has_lazy_parameters(module) or not (trainable := merged_parameters(module)):
             return
-        if not merged_parameters(module, self.selection):
+        if not any(map(self.selection, trainable)):
             raise ValueError(
                 f"Parts(include={self.selection.include}, exclude={self.selection.exclude}) leave no trainable"
                 " parameter to merge"

@@ -13,11 +13,11 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from merge_callback.live.isolate import isolated_tensors
 from merge_callback.live.names import clean_name
 from merge_callback.live.preserve import preserved_attributes
 from merge_callback.live.random_states import preserved_rng
-from merge_callback.live.sharding import all_reduce_sum, is_shard, local_clones
-from merge_callback.live.swap import swapped_weights
+from merge_callback.live.sharding import all_reduce_sum, is_shard
 from merge_callback.live.weights import has_lazy_parameters
 from merge_callback.utilities.messages import Messages
 
@@ -181,9 +181,8 @@ def batch_statistics(
     device = next(module.parameters()).device
     momenta = [norm.momentum for norm in norms]
     communicates = any(map(is_shard, module.parameters())) or any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
-    buffers = dict(module.named_buffers())
-    # With swapped buffers, a checkpoint that a signal handler saves meanwhile still gets the live ones.
-    with preserved_rng(), preserved_attributes(module), swapped_weights(buffers, local_clones(buffers)):
+    # With swapped tensors, a checkpoint that a signal handler saves meanwhile still gets the live ones.
+    with preserved_rng(), preserved_attributes(module), isolated_tensors(module):
         # Set on the instance: `preserved_attributes` removes them at the end of the block.
         module.log = module.log_dict = _log_nothing  # type: ignore[assignment]
         try:

@@ -45,9 +45,12 @@ def stop_observing_validations(trainer: Trainer, observer: ValidationObserver) -
     if run is None or observer not in run.observers:
         return
     run.observers.remove(observer)
+    if run.observers:
+        return
+    # The entry has to go: it refers to the trainer, and so to its own key.
+    del _observed[loop]
     # If somebody has wrapped it meanwhile, it stays there and calls nobody.
-    if not run.observers and loop.run is run:
-        del _observed[loop]
+    if loop.run is run:
         if run.replaced is None:
             del loop.run
         else:

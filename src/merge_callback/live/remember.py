@@ -64,7 +64,8 @@ class Memory:
 
     def remember(self, value: Any, depth: int = MAX_DEPTH) -> None:
         """Remembers a value and what it holds, ``depth`` levels deep. Submodules are always followed."""
-        if value is None or isinstance(value, int | float | str | bytes) or depth == 0 or not self._is_new(value):
+        is_constant = value is None or isinstance(value, int | float | str | bytes | type)
+        if is_constant or depth == 0 or not self._is_new(value):
             return
         if isinstance(value, nn.Module):
             self._remember_module(value, depth)
@@ -111,16 +112,16 @@ class Memory:
 
     def _remember_transforms(self, value: Any, depth: int) -> None:
         """Remembers the user's own objects among transforms, collate functions and the like."""
-        if depth == 0:
+        if depth == 0 or isinstance(value, type):
             return
         if isinstance(value, list | tuple | dict):
             for item in (value.values() if isinstance(value, dict) else value) if len(value) <= MAX_PARTS else ():
                 self._remember_transforms(item, depth - 1)
         elif self._is_followed(type(value)):
             self.remember_loading(value, depth)
-        elif hasattr(value, "transforms"):
+        elif (transforms := _attributes(value).get("transforms")) is not None:
             # Several transforms in one, as in torchvision.
-            self._remember_transforms(value.transforms, depth)
+            self._remember_transforms(transforms, depth - 1)
 
     def _is_new(self, value: Any) -> bool:
         is_new = id(value) not in self._seen

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from merge_callback.live.sharding import is_offloaded, is_shard, local
+from merge_callback.live.sharding import is_offloaded, is_shard, local, local_clones
 from merge_callback.merging.combine import ScratchBuffer, flat_chunks
 
 # The active swaps, outermost first.
@@ -103,7 +103,7 @@ def restored_contents(live: Mapping[str, Tensor], before: Callable[[], None]) ->
         live: Name -> tensor.
         before: Called before the contents are written back, as in `swapped_weights`.
     """
-    copies = {name: local(tensor).clone() for name, tensor in live.items()}
+    copies = local_clones(live)
     try:
         yield
     finally:

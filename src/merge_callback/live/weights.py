@@ -123,7 +123,9 @@ class LiveTensors:
         self._not_persistent = [each._non_persistent_buffers_set for each in submodules if each._buffers]
         # Keeps references, so that a new object cannot have the identity of a deleted one.
         self._found = _values(self._fixed)
-        self._all_parameters = [each for each in self._found if isinstance(each, Tensor)]
+        all_parameters = [each for each in self._found if isinstance(each, Tensor)]
+        self._all_parameters = [each for each in all_parameters if not is_lazy(each)]
+        self._without_shape = [each for each in all_parameters if is_lazy(each)]
         self._decisive = self._look()
 
     def _is_changed(self) -> bool:
@@ -135,14 +137,11 @@ class LiveTensors:
 
     def _look(self) -> list[Any]:
         """Returns all that decides which tensors are merged, and under which names. Replacing a buffer is no change."""
-        parameters = [
-            (each.dtype, each.shape) if each.requires_grad and not is_lazy(each) else None
-            for each in self._all_parameters
-        ]
+        parameters = [(each.dtype, each.shape) if each.requires_grad else None for each in self._all_parameters]
         buffers = [None if buffer is None else buffer.dtype for buffer in _values(self._buffers)]
         # Not the mappings themselves, since those of scripted modules cannot be gone through.
         names = chain.from_iterable(contents.keys() for contents in (*self._fixed, *self._buffers))
-        return [*parameters, *buffers, *names, *map(len, self._not_persistent)]
+        return [*parameters, *map(is_lazy, self._without_shape), *buffers, *names, *map(len, self._not_persistent)]
 
 
 def _values(contents: Iterable[Mapping[str, Any]]) -> list[Any]:

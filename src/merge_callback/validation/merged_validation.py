@@ -97,10 +97,10 @@ class MergedValidation:
         self._every_n_validations = every_n_validations
         self._limit_batches = limit_batches
         self._routers = routers
-        self._began: float | None = None
+        self._began: float | None = None  # when the fit began; None between fits
         self._evaluation: _Evaluation | None = None
         self._dashboards = Dashboards(f"MergeCallback({names.callback!r})", names.label())
-        self._closing: Callable[[], str] | None = None
+        self._closing: Callable[[], str] | None = None  # makes the closing table, needed only at the end of a fit
 
     def begin(self, trainer: Trainer) -> None:
         """Starts to observe the validations of a fit, until `close`."""
