@@ -144,11 +144,13 @@ class MergeSession:
         """
         inputs = self._recalibration.inputs.state_dict() if self.capture.storage.in_checkpoints else None
         tensors = {} if self.capture.sharding.is_sharded else {t.key: t.part for t in captured_tensors(self.capture)}
+        capture = capture_state(self.capture)
+        self.merges.warn_of_unusable(capture["problems"])
         return {
             "format": STATE_FORMAT,
             "step": self.step,
             "rates": self._rates,
-            "capture": capture_state(self.capture),
+            "capture": capture,
             "tensors": tensors,
             "inputs": inputs,
             "proven_rules": sorted(self.merges.proven_rules),
@@ -162,7 +164,7 @@ class MergeSession:
         """
         if not self.capture.sharding.is_sharded:
             return
-        self.merges.drop_unusable()
+        self.capture.leave_out_unusable()
         state = self.state_dict()
         state["tensors"] = put_into_checkpoint(captured_tensors(self.capture), self.capture.sharding, checkpoint)
         checkpoint["callbacks"][state_key] = state

@@ -222,6 +222,7 @@ class SpikeRecovery(Callback):
             trainer.save_checkpoint(Path(self.folder) / f"before-recovery-{self._step}.ckpt", weights_only=False)
         if len(self.recoveries) >= self.max_recoveries:
             raise RuntimeError(f"{what}; max_recoveries={self.max_recoveries} allows no further recovery")
+        self.merge_callback.session.merges.drop_unusable()
         steps = [step for step in self.merge_callback.snapshot_steps if step < began]
         self._buffers = {step: buffers for step, buffers in self._buffers.items() if step < began}
         self.merge_callback.session.forget_since(began, self._buffers_near(steps[-1]) if steps else None)

@@ -224,8 +224,9 @@ class SnapshotCapture:
             # Other ranks may have taken this snapshot, and all rings must hold the same steps.
             self.ring.leave_open(step, problem)
             return
+        own_buffers = local_clones(buffers)
         self.ring.append(step, parameters)
-        self.buffers = local_clones(buffers)
+        self.buffers = own_buffers
 
     def _fit_to(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> None:
         """Allocates ring and averages for these parameters, unless the present ones fit them."""
@@ -245,20 +246,27 @@ class SnapshotCapture:
         self.averages.fit_to(None)
         self._allocate(module)
 
-    def drop_unusable(self) -> list[str]:
-        """Drops snapshots that some rank cannot use, and returns the reasons. All ranks must call it together.
+    def leave_out_unusable(self) -> dict[int, str]:
+        """Marks snapshots that some rank cannot use; returns the reasons by step. All ranks must call it together."""
+        if self.ring is None:
+            return {}
+        gather = all_gather_dict if self.storage.is_shared_by_ranks else self.sharding.gather
+        problems = dict(gather(self.ring.problems()))
+        self.ring.leave_out(problems)
+        return problems
+
+    def drop_unusable(self) -> dict[int, str]:
+        """Drops snapshots that some rank cannot use, and returns the reasons by step. All ranks must call it together.
 
         Raises:
             OSError: If there is such a snapshot and the storage is strict.
         """
-        if self.ring is None:
-            return []
-        gather = all_gather_dict if self.storage.is_shared_by_ranks else self.sharding.gather
-        problems = gather(self.ring.problems())
+        problems = self.leave_out_unusable()
         if problems and self.storage.is_strict:
             raise OSError(next(iter(problems.values())))
-        self.ring.drop(problems)
-        return list(problems.values())
+        if self.ring is not None:
+            self.ring.drop(problems)
+        return problems
 
     def spread(self, coefficients: Sequence[float], row: Sequence[Tensor]) -> float:
         """Returns `SnapshotRing.spread` over all shards of the model. All ranks must call it together."""

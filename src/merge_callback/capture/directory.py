@@ -96,8 +96,9 @@ class DirectoryStorage:
         # Holds the one snapshot that is being written to the disk; the next one waits until that is done.
         self._staged = HostStorage(layout, 1, dtype)
         self._background = Background("snapshots")
-        self._steps: dict[int, int] = {}
-        # By slot: why its latest write failed, and modification time and size of its file at the latest check.
+        # By slot: what its file should say of itself, why its latest write failed, and modification time and size of
+        # the file at the latest check.
+        self._written: dict[int, str] = {}
         self._failed: dict[int, str] = {}
         self._checked: dict[int, tuple[int, int]] = {}
 
@@ -114,7 +115,7 @@ class DirectoryStorage:
         """Copies live tensors as `HostStorage.write` does. A background thread then writes the file."""
         self._background.wait()
         self._staged.write(0, step, tensors)
-        self._start_writing(slot, step)
+        self._background.begin(self._write_file, slot, step)
 
     def finish(self) -> None:
         """Makes later GPU work wait for the copy under way."""
@@ -139,30 +140,29 @@ class DirectoryStorage:
             state = path.stat().st_mtime_ns, path.stat().st_size
             if self._checked.get(slot) == state:
                 return None
-            told = json.loads(read_header(path)[0]["__metadata__"]["snapshot"])
-            if told["owner"] != self._owner or told["step"] != self._steps[slot]:
+            found = read_header(path)[0]
+            if found.get("__metadata__") != {"snapshot": self._written[slot]}:
                 return f"{path} was written by another run; use another directory or another callback name for each run"
             sums = [_checksum(row) for row in self.row(slot)]
         except (OSError, KeyError, ValueError) as error:
             return f"{path} cannot be read: {error}"
-        if sums != told["checksums"]:
+        if sums != json.loads(self._written[slot])["checksums"]:
             return f"{path} is corrupt: its checksum is not the one that was written"
         self._checked[slot] = state
         return None
 
-    def _start_writing(self, slot: int, step: int) -> None:
-        self._steps[slot] = step
-        self._failed.pop(slot, None)
-        self._checked.pop(slot, None)
-        self._background.begin(self._write_file, slot, step)
-
     def _write_file(self, slot: int, step: int) -> None:
+        self._checked.pop(slot, None)
+        self._failed.pop(slot, None)
         rows = {f"row{group}": row for group, row in enumerate(self._staged.row(0))}
         told = {"owner": self._owner, "step": step, "checksums": [_checksum(row) for row in rows.values()]}
+        self._written[slot] = json.dumps(told)
         path = self.path(slot)
         try:
+            # Somebody may have removed the folder since.
+            self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as unfinished:
-                write_safetensors(unfinished, rows, rows.values(), {"snapshot": json.dumps(told)})
+                write_safetensors(unfinished, rows, rows.values(), {"snapshot": self._written[slot]})
         except OSError as error:
             self._failed[slot] = f"{path} could not be written: {error}"
 

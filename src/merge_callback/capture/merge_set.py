@@ -1,6 +1,6 @@
 """The merges that a user has named: makes them together and swaps them into a model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -168,8 +168,13 @@ class MergeSet:
         Raises:
             OSError: If there is such a snapshot and the snapshots' directory is strict.
         """
-        for problem in self.capture.drop_unusable():
-            self._messages.warn(f"a snapshot is left out of the merges: {problem}")
+        self.warn_of_unusable(self.capture.drop_unusable())
+
+    def warn_of_unusable(self, problems: Mapping[int, str]) -> None:
+        """Warns of snapshots that cannot be used, once of each; the reasons are given by step."""
+        for step, problem in problems.items():
+            text = f"the snapshot of step {step} is left out of merges and checkpoints: {problem}"
+            self._messages.warn(text, topic=text)
 
     def drop_nonfinite(self, step: int) -> None:
         """Resets averages that hold NaN or inf on some rank, and warns of each. All ranks must call it together."""

@@ -8,6 +8,7 @@ and a merge streams over long rows, however many tensors there are. `SnapshotRin
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ from merge_callback.merging.combine import Row, chunks, combine_
 
 # Share of the free memory that may be used only to be faster.
 AMPLE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    step: int
+    slot: int
+    # Why its row cannot be used; None as far as no problem is known.
+    problem: str | None = None
 
 
 class SnapshotRing:
@@ -31,45 +40,43 @@ class SnapshotRing:
     def __init__(self, storage: SnapshotStorage, capacity: int) -> None:
         self.storage = storage
         self.capacity = capacity
-        self.steps: list[int] = []
-        self._slots: list[int] = []
-        self._open: dict[int, str] = {}
+        # Always replaced as a whole, so that an interrupt never leaves it half changed.
+        self._taken: list[_Snapshot] = []
         self._kept_rows: list[list[Tensor]] = []
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the snapshots, oldest first."""
+        return [taken.step for taken in self._taken]
 
     @property
     def is_full(self) -> bool:
         """Whether the next snapshot replaces the oldest one."""
-        return len(self.steps) == self.capacity
+        return len(self._taken) == self.capacity
 
     def append(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Stores the tensors as the snapshot of a step. If the ring is full, they replace the oldest snapshot."""
-        self.storage.write(self._next_slot(step), step, tensors)
+        slot = self._free_slot()
+        self.storage.write(slot, step, tensors)
+        # Only now: if the write is interrupted, the row of the slot is not that of this step.
+        self._taken = [*self._taken, _Snapshot(step, slot)]
 
     def leave_open(self, step: int, problem: str) -> None:
-        """Reserves the slot of a snapshot that this process cannot take, until all ranks drop it; see `problems`."""
-        self._next_slot(step)
-        self._open[step] = problem
+        """Adds a snapshot whose row cannot be used, to keep its place until all ranks drop it; see `problems`."""
+        self._taken = [*self._taken, _Snapshot(step, self._free_slot(), problem)]
 
-    def _next_slot(self, step: int) -> int:
+    def _free_slot(self) -> int:
         if self.is_full:
-            self._keep(range(1, self.capacity))
-        slot = min(set(range(self.capacity)) - set(self._slots))
-        self.steps.append(step)
-        self._slots.append(slot)
-        return slot
+            self._taken = self._taken[1:]
+        return min(set(range(self.capacity)) - {taken.slot for taken in self._taken})
 
     def thin(self) -> None:
         """Drops every second snapshot but keeps the oldest, so that half as many reach equally far back."""
-        self._keep(range(0, len(self.steps), 2))
+        self._taken = self._taken[::2]
 
     def clear(self) -> None:
         """Drops all snapshots."""
-        self._keep(range(0))
-
-    def _keep(self, positions: Sequence[int]) -> None:
-        self.steps = [self.steps[position] for position in positions]
-        self._slots = [self._slots[position] for position in positions]
-        self._open = {step: problem for step, problem in self._open.items() if step in self.steps}
+        self._taken = []
 
     def combine(self, coefficients: Sequence[float], out: list[Tensor] | None = None) -> list[Tensor]:
         """Returns the merge ``sum_j c_j x_j`` as a row in the live tensors' dtypes, accumulated in float32 or better.
@@ -161,41 +168,61 @@ class SnapshotRing:
         return math.sqrt(distance / norm) if norm else 0.0
 
     def _rows(self, is_used: Sequence[bool]) -> list[list[Row]]:
-        """Returns, for each group of the layout, the rows of the snapshots that are used."""
-        slots = [slot for slot, is_one in zip(self._slots, is_used, strict=True) if is_one]
-        rows = [self.storage.row(slot) for slot in slots]
+        """Returns, for each group of the layout, the rows of the snapshots that are used.
+
+        Raises:
+            OSError: If one of them cannot be used.
+        """
+        problems = self.problems()
+        used = [taken for taken, is_one in zip(self._taken, is_used, strict=True) if is_one]
+        for taken in used:
+            if taken.step in problems:
+                raise OSError(problems[taken.step])
+        rows = [self.storage.row(taken.slot) for taken in used]
         return [list(of_group) for of_group in zip(*rows, strict=True)]
 
     def problems(self) -> dict[int, str]:
-        """Returns the steps whose snapshots cannot be used, with the reason for each."""
-        found = {
-            step: self._open.get(step) or self.storage.problem(slot)
-            for step, slot in zip(self.steps, self._slots, strict=True)
-        }
-        return {step: problem for step, problem in found.items() if problem is not None}
+        """Returns the steps whose snapshots cannot be used, with the reason for each. It does not change later."""
+        self.leave_out({t.step: p for t in self._taken if (p := t.problem or self.storage.problem(t.slot))})
+        return {taken.step: taken.problem for taken in self._taken if taken.problem is not None}
+
+    def leave_out(self, problems: Mapping[int, str]) -> None:
+        """Marks snapshots that cannot be used, with the reasons by step. They keep their places until they are dropped."""
+        self._taken = [replace(taken, problem=problems.get(taken.step, taken.problem)) for taken in self._taken]
 
     def drop(self, steps: Iterable[int]) -> None:
         """Drops the snapshots of the given steps."""
         dropped = set(steps)
-        self._keep([position for position, step in enumerate(self.steps) if step not in dropped])
+        self._taken = [taken for taken in self._taken if taken.step not in dropped]
 
-    def snapshots(self) -> Iterator[dict[str, Tensor]]:
-        """Yields the tensors of each snapshot by name, oldest first. They are views if the rows are in memory."""
-        for slot in self._slots:
-            yield self.storage.layout.views([row[:] for row in self.storage.row(slot)])
+    def snapshots(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yields the step of each snapshot that can be used and its tensors by name, oldest first.
 
-    def restore_(self, steps: Sequence[int], read: Callable[[int], Mapping[str, Tensor]]) -> list[str]:
+        They are views if the rows are in memory.
+        """
+        problems = self.problems()
+        for taken in self._taken:
+            if taken.step not in problems:
+                yield taken.step, self.storage.layout.views([row[:] for row in self.storage.row(taken.slot)])
+
+    def restore_(
+        self, steps: Sequence[int], read: Callable[[int], Mapping[str, Tensor]], problems: Mapping[int, str]
+    ) -> list[str]:
         """Restores the newest saved snapshots, as many as the ring can hold.
 
         Args:
             steps: Steps of the saved snapshots, oldest first.
-            read: Returns the tensors of the snapshot at a position in ``steps``; not called for dropped snapshots.
+            read: Returns the tensors of the snapshot of a step; not called for snapshots that are dropped or unusable.
+            problems: Why some could not be used when the ring was saved, by step. They keep their places.
 
         Returns:
             A clause for the user if snapshots were dropped; otherwise empty.
         """
         num_dropped = max(0, len(steps) - self.capacity)
-        self._slots, self.steps = [], []
-        for position in range(num_dropped, len(steps)):
-            self.append(steps[position], read(position))
+        self.clear()
+        for step in steps[num_dropped:]:
+            if step in problems:
+                self.leave_open(step, problems[step])
+            else:
+                self.append(step, read(step))
         return [f"the oldest {num_dropped} of {len(steps)} snapshots were dropped"] if num_dropped else []

@@ -53,7 +53,10 @@ class Shadow:
         if self.step is None or self.tensors.keys() != live.keys():
             self.tensors = {name: shadow_like(tensor).copy_(tensor) for name, tensor in live.items()}
         elif step > self.step:
-            self._move(live, 1 - self.average.beta(step, step - self.step))
+            share = 1 - self.average.beta(step, step - self.step)
+            # Meanwhile an average of no step: one that an interrupt leaves half moved restarts.
+            self.step = None
+            self._move(live, share)
         self.step = step
 
     def _move(self, live: Mapping[str, Tensor], share: float) -> None:

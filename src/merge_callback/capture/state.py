@@ -1,8 +1,8 @@
 """Saves a capture to checkpoints and restores it, in the same way for whole and for sharded models.
 
-Every captured tensor has a key, such as ``snapshot.0.layer.weight``. For a whole model, the callback's state holds the
-tensors under these keys. In a sharded run each rank holds a shard of every tensor. These shards are saved beside the
-model's own, and the callback's state says where.
+Every captured tensor has a key, such as ``snapshot.100.layer.weight`` for the snapshot of step 100. For a whole model,
+the callback's state holds the tensors under these keys. In a sharded run each rank holds a shard of every tensor. These
+shards are saved beside the model's own, and the callback's state says where.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ from merge_callback.live.sharding import Sharding, local, local_tensors, rank
 from merge_callback.live.weights import merged_parameters, snapshot_buffers
 
 # Version of the state that checkpoints hold; states of other versions are not read.
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 # The tensors by key, or the name of the entry in a sharded checkpoint that holds them.
 SavedTensors: TypeAlias = str | Mapping[str, Tensor]
 
@@ -46,6 +46,7 @@ def capture_state(capture: SnapshotCapture) -> dict[str, Any]:
     return {
         "window": capture.window.state_dict(),
         "steps": capture.steps,
+        "problems": capture.ring.problems() if capture.ring is not None else {},
         "shapes": capture.shapes,
         "dtypes": capture.dtypes,
         "buffers": capture.buffers if is_saved else {},
@@ -58,9 +59,9 @@ def captured_tensors(capture: SnapshotCapture) -> Iterator[CapturedTensor]:
     if not capture.storage.in_checkpoints:
         return
     if capture.ring is not None:
-        for position, snapshot in enumerate(capture.ring.snapshots()):
+        for step, snapshot in capture.ring.snapshots():
             for name, tensor in snapshot.items():
-                yield CapturedTensor(f"snapshot.{position}.{name}", name, tensor)
+                yield CapturedTensor(f"snapshot.{step}.{name}", name, tensor)
     for average, name, tensor in capture.averages.tensors():
         yield CapturedTensor(f"average.{average}.{name}", name, tensor)
 
@@ -182,7 +183,7 @@ def _restore_ring_(capture: SnapshotCapture, state: Mapping[str, Any], reader: T
         return layout.views(row)
 
     changes = capture.ring.restore_(
-        state["steps"], lambda position: reader.read(f"snapshot.{position}", layout.places, empty)
+        state["steps"], lambda step: reader.read(f"snapshot.{step}", layout.places, empty), state["problems"]
     )
     device = layout.groups[0][1]
     capture.buffers = {name: buffer.to(device, copy=True) for name, buffer in state["buffers"].items()}

@@ -1,7 +1,7 @@
 """Work that runs beside the training, on a thread."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 
@@ -25,8 +25,9 @@ class Background:
         self._work = self._thread.submit(work, *arguments)
 
     def wait(self) -> None:
-        """Waits until the work is done, and raises its exception if it failed."""
+        """Waits until the work is done; raises its exception if it failed. A wait that is interrupted can be repeated."""
         if self._work is not None:
+            wait([self._work])
             work, self._work = self._work, None
             work.result()
 

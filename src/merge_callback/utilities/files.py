@@ -1,11 +1,14 @@
 """Atomic file writes, and reading and writing of .safetensors files in parts."""
 
 import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -78,15 +81,22 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Returns the header of a .safetensors file and the byte at which its tensors begin.
 
     Raises:
-        ValueError: If the file has no header, or its length does not match the header.
+        ValueError: If the file has no valid header, or its length does not match the header.
     """
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= path.stat().st_size - 8:
-            raise ValueError("it has no header")
+        return _header(file, path.stat().st_size)
+
+
+def _header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= size - 8:
+        raise ValueError("it has no header")
+    try:
         header: dict[str, Any] = json.loads(file.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if path.stat().st_size != 8 + length + max(ends, default=0):
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header is not that of a .safetensors file: {error}") from error
+    if size != 8 + length + max(ends, default=0):
         raise ValueError("it is not as long as its header says")
     return header, 8 + length
 
@@ -98,13 +108,17 @@ def read_into(path: Path, begin: int, buffer: memoryview) -> None:
         ValueError: If the file ends before the buffer is full.
     """
     with path.open("rb", buffering=0) as file:
-        file.seek(begin)
-        done = 0
-        while done < len(buffer):
-            got = file.readinto(buffer[done:])
-            if not got:
-                raise ValueError(f"{path} ends before byte {begin + len(buffer)}")
-            done += got
+        _read_into(file, begin, buffer)
+
+
+def _read_into(file: FileIO, begin: int, buffer: memoryview) -> None:
+    file.seek(begin)
+    done = 0
+    while done < len(buffer):
+        got = file.readinto(buffer[done:])
+        if not got:
+            raise ValueError(f"{file.name} ends before byte {begin + len(buffer)}")
+        done += got
 
 
 class FlatTensor:
@@ -120,8 +134,11 @@ class FlatTensor:
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        header, begin = read_header(path)
-        self._path = path
+        self._file = os.open(path, os.O_RDONLY)
+        # Open as long as this tensor is in use, so that it stays readable if the file is replaced or deleted meanwhile.
+        finalize(self, os.close, self._file)
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            header, begin = _header(file, os.fstat(self._file).st_size)
         self._dtype = next(dtype for dtype, label in SAFETENSORS_DTYPES.items() if label == header[name]["dtype"])
         first, end = header[name]["data_offsets"]
         self._begin, self._numel = begin + first, (end - first) // self._dtype.itemsize
@@ -130,11 +147,10 @@ class FlatTensor:
         start, stop, _ = part.indices(self._numel)
         if stop - start == self._numel > 0:
             # A whole tensor is mapped: its pages load when they are touched, and the system can drop them again.
-            storage = torch.UntypedStorage.from_file(str(self._path), False, self._path.stat().st_size)
-            numel = self._numel * self._dtype.itemsize
-            content = torch.empty(0, dtype=torch.uint8)
-            content.set_(storage, self._begin, (numel,), (1,))  # type: ignore[arg-type]
-            return content.view(self._dtype)
+            # Copy on write, since torch has no read-only tensors.
+            mapped = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
+            return torch.frombuffer(mapped, dtype=self._dtype, count=self._numel, offset=self._begin)
         content = torch.empty(max(0, stop - start), dtype=self._dtype)
-        read_into(self._path, self._begin + start * self._dtype.itemsize, content.view(torch.uint8).numpy().data)
+        with os.fdopen(os.dup(self._file), "rb", buffering=0) as file:
+            _read_into(file, self._begin + start * self._dtype.itemsize, content.view(torch.uint8).numpy().data)
         return content
