@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from merge_callback import AnnealBranch, MergeCallback
+from merge_callback import AnnealBranch, MergeCallback, SpikeRecovery
 from merge_callback.live.learning_rates import RateOverlay, learning_rates
 from merge_callback.prediction.records import read_records
 from tests.helpers.toys import Base, ResumableBatches, Toy, Tracker, fit, make, same
@@ -400,3 +400,59 @@ def test_the_multiplier_is_logged(trunk):
     _, folder = trunk
     run = branch(folder, AnnealBranch(4))
     assert [value for _, value in run.logged("anneal/multiplier")] == [1.0, 0.75, 0.5, 0.25]
+
+
+class ByStep(Base):
+    """A linear model whose data depend on the step alone; may save the run in the middle of one, as a signal does."""
+
+    def __init__(self, make_optimizer, save=None, accident=-1):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.make_optimizer, self.save, self.accident = make_optimizer, save, accident
+
+    def training_step(self, batch, batch_idx):
+        step = self.trainer.global_step
+        if self.save and step == self.save[0]:
+            self.trainer.save_checkpoint(self.save[1])
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        loss = nn.functional.cross_entropy(self.layer(x), x.argmax(-1) % 3)
+        return loss * math.nan if step == self.accident else loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self.layer(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.layer.parameters())
+        scheduler = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.99)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def recovering():
+    merge = MergeCallback(2, 4, start=0)
+    return [merge, SpikeRecovery(merge, rate_factor=0.1, rate_steps=20)]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:SpikeRecovery", "ignore:AnnealBranch. the run's own schedule", "ignore:AnnealBranch. the checkpoint"
+)
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        lambda parameters: torch.optim.AdamW(parameters, lr=torch.tensor(0.1), capturable=False, foreach=False),
+    ],
+)
+@pytest.mark.parametrize("callbacks", [lambda: [AnnealBranch(24)], recovering])
+def test_a_run_that_is_saved_in_the_middle_of_a_lowered_step_resumes_exactly(tmp_path, callbacks, make_optimizer):
+    path = str(tmp_path / "preempted.ckpt")
+    accident = 12 if callbacks is recovering else -1
+    whole = make(ByStep, make_optimizer=make_optimizer, save=(15, path), accident=accident)
+    run = fit(whole, tmp_path / "whole", *callbacks(), train=ResumableBatches())
+    (saved,) = torch.load(path, weights_only=True)["optimizer_states"]
+    # What the schedule has made of it in fifteen steps, without what the branch or the recovery makes of that.
+    assert float(saved["param_groups"][0]["lr"]) == pytest.approx(0.1 * 0.99**15, rel=1e-5)
+    again = make(ByStep, make_optimizer=make_optimizer)
+    resumed = fit(again, tmp_path / "resumed", *callbacks(), train=ResumableBatches(), ckpt_path=path)
+    assert same(dict(whole.state_dict()), dict(resumed.module.state_dict()))
+    ours, theirs = (float(each.trainer.optimizers[0].param_groups[0]["lr"]) for each in (run, resumed))
+    assert ours == theirs

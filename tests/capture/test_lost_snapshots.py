@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback
 
 from merge_callback import Ema, MergeCallback, SpikeDetector, SpikeRecovery
+from merge_callback.capture.directory import DirectoryStorage
 from merge_callback.capture.layout import RowLayout
 from merge_callback.capture.ring import SnapshotRing
 from merge_callback.capture.running_averages import Shadow
@@ -228,3 +229,16 @@ def test_a_spike_never_brings_back_what_fails_its_checksum(tmp_path):
     # The snapshot of step 8 is spoilt, and that of step 12 is of the spike.
     for name, tensor in tracker.merged(dict.fromkeys([4, 6, 10], 1 / 3)).items():
         torch.testing.assert_close(dict(module.named_parameters())[name].double(), tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_that_cannot_be_used_is_never_merged(tmp_path):
+    storage = DirectoryStorage(RowLayout(tensors(0)), None, tmp_path / "files", "merge-rank00000-")
+    ring = SnapshotRing(storage, 4)
+    for step in range(4):
+        ring.append(step, tensors(step))
+    storage.row(0)
+    flipped(tmp_path / "files")
+    for attempt in (lambda: ring.combine([0.25] * 4), lambda: ring.combine([0.0, 0.0, 0.0, 1.0])):
+        with pytest.raises(OSError, match=r"003\.safetensors is corrupt"):
+            attempt()
+    assert same(merged(ring, [0.0, 0.0, 1.0, 0.0]), tensors(2))

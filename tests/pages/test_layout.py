@@ -29,7 +29,7 @@ USES_PRIVATE_LOOPS = ("live/evaluate.py", "live/observe.py", "live/preserve.py")
 # and two of single objects.
 OTHER_PRIVATE = re.compile(
     r"_buffers|_modules|_parameters|_non_persistent_buffers_set|_foreach_\w+|_checkpoint_offset|_hparams_name"
-    r"|_save_topk_checkpoint|_version"
+    r"|_save_topk_checkpoint|_save_last_checkpoint|_version"
 )
 MAX_LINES = 300
 

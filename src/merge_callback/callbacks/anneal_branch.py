@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from merge_callback.callbacks.pickling import PickledWithoutItsRun
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.learning_rates import RateOverlay, learning_rates, optimizer_step
 from merge_callback.live.observe import observe_validations, stop_observing_validations
@@ -22,12 +23,13 @@ from merge_callback.prediction.records import (
     stable_run_in_checkpoint,
 )
 from merge_callback.utilities.checks import check_count
+from merge_callback.utilities.locations import local_path
 
 # A sharded checkpoint is a folder. In this file of it, Lightning stores everything that is not a shard.
 _METADATA = "meta.pt"
 
 
-class AnnealBranch(Callback):
+class AnnealBranch(PickledWithoutItsRun):
     """Anneals: turns a run resumed from a checkpoint of a stable run into a branch whose rate decays to zero.
 
     At every optimizer step the rates of the run's own schedulers are multiplied by the shape's value: one at the first
@@ -76,14 +78,17 @@ class AnnealBranch(Callback):
         for name, path in (("record", record), ("trunk", trunk)):
             if path is not None and not isinstance(path, str | os.PathLike):
                 raise TypeError(f"{name} must be the path of a file, got {path!r}")
-            if path is not None and Path(path).is_dir() and not (name == "trunk" and Path(path, _METADATA).exists()):
+            folder = local_path(name, path) if path is not None else None
+            if folder and folder.is_dir() and not (name == "trunk" and Path(folder, _METADATA).exists()):
                 raise ValueError(f"{name} must be the path of a file, but {str(path)!r} is a folder")
         self.span_steps = span_steps
         self.shape = shape
         self.span = span
         self.record = record
         self.trunk = trunk
+        self.begin_anew()
 
+    def begin_anew(self) -> None:
         self._start_step: int | None = None
         self._end_step = 0
         self._loaded_start: int | None = None
@@ -109,7 +114,7 @@ class AnnealBranch(Callback):
         return self._generate_state_key(span_steps=self.span_steps, span=self.span, shape=self.shape)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"start_step": self._start_step}
+        return {"start_step": self._loaded_start if self._start_step is None else self._start_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded_start = state_dict["start_step"]
@@ -118,8 +123,8 @@ class AnnealBranch(Callback):
         self._run, self._history = stable_run_in_checkpoint(checkpoint)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._loaded_start, self._run, self._history = None, None, []
-        self._has_begun = self._is_finished = self._is_recorded = False
+        if stage == "fit":
+            self.begin_anew()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._has_begun = True

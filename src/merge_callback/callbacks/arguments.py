@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,6 +18,7 @@ from merge_callback.merging.averages import Average, is_average
 from merge_callback.merging.rules import Rule, resolve_rule
 from merge_callback.prediction.predictor import AnnealPredictor
 from merge_callback.utilities.checks import check_count, patterns
+from merge_callback.utilities.locations import local_path
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
 from merge_callback.validation.logged import Names, safe_name
@@ -58,7 +58,7 @@ def snapshot_place(storage: Any) -> StoragePlace:
     directory = storage if isinstance(storage, SnapshotDirectory) else SnapshotDirectory(storage)
     if not str(directory.path):
         raise ValueError(f"storage must have a path, got {directory!r}")
-    folder = Path(directory.path).absolute()
+    folder = local_path("storage", directory.path).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     # The kernel's own folders claim to be writable.
     is_kernels = folder.is_relative_to("/proc") or folder.is_relative_to("/sys")
@@ -85,7 +85,7 @@ def check_calibration(calibration: Any) -> None:
     """Raises TypeError or ValueError unless ``calibration`` is None, ``"prior"`` or the path of a file."""
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
         raise TypeError(f"calibration must be a file of records, 'prior' or None, got {calibration!r}")
-    if calibration is not None and (not str(calibration) or Path(calibration).is_dir()):
+    if calibration is not None and (not str(calibration) or local_path("calibration", calibration).is_dir()):
         raise ValueError(f"calibration must be a file of records, not a folder, or 'prior', got {str(calibration)!r}")
 
 

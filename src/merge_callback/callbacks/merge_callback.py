@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from merge_callback.callbacks import arguments
 from merge_callback.callbacks.parts import Parts
+from merge_callback.callbacks.pickling import PickledWithoutItsRun
 from merge_callback.callbacks.session import MergeSession
 from merge_callback.capture.directory import SnapshotDirectory
 from merge_callback.capture.places import SnapshotMemory
@@ -21,7 +22,7 @@ from merge_callback.prediction.bias import Prediction
 from merge_callback.utilities.checks import check_count, check_limit, check_optional_count, check_share, patterns
 
 
-class MergeCallback(Callback):
+class MergeCallback(PickledWithoutItsRun):
     """Logs the metrics of a merge of recent weights beside the live ones: the model as if it were annealed now.
 
     Keeps a ring of the latest snapshots while the learning rate is constant, merges them at every validation, validates
@@ -47,15 +48,13 @@ class MergeCallback(Callback):
             None for as much as the live one. With a limit, the live model is validated again on the same batches.
         max_overhead: Largest share of the run's wall time that the callback may take, such as 0.02. Merged validations
             that would exceed it are skipped, except the first, and ``merge/num_skipped`` counts them. None: no limit.
-        calibration: The file to which `AnnealBranch` appends its records, also while this run goes on; or ``"prior"``
-            for the values that this project's benchmark found in runs with AdamW. From two branches on,
-            ``annealed/m`` is predicted and logged with its interval. None predicts nothing.
+        calibration: The file to which `AnnealBranch` appends its records, also while this run goes on. From two of them
+            on, ``annealed/m`` is logged with its interval. ``"prior"`` is what our benchmark found in runs with AdamW.
         higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``.
             Not needed for logged torchmetrics objects, which state it themselves.
         parts: Patterns (``"*lora*"``) of the parameters to merge, or `Parts`; the others stay live.
-        recalibrate_batches: Computes batch norm statistics for the merge from the inputs of this many of the latest
-            training batches, instead of copying those of the newest snapshot. The module is called with the first item
-            of a batch. The inputs are kept and saved in checkpoints. None for models without such layers.
+        recalibrate_batches: Computes batch norm statistics for the merge from this many of the latest training batches,
+            of which the first items are kept, instead of copying those of the newest snapshot.
         name: Distinguishes several callbacks of one Trainer, in checkpoints and in logged names.
 
     Raises:
@@ -110,9 +109,7 @@ class MergeCallback(Callback):
         self.parts = arguments.parts_to_merge(parts)
         self.recalibrate_batches = recalibrate_batches
         self.name = name
-        self._session = arguments.new_session(self)
-        # State from a checkpoint, kept until training starts: some strategies load before the model is on its device.
-        self._pending: dict[str, Any] | None = None
+        self.begin_anew()
 
     @property
     def session(self) -> MergeSession:
@@ -156,7 +153,7 @@ class MergeCallback(Callback):
         """Swaps the merge into a module inside the context; afterwards always restores the module's own weights.
 
         Args:
-            pl_module: The module that was trained, or another one of the same architecture.
+            pl_module: The module that was trained, or another of the same architecture.
             name: Name of the merge; None is the primary one.
 
         Raises:
@@ -190,6 +187,11 @@ class MergeCallback(Callback):
         """
         check_count("span_steps", span_steps)
         return self._session.validation.predictor.forecast(metric, span_steps)
+
+    def begin_anew(self) -> None:
+        self._session = arguments.new_session(self)
+        # State from a checkpoint, kept until training starts: some strategies load before the model is on its device.
+        self._pending: dict[str, Any] | None = None
 
     # Hooks, called by Lightning.
 

@@ -1,5 +1,7 @@
 """`MergedCheckpoint`: Lightning's `ModelCheckpoint`, with merged weights in its files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -8,14 +10,23 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from merge_callback.callbacks.merge_callback import MergeCallback
+from merge_callback.callbacks.pickling import PickledWithoutItsRun
+from merge_callback.live.learning_rates import optimizer_step
 
 
-class MergedCheckpoint(ModelCheckpoint):
+class _NotSavedError(Exception):
+    """There is no merge, or its file cannot be written."""
+
+
+class MergedCheckpoint(PickledWithoutItsRun, ModelCheckpoint):
     """A `ModelCheckpoint` that saves merged weights, and can keep the best ones by a merged metric.
 
     Its files are those of `MergeCallback.save_merged`: weights with provenance, but no optimizer. To resume a run, add
     a plain `ModelCheckpoint` beside it. While there is no merge yet, nothing is saved, without a warning. If a file
-    cannot be written, a warning names it and training goes on.
+    cannot be written, a warning names it and training goes on. Earlier files, and what is known to be best, then stay
+    as they were.
+
+    A merge is ranked only by a value of its own step: between validations, saving waits for the next one.
 
     List it after its `MergeCallback`. `lightning.pytorch` puts it there by itself; `pytorch_lightning` does not.
 
@@ -45,6 +56,11 @@ class MergedCheckpoint(ModelCheckpoint):
         super().__init__(**({"filename": "merged-{epoch}-{step}"} | arguments))
         self.merge_callback = merge_callback
         self.merge = merge
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        # Whether a merge is to be saved at the next validation, which tells what it is worth.
+        self._is_due = False
 
     @property
     def state_key(self) -> str:
@@ -59,21 +75,52 @@ class MergedCheckpoint(ModelCheckpoint):
                 "MergedCheckpoint saves merges, which no run can be resumed from; add a ModelCheckpoint() for that."
             )
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if self._is_due and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with self._unchanged_without_a_file():
+            super().on_exception(trainer, pl_module, exception)
+
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        # A value of an earlier validation says nothing about the current merge.
-        if self.monitor is None or (
-            self.monitor in monitor_candidates and self.merge_callback.session.validation.is_evaluated
-        ):
-            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        session = self.merge_callback.session
+        name = session.merges[self.merge].name
+        self._is_due = self.monitor is not None and not (
+            self.monitor in monitor_candidates and session.validation.evaluated_at(optimizer_step(trainer), name)
+        )
+        if not self._is_due:
+            with self._unchanged_without_a_file():
+                super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        with self._unchanged_without_a_file():
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    @contextmanager
+    def _unchanged_without_a_file(self) -> Iterator[None]:
+        """Takes back what Lightning has noted of a checkpoint that was then not saved. It removes files only later."""
+        before = vars(self) | {"best_k_models": dict(self.best_k_models)}
+        try:
+            yield
+        except _NotSavedError:
+            vars(self).clear()
+            vars(self).update(before)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        if not self.merge_callback.session.merges[self.merge].is_ready:
-            return
-        try:
-            self.merge_callback.save_merged(filepath, self.merge)
-        except (OSError, ValueError) as error:
-            rank_zero_warn(f"MergedCheckpoint: {error}. Training goes on.")
-            return
+        is_saved = self.merge_callback.session.merges[self.merge].is_ready
+        if is_saved:
+            try:
+                self.merge_callback.save_merged(filepath, self.merge)
+            except (OSError, ValueError) as error:
+                rank_zero_warn(f"MergedCheckpoint: {error}. Training goes on.")
+                is_saved = False
+        # Only rank 0 writes the file of a whole model.
+        if not trainer.strategy.reduce_boolean_decision(is_saved, all=True):
+            raise _NotSavedError
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
 

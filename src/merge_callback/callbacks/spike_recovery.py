@@ -2,15 +2,15 @@
 
 import math
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from merge_callback.callbacks.merge_callback import MergeCallback
+from merge_callback.callbacks.pickling import PickledWithoutItsRun
 from merge_callback.callbacks.spike_detector import SpikeDetector
 from merge_callback.live.learning_rates import RateOverlay, is_overlaid, optimizer_step
 from merge_callback.live.sharding import local, local_clones
@@ -22,7 +22,7 @@ from merge_callback.utilities.checks import check_count
 _MOST_WITHOUT_LOSS = 20
 
 
-class SpikeRecovery(Callback):
+class SpikeRecovery(PickledWithoutItsRun):
     """Watches the training loss and, after a spike, writes a merge of earlier snapshots into the model.
 
     Merging a few checkpoints from before a collapse lets a run continue that would diverge again from the last of them
@@ -95,6 +95,9 @@ class SpikeRecovery(Callback):
         self.rate_steps = rate_steps
         self.max_recoveries = max_recoveries
         self.folder = folder
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
         # Steps of the recoveries so far.
         self.recoveries: list[int] = []
         self._num_in_a_row = 0
@@ -112,6 +115,8 @@ class SpikeRecovery(Callback):
     # Hooks, called by Lightning.
 
     def state_dict(self) -> dict[str, Any]:
+        if self._loaded_state is not None:
+            return self._loaded_state
         return {
             "detector": self.detector.state_dict(),
             "recoveries": self.recoveries,
@@ -219,7 +224,8 @@ class SpikeRecovery(Callback):
     def _recover(self, trainer: Trainer, pl_module: LightningModule, began: int, loss: float) -> None:
         what = f"SpikeRecovery: at step {self._step} the loss is {loss:.4g}, which began at step {began}"
         if self.folder is not None:
-            trainer.save_checkpoint(Path(self.folder) / f"before-recovery-{self._step}.ckpt", weights_only=False)
+            path = os.path.join(self.folder, f"before-recovery-{self._step}.ckpt")  # noqa: PTH118 (may be a URL)
+            trainer.save_checkpoint(path, weights_only=False)
         if len(self.recoveries) >= self.max_recoveries:
             raise RuntimeError(f"{what}; max_recoveries={self.max_recoveries} allows no further recovery")
         self.merge_callback.session.merges.drop_unusable()

@@ -187,7 +187,7 @@ class SnapshotRing:
         return {taken.step: taken.problem for taken in self._taken if taken.problem is not None}
 
     def leave_out(self, problems: Mapping[int, str]) -> None:
-        """Marks snapshots that cannot be used, with the reasons by step. They keep their places until they are dropped."""
+        """Marks snapshots that cannot be used, with the reasons by step. They keep their places until they go."""
         self._taken = [replace(taken, problem=problems.get(taken.step, taken.problem)) for taken in self._taken]
 
     def drop(self, steps: Iterable[int]) -> None:

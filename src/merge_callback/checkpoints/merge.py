@@ -26,6 +26,7 @@ from merge_callback.live.names import fits
 from merge_callback.merging.rules import Rule, merge_coefficients, resolve_rule, rule_label
 from merge_callback.utilities.checks import check_count, patterns
 from merge_callback.utilities.files import SAFETENSORS_DTYPES, atomic_write, write_safetensors
+from merge_callback.utilities.locations import local_path
 
 # Entries of a Lightning checkpoint that are copied to the merged one, since modules are rebuilt from them.
 _KEPT = ("hparams_name", "hyper_parameters", "hparams_type", "datamodule_hparams_name", "datamodule_hyper_parameters")
@@ -82,7 +83,7 @@ def plan_merge(
     """
     resolve_rule(rule)
     kept = patterns("newest", newest)
-    asked = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    asked = [local_path("paths", path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not asked:
         raise ValueError("there are no checkpoints to merge")
     resolved = [path.resolve() for path in asked]
@@ -118,7 +119,7 @@ def write_merge(plan: MergePlan, output: str | Path, *, progress: bool = False) 
             or inf, integers that differ, or a dtype that cannot be merged or written. Nothing is written then.
         OSError: If the file cannot be written.
     """
-    output = Path(output)
+    output = local_path("output", output)
     check_suffix(output)
     if output.is_dir():
         raise ValueError(f"output must be a file, but {output} is a folder")

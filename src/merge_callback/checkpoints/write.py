@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from merge_callback.live.sharding import all_gather_dict, full_tensor, rank
 from merge_callback.merging.rules import decay_from_coefficients
 from merge_callback.utilities.files import atomic_write, write_safetensors
+from merge_callback.utilities.locations import Location, local_path, written_locally
 
 # Key of the provenance in a `.ckpt`. A `.safetensors` file holds the same entries as metadata.
 PROVENANCE_KEY = "merge_callback"
@@ -55,7 +56,7 @@ def fresh_run_entries(step: int) -> dict[str, Any]:
 def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: int) -> dict[str, Any]:
     """Returns a Lightning checkpoint with weights, hyperparameters and the entries of ``on_save_checkpoint``.
 
-    It has no optimizer state, so a fit from it starts as a new run.
+    It has no optimizer state, so a fit from it starts as a new run. Callbacks among the hyperparameters are left out.
     """
     checkpoint: dict[str, Any] = {"state_dict": state, **fresh_run_entries(step)}
     if module.hparams:
@@ -66,9 +67,23 @@ def weights_checkpoint(module: LightningModule, state: dict[str, Tensor], step: 
             checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = module.hparams
             checkpoint[module.CHECKPOINT_HYPER_PARAMS_TYPE] = type(module.hparams)
         else:
-            checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = dict(module.hparams)
+            checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = _without_callbacks(dict(module.hparams))
     module.on_save_checkpoint(checkpoint)
     return checkpoint
+
+
+def _without_callbacks(value: Any) -> Any:
+    """Returns a value without the callbacks in its dictionaries and lists: they belong to a run, not to a model."""
+    if isinstance(value, dict):
+        return {key: _without_callbacks(each) for key, each in value.items() if not _is_callback(each)}
+    if isinstance(value, list):
+        return [_without_callbacks(each) for each in value if not _is_callback(each)]
+    return value
+
+
+def _is_callback(value: Any) -> bool:
+    # Under one of the names that Lightning has.
+    return any(base.__qualname__ == "Callback" and ".callbacks." in base.__module__ for base in type(value).__mro__)
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -90,7 +105,7 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+def save(path: Location, checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
     """Writes merged weights to a file. All ranks must call it.
 
     The file appears only when it is complete; until then, and after an error, an existing file stays as it was. For an
@@ -101,7 +116,7 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
 
     Args:
         path: Ends in ``.ckpt`` (the whole checkpoint, for Lightning) or ``.safetensors`` (only its ``state_dict``).
-            Missing folders are created.
+            Missing folders are created. May be a URL that fsspec knows, such as ``s3://...``, except for a folder.
         checkpoint: A Lightning checkpoint whose ``state_dict`` holds the merge. The tensors must not share memory.
         origin: The result of `provenance`.
 
@@ -110,22 +125,20 @@ def save(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], origin: Ma
         OSError: If the file cannot be written; raised on all ranks for a sharded model. The message says which merge
             was not saved.
     """
-    path = Path(path)
     if any(isinstance(value, DTensor) for value in checkpoint["state_dict"].values()):
         _save_sharded(path, checkpoint, origin)
     elif rank() == 0:
         _save_whole(path, checkpoint, origin)
 
 
-def _save_whole(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
-    check_suffix(path)
+def _save_whole(path: Location, checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    suffix = check_suffix(path)
     others = [key for key, value in checkpoint["state_dict"].items() if not isinstance(value, Tensor)]
-    if others and path.suffix == ".safetensors":
+    if others and suffix == ".safetensors":
         raise ValueError(f"a .safetensors file takes tensors only, and {others[0]} is not one; save the merge as .ckpt")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as unfinished:
-            if path.suffix == ".ckpt":
+        with written_locally("path", path) as local, atomic_write(local) as unfinished:
+            if suffix == ".ckpt":
                 torch.save({**checkpoint, PROVENANCE_KEY: dict(origin)}, unfinished)
             else:
                 # The format needs contiguous tensors that share no memory. Merged tensors are copies already.
@@ -136,24 +149,24 @@ def _save_whole(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str, 
         raise OSError(f"the merge of steps {origin['steps']} was not saved to {path}: {error}") from error
 
 
-def _save_sharded(path: Path, checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+def _save_sharded(path: Location, checkpoint: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
     state = checkpoint["state_dict"]
-    if not path.suffix:
-        dcp.save({"state_dict": state}, checkpoint_id=path)
+    if not Path(path).suffix:
+        folder = local_path("the folder of a sharded merge", path)
+        dcp.save({"state_dict": state}, checkpoint_id=folder)
         if rank() == 0:
-            (path / "merge.json").write_text(json.dumps(dict(origin)))
+            (folder / "merge.json").write_text(json.dumps(dict(origin)))
         return
-    check_suffix(path)
+    suffix = check_suffix(path)
     gathered = ((name, full_tensor(tensor)) for name, tensor in state.items())
     problem = None
     try:
-        if path.suffix == ".ckpt":
+        if suffix == ".ckpt":
             kept = {name: tensor.cpu() for name, tensor in gathered if rank() == 0}
             if rank() == 0:
                 _save_whole(path, {**checkpoint, "state_dict": kept}, origin)
         elif rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as unfinished:
+            with written_locally("path", path) as local, atomic_write(local) as unfinished:
                 write_safetensors(unfinished, state, (tensor for _, tensor in gathered), safetensors_metadata(origin))
     except OSError as error:
         problem = f"the merge of steps {origin['steps']} was not saved to {path}: {error}"
@@ -169,10 +182,11 @@ def safetensors_metadata(origin: Mapping[str, Any]) -> dict[str, str]:
     return {key: json.dumps(value) for key, value in origin.items()} | {"format": "pt"}
 
 
-def check_suffix(path: Path) -> None:
-    """Raises ValueError unless the path ends in ``.ckpt`` or ``.safetensors``."""
-    if path.suffix not in (".ckpt", ".safetensors"):
-        raise ValueError(f"a merge is saved as .ckpt or .safetensors, got {path.name!r}")
+def check_suffix(path: Location) -> str:
+    """Returns the suffix of a path; raises ValueError unless it is ``.ckpt`` or ``.safetensors``."""
+    if (suffix := Path(path).suffix) not in (".ckpt", ".safetensors"):
+        raise ValueError(f"a merge is saved as .ckpt or .safetensors, got {Path(path).name!r}")
+    return suffix
 
 
 def _safetensors_error() -> type[Exception]:

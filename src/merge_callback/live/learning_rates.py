@@ -16,7 +16,8 @@ class RateOverlay:
     """Multiplies the learning rates of optimizers, only while they step.
 
     Outside ``optimizer.step`` the rates are the schedulers' own. So schedulers that compute the next rate from the
-    current one are not disturbed, and nothing is left in checkpoints or after `remove`.
+    current one are not disturbed, and nothing is left in checkpoints, also those saved inside a step, or after
+    `remove`.
 
     Args:
         optimizers: Optimizers whose rates are multiplied.
@@ -50,6 +51,7 @@ class RateOverlay:
             for handle in (
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
+                optimizer.register_state_dict_post_hook(self._with_own_rates),
             )
         ]
         for optimizer in self.optimizers:
@@ -80,6 +82,12 @@ class RateOverlay:
         self._depth[optimizer] -= 1
         if self._depth[optimizer] == 0:
             self._restore(optimizer)
+
+    def _with_own_rates(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        # Lightning runs `training_step` inside `optimizer.step`, and a cluster's signal handler may save the run there.
+        for group, rate in zip(state["param_groups"], self._set_aside.get(optimizer, []), strict=False):
+            group["lr"] = rate
+        return state
 
     def _restore(self, optimizer: Optimizer) -> None:
         self._depth.pop(optimizer, None)

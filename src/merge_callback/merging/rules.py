@@ -18,6 +18,7 @@ the steps that it covers, so they keep their meaning when the spacing is uneven.
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -67,12 +68,20 @@ def ema(alpha: float = 0.2) -> Rule:
     """
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha must lie in (0, 1], got {alpha}")
+    return _EmaRule(alpha)
 
-    def ema_rule(steps: Sequence[int]) -> list[float]:
-        newer = [alpha * (1 - alpha) ** age for age in range(len(steps) - 2, -1, -1)]
-        return [(1 - alpha) ** (len(steps) - 1), *newer]
 
-    return ema_rule
+# Objects rather than functions inside functions, so that they can be compared and pickled.
+@dataclass(frozen=True)
+class _EmaRule:
+    alpha: float
+
+    def __call__(self, steps: Sequence[int], /) -> list[float]:
+        newer = [self.alpha * (1 - self.alpha) ** age for age in range(len(steps) - 2, -1, -1)]
+        return [(1 - self.alpha) ** (len(steps) - 1), *newer]
+
+    def __repr__(self) -> str:
+        return f"ema({self.alpha})"
 
 
 # Multiplier of the learning rate as a function of the finished share of the decay: 1 at 0, 0 at 1.
@@ -105,18 +114,25 @@ def decay(shape: str) -> Rule:
     """
     if shape not in DECAY_SHAPES:
         raise ValueError(f"unknown decay shape {shape!r}; {_nearest(shape, DECAY_SHAPES)}")
-    multiplier = DECAY_SHAPES[shape]
+    return _DecayRule(shape)
 
-    def decay_rule(steps: Sequence[int]) -> list[float]:
+
+@dataclass(frozen=True)
+class _DecayRule:
+    shape: str
+
+    def __call__(self, steps: Sequence[int], /) -> list[float]:
         if len(steps) == 1:
             return [1.0]
+        multiplier = DECAY_SHAPES[self.shape]
         middles = [(older + newer) / 2 for older, newer in pairwise(steps)]
         start = steps[0] - (middles[0] - steps[0])
         end = steps[-1] + (steps[-1] - middles[-1])
         multipliers = [1.0, *(multiplier((middle - start) / (end - start)) for middle in middles)]
         return coefficients_from_decay(multipliers)
 
-    return decay_rule
+    def __repr__(self) -> str:
+        return f"decay({self.shape!r})"
 
 
 RULES: dict[str, Rule] = {"sma": sma, "wma": wma, "ema": ema(), **{shape: decay(shape) for shape in DECAY_SHAPES}}
@@ -153,12 +169,12 @@ def rule_label(rule: str | Rule) -> str:
     """Returns the name of a rule, also if it is given as a function.
 
     Examples:
-        >>> rule_label(sma), rule_label("1-sqrt")
-        ('sma', '1-sqrt')
+        >>> rule_label(sma), rule_label("1-sqrt"), rule_label(decay("1-sqrt")), rule_label(ema(0.5))
+        ('sma', '1-sqrt', '1-sqrt', 'ema(0.5)')
     """
     if isinstance(rule, str):
         return rule
-    names = [name for name, known in RULES.items() if known is rule]
+    names = [name for name, known in RULES.items() if known == rule]
     return names[0] if names else getattr(rule, "__name__", repr(rule))
 
 

@@ -25,7 +25,7 @@ class Background:
         self._work = self._thread.submit(work, *arguments)
 
     def wait(self) -> None:
-        """Waits until the work is done; raises its exception if it failed. A wait that is interrupted can be repeated."""
+        """Waits until the work is done; raises its exception if it failed. An interrupted wait can be repeated."""
         if self._work is not None:
             wait([self._work])
             work, self._work = self._work, None

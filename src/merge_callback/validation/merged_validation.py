@@ -139,10 +139,9 @@ class MergedValidation:
             self._messages.say(f"{cost}\n{self._closing()}", "closing")
             self._closing = None
 
-    @property
-    def is_evaluated(self) -> bool:
-        """Whether the latest validation evaluated the primary merge."""
-        return self._evaluation is not None and self.merges.primary in self._evaluation.merges
+    def evaluated_at(self, step: int, name: str) -> bool:
+        """Returns whether the latest validation was at this step and evaluated the merge of this name."""
+        return self._evaluation is not None and self._evaluation.step == step and name in self._evaluation.merges
 
     def before_validation(self, trainer: Trainer) -> None:
         """Validates every merge. With a batch limit, also validates the live weights on the same batches."""
@@ -239,7 +238,7 @@ class MergedValidation:
         capture, predictor = self.merges.capture, self.predictor
         is_decaying = not capture.window.phase.is_stable
         predictor.is_checked = is_decaying and is_last_validation(trainer)
-        if self.is_evaluated and capture.is_comparable:
+        if self.evaluated_at(optimizer_step(trainer), self.merges.primary) and capture.is_comparable:
             assert self._evaluation is not None
             self._learn(self._evaluation, live, trainer)
         if not is_decaying and (self._evaluation is None or not capture.is_comparable):

@@ -1,0 +1,164 @@
+"""Files of merges: never removed before their successor is there, ranked by their own step, on any file system."""
+
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn import functional as F
+
+from merge_callback import Ema, MergeCallback, MergedCheckpoint, SnapshotDirectory
+from merge_callback.checkpoints.write import read_provenance
+from tests.helpers.toys import Toy, batches, fit, lightning, make
+
+QUIET = pytest.mark.filterwarnings("ignore:.*was not saved to", "ignore:MergedCheckpoint saves merges, which no run")
+
+
+class InTheWay(Callback):
+    """From step 14 on, no folder of a step can be made."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer, *arguments):
+        if trainer.global_step == 14:
+            for step in range(15, 40):
+                (self.folder / str(step)).write_text("a file")
+
+
+class Falling(Toy):
+    """Each validation is better than the one before."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]) - self.global_step)
+
+
+def kept(folder):
+    return sorted(int(path.parent.name) for path in folder.rglob("merge.ckpt"))
+
+
+def in_folders_of_steps(callback, folder, **arguments):
+    named = {"filename": "{step}/merge", "auto_insert_metric_name": False}
+    return MergedCheckpoint(callback, dirpath=folder, **named, **arguments)
+
+
+@QUIET
+@pytest.mark.usefixtures("both_lightnings")
+@pytest.mark.parametrize(
+    ("arguments", "left"),
+    [
+        ({}, [12]),
+        ({"monitor": "merged/val_loss"}, [12]),
+        ({"monitor": "merged/val_loss", "save_top_k": 2}, [8, 12]),
+        ({"every_n_train_steps": 3}, [12]),
+        ({"save_top_k": -1, "every_n_train_steps": 3}, [3, 6, 9, 12]),
+    ],
+)
+def test_a_merge_that_cannot_be_saved_takes_no_other_away(tmp_path, arguments, left):
+    callback = MergeCallback(1, 3)
+    merged = in_folders_of_steps(callback, tmp_path / "merged", **arguments)
+    fit(make(Falling), tmp_path / "run", callback, merged, InTheWay(tmp_path / "merged"), enable_checkpointing=True)
+    assert kept(tmp_path / "merged") == left
+    assert merged.best_model_path == str(tmp_path / "merged" / "12" / "merge.ckpt")
+    assert set(merged.best_k_models) == (
+        {str(tmp_path / "merged" / f"{step}/merge.ckpt") for step in left} if "monitor" in arguments else set()
+    )
+    if "monitor" in arguments:
+        assert merged.best_model_score == merged.best_k_models[merged.best_model_path]
+        assert merged.kth_best_model_path == str(tmp_path / "merged" / f"{left[0]}/merge.ckpt")
+    assert merged._last_global_step_saved == 12
+
+
+@QUIET
+def test_an_average_that_restarts_takes_no_file_away(tmp_path):
+    class NanFrom(Toy):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.global_step >= 13 else loss
+
+    callback = MergeCallback(merges=Ema(half_life_steps=2))
+    merged = in_folders_of_steps(callback, tmp_path / "merged", save_last=True)
+    with pytest.warns(UserWarning, match="holds NaN or inf and restarts"):
+        fit(make(NanFrom), tmp_path / "run", callback, merged, enable_checkpointing=True)
+    assert kept(tmp_path / "merged") == [12]
+    assert merged.best_model_path == str(tmp_path / "merged" / "12" / "merge.ckpt")
+    assert merged.last_model_path == str(tmp_path / "merged" / "merged-last.ckpt")
+    assert read_provenance(merged.last_model_path)["steps"] == [12]
+
+
+@QUIET
+@pytest.mark.parametrize("arguments", [{}, {"monitor": "merged/val_loss"}])
+def test_without_a_merge_no_file_is_named_as_the_best(tmp_path, arguments):
+    callback = MergeCallback(1000)
+    merged = MergedCheckpoint(callback, dirpath=tmp_path / "merged", save_last=True, **arguments)
+    fit(make(Toy), tmp_path / "run", callback, merged, enable_checkpointing=True)
+    assert not list((tmp_path / "merged").rglob("*")) if (tmp_path / "merged").exists() else True
+    assert (merged.best_model_path, merged.last_model_path, merged.best_k_models) == ("", "", {})
+
+
+@pytest.mark.usefixtures("both_lightnings")
+@QUIET
+@pytest.mark.parametrize("every", [{"every_n_train_steps": 5}, {"every_n_train_steps": 3}, {}])
+def test_a_merge_is_ranked_by_the_value_of_its_own_step(tmp_path, every):
+    callback = MergeCallback(1, 3, evaluate_every_n_validations=2)
+    merged = in_folders_of_steps(
+        callback, tmp_path / "merged", monitor="merged/val_loss", save_top_k=-1, save_last=True, **every
+    )
+    run = fit(make(Toy), tmp_path / "run", callback, merged, enable_checkpointing=True)
+    evaluated = {step + 1: value for step, value in run.logged("merged/val_loss")}
+    assert list(evaluated) == [8, 16, 24]
+    assert kept(tmp_path / "merged") == [8, 16, 24]
+    for path, score in merged.best_k_models.items():
+        step = int(Path(path).parent.name)
+        assert float(score) == pytest.approx(evaluated[step], rel=1e-6)
+        module = make(Toy)
+        module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        trainer = lightning().Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
+        (found,) = trainer.validate(module, batches(24, 8, shuffle=False, seed=1), verbose=False)
+        assert found["val_loss"] == pytest.approx(float(score), rel=1e-5)
+
+
+@QUIET
+def test_merges_are_saved_where_lightning_saves_checkpoints_also_on_other_file_systems(tmp_path):
+    store = fsspec.filesystem("memory")
+    callback = MergeCallback(1, 3)
+    url = f"memory://{tmp_path.name}"
+    merged = MergedCheckpoint(callback, dirpath=f"{url}/merged", monitor="merged/val_loss", filename="{step}")
+    live = ModelCheckpoint(f"{url}/live", filename="{step}")
+    before = sorted(Path.cwd().iterdir())
+    fit(make(Toy), tmp_path / "run", callback, merged, live, enable_checkpointing=True)
+    assert [Path(name).name for name in store.find(f"{url}/live")] == ["step=24.ckpt"]
+    (name,) = store.find(f"{url}/merged")
+    assert merged.best_model_path.endswith(name)
+    with store.open(name) as file:
+        content = torch.load(file, weights_only=True)
+    make(Toy).load_state_dict(content["state_dict"])
+    callback.save_merged(f"{url}/by_hand/merge.safetensors")
+    assert [Path(name).name for name in store.find(f"{url}/by_hand")] == ["merge.safetensors"]
+    assert sorted(Path.cwd().iterdir()) == before
+    callback.save_merged(f"file://{tmp_path}/local/merge.ckpt")
+    assert read_provenance(tmp_path / "local" / "merge.ckpt")["steps"] == [22, 23, 24]
+    # Made from a URL, a path has lost a slash.
+    with pytest.raises(ValueError, match="path was a URL and is one no more"):
+        callback.save_merged(Path(f"{url}/merge.ckpt"))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callbacks = [callback, MergedCheckpoint(callback)]
+    trainer = lightning().Trainer(default_root_dir=f"{url}/root", max_steps=8, callbacks=callbacks, **quiet)
+    trainer.fit(make(Toy), batches(), batches(24, 8, shuffle=False))
+    assert [Path(name).name for name in store.find(f"{url}/root")] == ["merged-epoch=0-step=8.ckpt"]
+
+
+@pytest.mark.parametrize(
+    "make_it",
+    [
+        lambda url: MergeCallback(storage=url),
+        lambda url: MergeCallback(storage=SnapshotDirectory(url)),
+        lambda url: MergeCallback(calibration=url),
+    ],
+)
+def test_what_has_to_lie_on_this_machine_is_refused_elsewhere(make_it):
+    for location in ("s3://bucket/a", Path("s3://bucket/a")):
+        with pytest.raises(ValueError, match=r"(storage|calibration) (must be a path on this machine|was a URL)"):
+            make_it(location)
