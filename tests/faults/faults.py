@@ -239,8 +239,8 @@ FAULTS = [
     ),
     (
         "the EMA over snapshots does not sum to one",
-        "        return [(1 - alpha) ** (len(steps) - 1), *newer]",
-        "        return [alpha * (1 - alpha) ** (len(steps) - 1), *newer]",
+        "        return [(1 - self.alpha) ** (len(steps) - 1), *newer]",
+        "        return [self.alpha * (1 - self.alpha) ** (len(steps) - 1), *newer]",
         "test_the_ema_of_equal_values_is_that_value",
     ),
     (
@@ -287,8 +287,8 @@ FAULTS = [
     ),
     (
         "the prediction moves on while the run decays",
-        "if self.is_evaluated and capture.is_comparable:",
-        "if self.is_evaluated:",
+        "self.merges.primary) and capture.is_comparable:",
+        "self.merges.primary):",
         "test_a_prediction_is_checked_by_the_decay_of_the_run_itself",
     ),
     (

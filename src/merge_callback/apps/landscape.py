@@ -135,12 +135,14 @@ def distances(opened: Sequence[StoredCheckpoint]) -> list[list[float]]:
     """Returns the Euclidean distances between the weights of checkpoints; batch norm tensors do not count."""
     square = [[0.0] * len(opened) for _ in opened]
     for name, tensor in opened[0].tensors.items():
-        if not tensor.dtype.is_floating_point or fits(name, TAKEN_FROM_NEWEST):
+        is_merged = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+        if not is_merged or fits(name, TAKEN_FROM_NEWEST):
             continue
+        wide = torch.promote_types(tensor.dtype, torch.float64)
         for start in range(0, tensor.numel, CHUNK_NUMEL):
-            parts = [each.tensors[name][start : start + CHUNK_NUMEL].double() for each in opened]
+            parts = [each.tensors[name][start : start + CHUNK_NUMEL].to(wide) for each in opened]
             for (i, one), (j, other) in itertools.combinations(enumerate(parts), 2):
-                square[i][j] += float((one - other).square().sum())
+                square[i][j] += float((one - other).abs().square().sum())
     for i, j in itertools.combinations(range(len(opened)), 2):
         square[j][i] = square[i][j]
     return [[math.sqrt(each) for each in row] for row in square]

@@ -23,7 +23,7 @@ from merge_callback.checkpoints.write import save, weights_checkpoint
 from merge_callback.live.batch_norm import Recalibration
 from merge_callback.live.learning_rates import learning_rates, optimizer_step
 from merge_callback.live.observe import validation_follows
-from merge_callback.live.sharding import export_copy, local_clones, reshard
+from merge_callback.live.sharding import as_in, export_copy, local_clones, reshard
 from merge_callback.live.swap import overwrite_
 from merge_callback.live.weights import tensors_by_name
 from merge_callback.utilities.messages import Messages
@@ -236,9 +236,10 @@ class MergeSession:
         assert self.capture.ring is not None
         assert self.capture.layout is not None
         row = self.capture.ring.combine([coefficients.get(step, 0.0) for step in self.capture.steps])
-        values = self.capture.layout.views(row) | dict(buffers)
+        merged = self.capture.layout.views(row)
         self.capture.finish()
-        overwrite_(tensors_by_name(pl_module, values), values, before=partial(reshard, pl_module))
+        live = tensors_by_name(pl_module, [*merged, *buffers])
+        overwrite_(live, as_in(live, merged) | dict(buffers), before=partial(reshard, pl_module))
 
     def _explain_phase(self, trainer: Trainer, is_end: bool = False) -> None:
         window, steps = self.capture.window, self.capture.steps

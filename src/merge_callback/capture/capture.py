@@ -16,15 +16,17 @@ from merge_callback.capture.running_averages import RunningAverages, shadow_byte
 from merge_callback.capture.storage import HOST
 from merge_callback.capture.window import CaptureWindow
 from merge_callback.live.names import EVERYTHING, Selection
-from merge_callback.live.sharding import Sharding, all_gather_dict, local_clones, local_tensors, rank
+from merge_callback.live.sharding import Sharding, all_gather_dict, local_clones, rank, real_tensors
 from merge_callback.live.weights import (
     LiveTensors,
     describe_left_out,
     has_lazy_parameters,
+    is_number,
     merged_parameters,
     nonfinite_names,
 )
 from merge_callback.merging.averages import Average
+from merge_callback.merging.combine import is_narrow
 from merge_callback.merging.rules import Rule
 from merge_callback.utilities.devices import wait_for_device
 
@@ -108,10 +110,11 @@ class SnapshotCapture:
         which get their shapes in the first forward pass.
 
         Raises:
-            ValueError: If the module has no floating-point parameters, or none of the trainable ones is selected.
+            ValueError: If the module has no floating-point parameters, none of the trainable ones is selected, or one
+                of them has too few bits to be summed.
             MemoryError: If ring and averages do not fit into the free memory.
         """
-        if not any(parameter.is_floating_point() for parameter in module.parameters()):
+        if not any(map(is_number, module.parameters())):
             raise ValueError(f"{type(module).__name__} has no floating-point parameters, so there is nothing to merge")
         if has_lazy_parameters(module) or not (trainable := merged_parameters(module)):
             return
@@ -124,9 +127,15 @@ class SnapshotCapture:
 
     def _allocate(self, module: nn.Module) -> None:
         parameters = merged_parameters(module, self.selection)
+        for name, parameter in parameters.items():
+            if is_narrow(parameter.dtype):
+                raise ValueError(
+                    f"the parameter {name} is {parameter.dtype}, which is not summed; parts=Parts(exclude=[{name!r}])"
+                    " leaves it out of the merges, where it stays live"
+                )
         self.sharding = Sharding(parameters)
         self._left_out = describe_left_out(module, self.selection)
-        self.layout = layout = RowLayout(local_tensors(parameters))
+        self.layout = layout = RowLayout(real_tensors(parameters))
         required = self._required_bytes(layout)
         refuse_if_too_large(required, self.num_snapshots, len(self.averages), self.num_local_processes)
         if self.num_snapshots:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from merge_callback.capture.capture import SnapshotCapture
 from merge_callback.capture.merges import Merge
 from merge_callback.live.batch_norm import Recalibration
-from merge_callback.live.sharding import reshard
+from merge_callback.live.sharding import as_in, reshard
 from merge_callback.live.swap import swapped_weights
 from merge_callback.live.weights import snapshot_buffers, tensors_by_name
 from merge_callback.merging.rules import decay_from_coefficients
@@ -136,9 +136,10 @@ class MergeSet:
             ValueError: If the module's tensors do not match those of the merge.
         """
         assert self.capture.layout is not None
-        merged = self.capture.layout.views(row)
+        values = self.capture.layout.views(row)
         self.capture.finish()
-        live = tensors_by_name(module, merged)
+        live = tensors_by_name(module, values)
+        merged = as_in(live, values)
         # Copied, since a forward pass may write to buffers; moved, since Lightning takes the model off its device after
         # a fit.
         for name, buffer, own in self._fitting_buffers(module, merge):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from merge_callback.capture.capture import SnapshotCapture
 from merge_callback.capture.running_averages import shadow_like
 from merge_callback.capture.storage import new_slots
-from merge_callback.live.sharding import Sharding, local, local_tensors, rank
+from merge_callback.live.sharding import Sharding, local, rank, real_tensors
 from merge_callback.live.weights import merged_parameters, snapshot_buffers
 
 # Version of the state that checkpoints hold; states of other versions are not read.
@@ -195,7 +195,7 @@ def _restore_ring_(capture: SnapshotCapture, state: Mapping[str, Any], reader: T
 def _restore_averages_(
     capture: SnapshotCapture, state: Mapping[str, Any], module: nn.Module, reader: TensorReader
 ) -> list[str]:
-    live, device = local_tensors(merged_parameters(module, capture.selection)), capture.averages.device
+    live, device = real_tensors(merged_parameters(module, capture.selection)), capture.averages.device
 
     def read(name: str) -> dict[str, Tensor]:
         empty = lambda: {key: shadow_like(tensor, device) for key, tensor in live.items()}  # noqa: E731

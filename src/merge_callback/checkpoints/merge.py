@@ -23,6 +23,7 @@ from merge_callback.checkpoints.write import (
     save,
 )
 from merge_callback.live.names import fits
+from merge_callback.merging.combine import is_narrow
 from merge_callback.merging.rules import Rule, merge_coefficients, resolve_rule, rule_label
 from merge_callback.utilities.checks import check_count, patterns
 from merge_callback.utilities.files import SAFETENSORS_DTYPES, atomic_write, write_safetensors
@@ -220,8 +221,7 @@ def _check_dtypes(checkpoint: StoredCheckpoint, newest: Sequence[str], output: P
             raise ValueError(
                 f"{name} in {checkpoint.path} is {tensor.dtype}, which is not written to .safetensors here"
             )
-        is_narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
-        if is_narrow and not fits(name, newest):
+        if is_narrow(tensor.dtype) and not fits(name, newest):
             raise ValueError(
                 f"{name} in {checkpoint.path} is {tensor.dtype}, which is not summed; newest=[{name}] takes it as it is"
             )

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from merge_callback.checkpoints.stored import StoredCheckpoint
 from merge_callback.live.names import fits
-from merge_callback.merging.combine import combine_
+from merge_callback.merging.combine import Row, combine_
 
 # Batch norm statistics and counters are taken from the newest checkpoint, as in a run.
 TAKEN_FROM_NEWEST = ("*running_mean", "*running_var", "*num_batches_tracked")
@@ -40,6 +40,9 @@ def merged_tensors(
             out = stored.like("cpu")
             if fits(name, newest):
                 out.view(-1).copy_(stored[:])
+            elif stored.dtype.is_complex:
+                rows = [_RealNumbers(_Finite(checkpoint, name)) for checkpoint in opened]
+                combine_([torch.view_as_real(out).view(-1)], rows, [values])
             elif stored.dtype.is_floating_point:
                 combine_([out.view(-1)], [_Finite(checkpoint, name) for checkpoint in opened], [values])
             else:
@@ -60,6 +63,16 @@ class _Finite:
         if not content.isfinite().all():
             raise ValueError(f"{self.name} holds NaN or inf in {self.checkpoint.path}")
         return content
+
+
+@dataclass(frozen=True)
+class _RealNumbers:
+    """A row of complex numbers as one of real numbers, twice as long. Parts begin and end with a complex number."""
+
+    row: Row
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        return torch.view_as_real(self.row[part.start // 2 : part.stop // 2]).view(-1)
 
 
 def _same(opened: Sequence[StoredCheckpoint], name: str) -> Tensor:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from merge_callback.live.sharding import is_shard, local, local_clones, reshard
 from merge_callback.live.swap import is_swapped, restored_contents, swapped_weights
+from merge_callback.live.weights import is_number
 from merge_callback.utilities.devices import free_bytes
 
 # Share of a device's free memory that copies of parameters, and copies of optimizer states, may take.
@@ -87,7 +88,7 @@ def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int, fl
     own = {name: local(tensor) for name, tensor in tensors.items()}
     places = {name: (tensor.data_ptr(), tensors[name]._version) for name, tensor in own.items()}
     norms = dict.fromkeys(own, 0.0)
-    floating = {name: tensor for name, tensor in own.items() if tensor.is_floating_point() and tensor.numel()}
+    floating = {name: tensor for name, tensor in own.items() if is_number(tensor) and tensor.numel()}
     if floating:
         found = torch._foreach_norm(list(floating.values()))
         of_all = torch.stack([norm.to("cpu", torch.float64).nan_to_num() for norm in found])

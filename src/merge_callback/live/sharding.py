@@ -89,9 +89,18 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return _Spec.of(tensor).join(local(tensor)).full_tensor()
 
 
-def local_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `local` of each tensor."""
-    return {name: local(tensor) for name, tensor in tensors.items()}
+def real_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns `local` of each tensor, complex ones as views of real numbers with a last dimension of two.
+
+    A merge of complex numbers is that of their real and imaginary parts.
+    """
+    found = ((name, local(tensor)) for name, tensor in tensors.items())
+    return {name: torch.view_as_real(own) if own.is_complex() else own for name, own in found}
+
+
+def as_in(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns views of values of `real_tensors` as complex numbers again, where the live tensors of the names are."""
+    return {name: torch.view_as_complex(v) if live[name].is_complex() else v for name, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,14 @@ class _Spec:
     def of(cls, tensor: DTensor) -> "_Spec":
         """Returns the layout of a DTensor, with global shape and stride: uneven shards do not determine them."""
         return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.stride())
+
+    @classmethod
+    def of_real(cls, tensor: DTensor) -> "_Spec":
+        """Returns the layout that a DTensor has among `real_tensors`."""
+        spec = cls.of(tensor)
+        if not tensor.is_complex():
+            return spec
+        return replace(spec, shape=torch.Size((*spec.shape, 2)), stride=(*(2 * step for step in spec.stride), 1))
 
     def join(self, part: Tensor) -> DTensor:
         """Returns the DTensor of which ``part`` is this process's shard. Moves the part to the mesh's device."""
@@ -121,7 +138,7 @@ class Sharding:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._specs = {name: _Spec.of(tensor) for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+        self._specs = {name: _Spec.of_real(tensor) for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
         # Cache of `_mesh`, by the model's mesh and device type.
         self._meshes: dict[tuple[DeviceMesh, str], DeviceMesh] = {}
 

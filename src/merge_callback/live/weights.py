@@ -11,11 +11,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 
 from merge_callback.live.names import EVERYTHING, Selection, clean_name
-from merge_callback.live.sharding import is_shard, local_tensors, reshard
+from merge_callback.live.sharding import is_shard, real_tensors, reshard
 
 
 def merged_parameters(module: nn.Module, selection: Selection = EVERYTHING) -> dict[str, nn.Parameter]:
-    """Returns the parameters that a merge averages: trainable, floating point, and each tied one only once.
+    """Returns the parameters that a merge averages: trainable, real or complex, and each tied one only once.
 
     Args:
         module: The live model.
@@ -30,8 +30,13 @@ def merged_parameters(module: nn.Module, selection: Selection = EVERYTHING) -> d
     return {
         name: parameter
         for name, parameter in named
-        if parameter.requires_grad and parameter.is_floating_point() and not is_lazy(parameter) and selection(name)
+        if parameter.requires_grad and is_number(parameter) and not is_lazy(parameter) and selection(name)
     }
+
+
+def is_number(tensor: Tensor) -> bool:
+    """Returns whether the elements of a tensor are real or complex floating-point numbers."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def describe_left_out(module: nn.Module, selection: Selection) -> str:
@@ -45,7 +50,7 @@ def describe_left_out(module: nn.Module, selection: Selection) -> str:
 
 
 def snapshot_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the buffers that a merge takes from the newest snapshot: floating point and part of the state dict.
+    """Returns the buffers that a merge takes from the newest snapshot: real or complex, and part of the state dict.
 
     Returns:
         Clean name -> live buffer. Integer buffers (counters, position ids) and non-persistent ones (caches, masks) are
@@ -61,7 +66,7 @@ def _buffer_owners(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         is_saved = leaf not in owner._non_persistent_buffers_set
-        if buffer.is_floating_point() and is_saved and not is_lazy(buffer):
+        if is_number(buffer) and is_saved and not is_lazy(buffer):
             owners[clean_name(name)] = owner, leaf
     return owners
 
@@ -95,7 +100,7 @@ class LiveTensors:
         return self._num_found
 
     def parameters(self) -> Mapping[str, Tensor]:
-        """Returns `merged_parameters`, or this process's shards of them, as of the last `find`."""
+        """Returns the `real_tensors` of `merged_parameters` as of the last `find`."""
         return self._own(self._parameters)
 
     def buffers(self) -> dict[str, Tensor]:
@@ -108,10 +113,9 @@ class LiveTensors:
         self._resharded = [submodule for submodule in submodules if isinstance(submodule, FSDPModule)]
         self._parameters = merged_parameters(self.module, self.selection)
         self._owners = _buffer_owners(self.module)
-        # Calling `local` on thousands of plain parameters at every step would take too long.
-        self._own: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = (
-            local_tensors if any(map(is_shard, self._parameters.values())) else _same
-        )
+        # A view of each of thousands of plain parameters at every step would take too long.
+        is_plain = not any(is_shard(each) or each.is_complex() for each in self._parameters.values())
+        self._own: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _same if is_plain else real_tensors
         fixed: list[Mapping[str, Any]] = [
             contents for submodule in submodules for contents in (submodule._modules, submodule._parameters)
         ]

@@ -20,6 +20,11 @@ MAX_CHUNK_NUMEL = 2**21
 GPU_CHUNK_NUMEL = 2**22
 
 
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Returns whether numbers of this dtype, such as float8, have too few bits to be summed."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
 class Row(Protocol):
     """A flat tensor, or a file that returns the part of the tensor that is sliced."""
 
