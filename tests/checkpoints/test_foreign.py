@@ -1,8 +1,11 @@
 """What someone else may have written is read without running anything, and stays in its folder."""
 
 import json
+import os
+import pathlib
 import pickle
 import struct
+import zipfile
 
 import pytest
 import torch
@@ -11,8 +14,11 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 
 from merge_callback.checkpoints.distributed import _METADATA_NAMES
+from merge_callback.checkpoints.inert import inert_names
 from merge_callback.checkpoints.merge import merge_checkpoints
 from merge_callback.checkpoints.read import open_checkpoint
+from merge_callback.checkpoints.torch_file import read_torch_file
+from merge_callback.checkpoints.write import read_provenance
 
 OF_TORCH = {metadata.__name__: metadata, filesystem.__name__: filesystem}
 
@@ -93,12 +99,93 @@ def test_an_index_cannot_name_files_outside_of_its_folder(tmp_path, place):
             open_checkpoint(path)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_where_torch_does_not_tell_the_place_of_a_tensor_nothing_is_read_from_elsewhere(tmp_path, monkeypatch):
-    torch.save({"weight": torch.ones(3)}, tmp_path / "step_1.pt")
-    dcp.save({"weight": torch.ones(3)}, checkpoint_id=tmp_path / "step_2", no_dist=True)
-    # As torch 2.9 leaves it.
-    monkeypatch.setattr(torch.UntypedStorage, "_checkpoint_offset", property(lambda self: None, lambda self, x: None))
-    for name in ("step_1.pt", "step_2"):
-        with pytest.raises(ValueError, match="does not tell where a tensor lies in a file; use a newer one"):
-            open_checkpoint(tmp_path / name)
+def torch_file(path, pickled, **entries):
+    """A file as of ``torch.save``, with any pickle in it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", pickled)
+        for name, content in entries.items():
+            archive.writestr(f"a/{name}", content)
+
+
+class Planted:
+    """An object whose pickle calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def pickles_that_run_something(marker):
+    touch = f"touch '{marker}'"
+    yield call("os", "system", touch)
+    yield call("posix", "system", touch)
+    yield call("builtins", "eval", f"open({str(marker)!r}, 'w')")
+    yield call("torch.serialization", "os.system", touch)
+    yield call("torch._utils", "_rebuild_tensor_v2.__globals__", touch)
+    yield call("torch", "load", str(marker))
+    yield pickle.dumps({"state_dict": {"w": Planted(os.system, touch)}, "hyper_parameters": Planted(os.system, touch)})
+    yield pickle.dumps({"state_dict": {}, "x": Planted(eval, f"open({str(marker)!r}, 'w')")}, protocol=2)
+    # By way of what a pickle may use.
+    yield pickle.dumps(Planted(pathlib.Path(marker).touch))
+    state = {"state_dict": Planted(getattr, torch._utils._rebuild_parameter, "__globals__")}
+    yield pickle.dumps(state)
+
+
+def test_no_file_of_tensors_makes_anything_run(tmp_path):
+    marker, path = tmp_path / "was run", tmp_path / "step=1.ckpt"
+    for pickled in pickles_that_run_something(marker):
+        torch_file(path, pickled)
+        for attempt in (
+            lambda: merge_checkpoints([path], tmp_path / "out.ckpt"),
+            lambda: read_provenance(path),
+        ):
+            with pytest.raises(ValueError, match=r"step=1\.ckpt"):
+                attempt()
+        read_torch_file(path)
+        assert not marker.exists()
+        assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_a_pickle_cannot_change_what_it_may_call(tmp_path):
+    path = tmp_path / "step=1.ckpt"
+    # The function, and then a state for it, as for an object that was created.
+    changed = b"\x80\x04" + named("torch._utils") + named("_rebuild_parameter") + b"\x93}" + named("_call") + b"Nsb."
+    torch_file(path, changed)
+    with pytest.raises(pickle.UnpicklingError, match="it changes a function"):
+        read_torch_file(path)
+    with pytest.raises(ValueError, match="it changes a function"):
+        open_checkpoint(path)
+
+
+def test_a_tensor_cannot_lie_outside_of_its_storage(tmp_path):
+    path = tmp_path / "step=1.ckpt"
+    torch.save({"w": torch.arange(4.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        (pickled,) = (archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+        (data,) = (archive.read(name) for name in archive.namelist() if name.endswith("data/0"))
+    entries = {"data/0": data, "byteorder": "little"}
+    torch_file(path, pickled, **entries)
+    assert open_checkpoint(path).tensors["w"][:].tolist() == [0, 1, 2, 3]
+    # Its shape is (4,), and its stride (1,).
+    shape, stride = b"K\x04\x85", b"K\x01\x85"
+    for better, worse in ((shape, b"K\x05\x85"), (stride, b"K\x02\x85"), (shape, b"J\xff\xff\xff\xff\x85")):
+        assert pickled.count(better) == 1
+        torch_file(path, pickled.replace(better, worse), **entries)
+        with pytest.raises(ValueError, match="does not lie in its storage of 16 bytes"):
+            open_checkpoint(path)
+    for more, message in (({"byteorder": "big"}, "another order of bytes"), ({"constants.pkl": b""}, "TorchScript")):
+        torch_file(path, pickled, **(entries | more))
+        with pytest.raises(ValueError, match=message):
+            open_checkpoint(path)
+
+
+def test_a_content_that_refers_to_itself_very_often_is_read_at_once(tmp_path):
+    nested: list = []
+    for _ in range(60):
+        nested = [nested, nested]
+    content = {"state_dict": {"w": torch.ones(1)}, "global_step": 1, "hyper_parameters": {"x": nested}}
+    torch.save(content, tmp_path / "1.ckpt")
+    assert inert_names(read_torch_file(tmp_path / "1.ckpt")) == set()
+    merge_checkpoints([tmp_path / "1.ckpt"], tmp_path / "out.ckpt")

@@ -1,7 +1,6 @@
 """What leaves the run: files of the merge, taken by whatever takes a checkpoint, written whole or not at all."""
 
 import json
-import pickle
 import resource
 import signal
 import sys
@@ -258,7 +257,7 @@ def test_a_checkpoint_says_at_which_step_it_was_made_and_begins_at_epoch_zero(ru
 
 def test_provenance_is_read_without_loading_foreign_code(tmp_path):
     torch.save({"merge_callback": Path("anything")}, tmp_path / "merge.ckpt")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(ValueError, match="holds no merge"):
         read_provenance(tmp_path / "merge.ckpt")
 
 

@@ -215,6 +215,7 @@ def fit(
     train: Any = None,
     validation: Any = None,
     ckpt_path: str | None = None,
+    weights_only: bool | None = None,
     **trainer_arguments: Any,
 ) -> Run:
     seed_everything(7)
@@ -235,7 +236,7 @@ def fit(
     )
     train = batches() if train is None else train
     validation = batches(24, 8, shuffle=False, seed=1) if validation is None else validation
-    trainer.fit(module, train, validation, ckpt_path=ckpt_path)
+    trainer.fit(module, train, validation, ckpt_path=ckpt_path, weights_only=weights_only)
     rng = [torch.get_rng_state(), random.getstate(), np.random.get_state(), *torch.cuda.get_rng_state_all()]
     assert trainer.logger is not None
     metrics_file = Path(str(trainer.logger.log_dir)) / "metrics.csv"

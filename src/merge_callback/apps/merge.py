@@ -37,6 +37,7 @@ def run(config: DictConfig) -> None:
             coefficients=config.coefficients,
             steps=config.steps,
             newest=config.newest,
+            of_averages=config.of_averages,
             progress=True,
         )
     for step, value, name in zip(origin["steps"], origin["coefficients"], origin["checkpoints"], strict=True):

@@ -1,16 +1,15 @@
 """`AnnealBranch`: a real learning-rate decay from a checkpoint of a stable run, recorded beside that run's merges."""
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from merge_callback.callbacks.pickling import PickledWithoutItsRun
+from merge_callback.checkpoints.torch_file import BROKEN, read_entries
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.learning_rates import RateOverlay, learning_rates, optimizer_step
 from merge_callback.live.observe import observe_validations, stop_observing_validations
@@ -265,6 +264,6 @@ def _span_steps(start: int, span: float) -> int:
 def _stable_run_in_file(path: str | os.PathLike[str]) -> tuple[str | None, list[StableValidation]]:
     file = Path(path, _METADATA) if Path(path).is_dir() else Path(path)
     try:
-        return stable_run_in_checkpoint(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"trunk={str(path)!r} does not load with weights_only=True: {error}") from error
+        return stable_run_in_checkpoint(read_entries(file))
+    except BROKEN as error:
+        raise ValueError(f"trunk={str(path)!r} is no checkpoint that can be read: {error}") from error

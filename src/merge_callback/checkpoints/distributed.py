@@ -1,22 +1,18 @@
 """Finds the pieces of each tensor in folders of `torch.distributed.checkpoint`."""
 
 import io
+import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from merge_callback.checkpoints.stored import (
-    Piece,
-    StoredCheckpoint,
-    StoredTensor,
-    file_inside,
-    position_in_file,
-    refuse_lazy,
-)
+from merge_callback.checkpoints.layouts import model_keys, noted_step
+from merge_callback.checkpoints.stored import PROVENANCE_KEY, StoredCheckpoint, StoredTensor, file_inside
+from merge_callback.checkpoints.torch_file import read_entries, read_torch_file
 
 # All that the metadata of a distributed checkpoint may name. Each only holds data. Whole modules must not be allowed,
 # since they hold functions that delete files, and a dotted name leads from them to `os.system`.
@@ -58,35 +54,36 @@ def open_distributed(path: Path) -> StoredCheckpoint:
         key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value, TensorStorageMetadata)
     }
     # The planner data maps flattened names to the keys of the nested dicts.
-    parts = {key: (metadata.planner_data or {}).get(key, (key,)) for key in stored}
-    groups = sorted({str(names[0]) for names in parts.values() if len(names) > 1})
-    if len(groups) > 1 and "state_dict" not in groups:
-        raise ValueError(f"{path} holds several dictionaries ({', '.join(groups)}); save that of the model alone")
-    nested = {key: ".".join(map(str, names[1:])) for key, names in parts.items() if names[0] == "state_dict"}
-    names = nested or {key: ".".join(map(str, names)) for key, names in parts.items()}
+    keys = {tuple((metadata.planner_data or {}).get(key, (key,))): key for key in stored}
     tensors = {}
-    for key, name in names.items():
-        pieces = []
+    for path_of_keys, name in model_keys(dict.fromkeys(keys, True)).items():
+        key, pieces = keys[path_of_keys], []
         for chunk in stored[key].chunks:
             where = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             if getattr(where, "transform_descriptors", None):
                 raise ValueError(f"{path}: {name} was transformed when it was written")
             file = file_inside(path, where.relative_path)
-            begin, tensor = _saved_alone(file, where.offset, where.length)
-            refuse_lazy(path, name, tensor)
-            pieces.append(Piece(file, begin, tuple(chunk.offsets), tuple(chunk.sizes), tensor.stride()))
+            alone = _saved_alone(file, where.offset, where.length)
+            (piece,) = alone.pieces
+            if alone.shape != tuple(chunk.sizes):
+                raise ValueError(f"{path}: {name} has a part of shape {list(alone.shape)} instead of {chunk.sizes}")
+            pieces.append(replace(piece, offsets=tuple(chunk.offsets)))
         properties = stored[key].properties
         tensors[name] = StoredTensor(tuple(stored[key].size), properties.dtype, tuple(pieces))
     # Lightning saves the rest of its checkpoint in this file beside the shards.
-    beside = torch.load(path / "meta.pt", weights_only=True) if (path / "meta.pt").exists() else {}
-    return StoredCheckpoint(path, tensors, beside.get("global_step"), beside)
+    beside = read_entries(path / "meta.pt") if (path / "meta.pt").exists() else {}
+    if (path / "merge.json").exists():
+        beside = {**beside, PROVENANCE_KEY: json.loads((path / "merge.json").read_text())}
+    return StoredCheckpoint(path, tensors, noted_step(beside), beside)
 
 
-def _saved_alone(file: Path, offset: int, length: int) -> tuple[int, Tensor]:
-    """Returns the first byte of a tensor's data that ``torch.save`` wrote into a part of a file, and a meta tensor."""
+def _saved_alone(file: Path, offset: int, length: int) -> StoredTensor:
+    """Returns the tensor that ``torch.save`` wrote into a part of a file."""
     with file.open("rb") as stream:
-        tensor = torch.load(io.BufferedReader(_Part(stream, offset, length)), map_location="meta", weights_only=True)
-    return offset + position_in_file(tensor), tensor
+        found = read_torch_file(file, cast(BinaryIO, io.BufferedReader(_Part(stream, offset, length))), offset)
+    if not isinstance(found, StoredTensor):
+        raise ValueError(f"{file} holds something else than a tensor at byte {offset}")  # noqa: TRY004 (no argument)
+    return found
 
 
 class _Part(io.RawIOBase):

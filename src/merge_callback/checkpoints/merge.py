@@ -5,6 +5,7 @@ callback bit for bit. Memory does not grow with the number of checkpoints.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from merge_callback.checkpoints.alike import check_alike, named_alike, refuse_averages, steps_of, told_steps
+from merge_callback.checkpoints.inert import inert_names
 from merge_callback.checkpoints.merged_tensors import TAKEN_FROM_NEWEST, merged_tensors
 from merge_callback.checkpoints.read import open_checkpoint
 from merge_callback.checkpoints.stored import StoredCheckpoint
+from merge_callback.checkpoints.torch_file import plain
 from merge_callback.checkpoints.write import (
     check_suffix,
     fresh_run_entries,
@@ -25,7 +29,7 @@ from merge_callback.checkpoints.write import (
 from merge_callback.live.names import fits
 from merge_callback.merging.combine import is_narrow
 from merge_callback.merging.rules import Rule, merge_coefficients, resolve_rule, rule_label
-from merge_callback.utilities.checks import check_count, patterns
+from merge_callback.utilities.checks import check_bool, patterns
 from merge_callback.utilities.files import SAFETENSORS_DTYPES, atomic_write, write_safetensors
 from merge_callback.utilities.locations import local_path
 
@@ -66,23 +70,27 @@ def plan_merge(
     coefficients: Sequence[float] | None = None,
     steps: Sequence[int] | None = None,
     newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
+    of_averages: bool = False,
 ) -> MergePlan:
     """Opens checkpoints, checks that they fit together, and calculates their coefficients.
 
     Args:
-        paths: Lightning ``.ckpt`` files, files of ``torch.save``, ``.safetensors`` files (one, or an index of several),
-            or folders of `torch.distributed.checkpoint`. They are sorted by step.
+        paths: Lightning ``.ckpt`` files, files of ``torch.save``, ``.safetensors`` files (one, an index of several, or
+            the folder of either), or folders of `torch.distributed.checkpoint`. They are sorted by step.
         rule: Name of a rule, or a rule, applied to the checkpoints' steps.
         coefficients: One coefficient per path instead of a rule. They are divided by their sum. Unless ``steps`` are
             given, the paths keep their order and the last one is the newest.
         steps: One step per path. None reads the steps from the files or their names.
         newest: One or several patterns of tensor names. Tensors that match are taken from the newest checkpoint instead
             of merged.
+        of_averages: Whether checkpoints may hold merges or averages already.
 
     Raises:
-        ValueError: If the checkpoints do not fit together. The message names the checkpoint and the tensor.
+        ValueError: If the checkpoints do not fit together, or one is no checkpoint of a step's weights. The message
+            names the checkpoint and the tensor.
     """
     resolve_rule(rule)
+    check_bool("of_averages", of_averages)
     kept = patterns("newest", newest)
     asked = [local_path("paths", path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not asked:
@@ -91,14 +99,16 @@ def plan_merge(
     if twice := [path for path, where in zip(asked, resolved, strict=True) if resolved.count(where) > 1]:
         raise ValueError(f"checkpoints must be different ones, got {' and '.join(map(str, twice))}")
     opened = [open_checkpoint(path) for path in asked]
+    if not of_averages:
+        refuse_averages(opened)
     # Coefficients belong to paths, so without given steps the order of the paths counts and no step is needed.
     is_in_order = coefficients is not None and steps is None
     known = list(range(1, len(opened) + 1)) if is_in_order else steps_of(opened, steps)
     values = _values(known, rule, coefficients)
     order = sorted(range(len(opened)), key=known.__getitem__)
-    ordered = [opened[place] for place in order]
+    ordered = named_alike([opened[place] for place in order])
     check_alike(ordered)
-    told = (_told_steps(ordered) if is_in_order else None) or sorted(known)
+    told = (told_steps(ordered) if is_in_order else None) or sorted(known)
     label = "coefficients" if coefficients is not None else rule_label(rule)
     return MergePlan(ordered, [values[place] for place in order], told, label, kept)
 
@@ -148,39 +158,13 @@ def merge_checkpoints(
     coefficients: Sequence[float] | None = None,
     steps: Sequence[int] | None = None,
     newest: str | Sequence[str] = TAKEN_FROM_NEWEST,
+    of_averages: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Merges checkpoints into one file. Calls `plan_merge`, then `write_merge`: see these for arguments and errors."""
     check_suffix(Path(output))
-    plan = plan_merge(paths, rule, coefficients=coefficients, steps=steps, newest=newest)
+    plan = plan_merge(paths, rule, coefficients=coefficients, steps=steps, newest=newest, of_averages=of_averages)
     return write_merge(plan, output, progress=progress)
-
-
-def steps_of(opened: Sequence[StoredCheckpoint], given: Sequence[int] | None = None) -> list[int]:
-    """Returns the step of each checkpoint: the given one, or the one in the checkpoint or its file name.
-
-    Raises:
-        ValueError: If a step is unknown, or two checkpoints have the same step.
-    """
-    if given is not None and len(given) != len(opened):
-        raise ValueError(f"steps must be as many as checkpoints, {len(opened)}, got {len(given)}")
-    steps = []
-    for place, checkpoint in enumerate(opened):
-        step = given[place] if given is not None else checkpoint.step
-        if step is None:
-            raise ValueError(f"neither {checkpoint.path} nor its name tells a step; give steps=[...]")
-        check_count("steps", step, minimum=0)
-        steps.append(step)
-    if (twice := next((step for step in steps if steps.count(step) > 1), None)) is not None:
-        same = [str(checkpoint.path) for checkpoint, step in zip(opened, steps, strict=True) if step == twice]
-        raise ValueError(f"checkpoints must be of different steps, got {twice} of {' and '.join(same)}")
-    return steps
-
-
-def _told_steps(opened: Sequence[StoredCheckpoint]) -> list[int] | None:
-    """Returns the steps in the checkpoints or their file names; None unless all have one and all differ."""
-    told = [checkpoint.step for checkpoint in opened if checkpoint.step is not None]
-    return told if len(set(told)) == len(opened) else None
 
 
 def _values(steps: Sequence[int], rule: str | Rule, coefficients: Sequence[float] | None) -> list[float]:
@@ -195,24 +179,6 @@ def _values(steps: Sequence[int], rule: str | Rule, coefficients: Sequence[float
     if not all(isinstance(each, int | float) and math.isfinite(each) for each in given) or sum(given) == 0:
         raise ValueError(f"coefficients must be finite numbers whose sum is not zero, got {given}")
     return merge_coefficients(lambda _: given, steps)
-
-
-def check_alike(opened: Sequence[StoredCheckpoint]) -> None:
-    """Raises ValueError unless all checkpoints have the same tensor names, shapes and dtypes.
-
-    Raises:
-        ValueError: If they differ. The message names the checkpoints and the tensor.
-    """
-    first, *others = opened
-    for other in others:
-        if missing := sorted(first.tensors.keys() ^ other.tensors.keys()):
-            has, lacks = (first, other) if missing[0] in first.tensors else (other, first)
-            raise ValueError(f"{lacks.path} has no tensor {missing[0]}, which {has.path} has ({len(missing)} differ)")
-        for name, tensor in first.tensors.items():
-            theirs = other.tensors[name]
-            if (tensor.shape, tensor.dtype) != (theirs.shape, theirs.dtype):
-                described = [f"{each.dtype} {list(each.shape)}" for each in (tensor, theirs)]
-                raise ValueError(f"{name} is {described[0]} in {first.path} but {described[1]} in {other.path}")
 
 
 def _check_dtypes(checkpoint: StoredCheckpoint, newest: Sequence[str], output: Path) -> None:
@@ -236,5 +202,12 @@ def _lightning_checkpoint(plan: MergePlan, state: dict[str, Tensor]) -> dict[str
         first = by_place.setdefault(place, name) if stored.numel else name
         if all(each.tensors[name].pieces == each.tensors[first].pieces for each in plan.checkpoints):
             state[name] = state[first]
-    kept = {key: last.beside[key] for key in _KEPT if key in last.beside}
-    return {"state_dict": state, **fresh_run_entries(max(plan.steps)), **kept}
+    beside = {key: value for key, value in last.beside.items() if key in _KEPT}
+    if objects := sorted(inert_names(beside) | inert_names(dict(last.extra))):
+        warnings.warn(
+            f"{last.path} holds objects, which are not read ({', '.join(objects)}). The merge goes without those"
+            " hyperparameters; give them to load_from_checkpoint",
+            stacklevel=3,
+        )
+    extra, kept = plain(last.extra), plain(beside)
+    return {"state_dict": state | extra, **fresh_run_entries(max(plan.steps)), **kept}

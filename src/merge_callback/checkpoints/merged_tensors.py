@@ -11,8 +11,8 @@ from merge_callback.checkpoints.stored import StoredCheckpoint
 from merge_callback.live.names import fits
 from merge_callback.merging.combine import Row, combine_
 
-# Batch norm statistics and counters are taken from the newest checkpoint, as in a run.
-TAKEN_FROM_NEWEST = ("*running_mean", "*running_var", "*num_batches_tracked")
+# Taken from the newest checkpoint, as in a run: batch norm statistics, counters, and what modules keep in their state.
+TAKEN_FROM_NEWEST = ("*running_mean", "*running_var", "*num_batches_tracked", "*_extra_state")
 
 
 def merged_tensors(

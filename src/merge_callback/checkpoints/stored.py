@@ -15,6 +15,9 @@ from torch import Tensor
 
 from merge_callback.utilities.files import read_into
 
+# Key of the provenance of a merge in a `.ckpt`. A `.safetensors` file holds the same entries as metadata.
+PROVENANCE_KEY = "merge_callback"
+
 
 def file_inside(folder: Path, name: str) -> Path:
     """Returns the path of a file that a checkpoint names as its part.
@@ -25,19 +28,6 @@ def file_inside(folder: Path, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{folder} names a file in another folder: {name!r}")
     return folder / name
-
-
-def position_in_file(tensor: Tensor) -> int:
-    """Returns the first byte of a tensor's data in the file of ``torch.save`` from which it was loaded on "meta".
-
-    Raises:
-        ValueError: If torch has not noted where the data lies; torch 2.9 and older never do.
-    """
-    storage = tensor.untyped_storage()
-    begin = getattr(storage, "_checkpoint_offset", None)
-    if begin is None and storage.nbytes():
-        raise ValueError(f"torch {torch.__version__} does not tell where a tensor lies in a file; use a newer one")
-    return int(begin or 0) + int(tensor.storage_offset()) * tensor.element_size()
 
 
 @dataclass(frozen=True)
@@ -109,8 +99,18 @@ class StoredCheckpoint:
     path: Path
     tensors: dict[str, StoredTensor]
     step: int | None = None
-    # Other entries of a Lightning checkpoint, such as hyperparameters.
+    # Other entries of the checkpoint, such as hyperparameters.
     beside: Mapping[str, Any] = field(default_factory=dict)
+    # What modules keep in the state dict beside their tensors.
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def average(self) -> str:
+        """What the checkpoint holds instead of the weights of a step, in words for the user; empty if those."""
+        if isinstance(origin := self.beside.get(PROVENANCE_KEY), dict):
+            return f"a merge by the rule {origin.get('rule')} of the steps {origin.get('steps')}"
+        # Lightning's `WeightAveraging`.
+        return "an average over steps" if "averaging_state" in self.beside else ""
 
 
 def in_one_piece(
@@ -119,9 +119,3 @@ def in_one_piece(
     """Returns a tensor that is stored as one piece, contiguous unless a stride is given."""
     stride = stride if stride is not None else torch.empty(shape, device="meta").stride()
     return StoredTensor(shape, dtype, (Piece(path, position, (0,) * len(shape), shape, stride),))
-
-
-def refuse_lazy(path: Path, name: str, tensor: Tensor) -> None:
-    """Raises ValueError for lazily conjugated or negated tensors, whose values differ from those in the file."""
-    if tensor.is_conj() or tensor.is_neg():
-        raise ValueError(f"{path}: {name} is a lazily conjugated or negated view; save it resolved")

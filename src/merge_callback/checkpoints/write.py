@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
+from merge_callback.checkpoints.stored import PROVENANCE_KEY
+from merge_callback.checkpoints.torch_file import read_entries
 from merge_callback.live.sharding import all_gather_dict, full_tensor, rank
 from merge_callback.merging.rules import decay_from_coefficients
 from merge_callback.utilities.files import atomic_write, write_safetensors
 from merge_callback.utilities.locations import Location, local_path, written_locally
-
-# Key of the provenance in a `.ckpt`. A `.safetensors` file holds the same entries as metadata.
-PROVENANCE_KEY = "merge_callback"
 
 
 def provenance(rule: str, coefficients: Mapping[int, float] | None = None, step: int | None = None) -> dict[str, Any]:
@@ -99,8 +98,8 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
     else:
         check_suffix(path)
-        found = torch.load(path, weights_only=True, map_location="meta").get(PROVENANCE_KEY, {})
-    if "rule" not in found:
+        found = read_entries(Path(path)).get(PROVENANCE_KEY, {})
+    if not isinstance(found, dict) or "rule" not in found:
         raise ValueError(f"{path} holds no merge")
     return found
 

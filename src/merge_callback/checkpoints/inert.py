@@ -1,0 +1,113 @@
+"""Unpickles containers and plain values only. Other objects, which would have to be run, become placeholders."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Inert:
+    """Stands for an object that was not created. It takes whatever a pickle does to the object, and does nothing.
+
+    Each class of it has the name of what it stands for, such as ``functools.partial``.
+    """
+
+    __hash__ = object.__hash__
+
+    def __new__(cls, *arguments: Any, **named: Any) -> "Inert":
+        return object.__new__(cls)
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def __call__(self, *arguments: Any, **named: Any) -> "Inert":
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """Does nothing."""
+
+    def extend(self, values: Any) -> None:
+        """Does nothing."""
+
+    def add(self, value: Any) -> None:
+        """Does nothing."""
+
+
+class InertDict(dict[Any, Any]):
+    """A dictionary without the attributes that a pickle gives it, such as the ``_metadata`` of a state dict."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class InertFunction:
+    """A function that a pickle may call, and of which it can change nothing."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes a function")
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Unpickles dictionaries, lists, tuples, sets, numbers, strings and bytes; all else is `Inert`.
+
+    Args:
+        file: The pickle, as a binary file.
+        known: (Module, name) -> object that a pickle may use in addition.
+    """
+
+    def __init__(self, file: Any, known: Mapping[tuple[str, str], Any]) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._known = _CONTAINERS | dict(known)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns what a pickle may use under this name; otherwise a new class of `Inert`."""
+        if (module, name) in self._known:
+            return self._known[module, name]
+        return type(f"{module}.{name}", (Inert,), {})
+
+
+# Python 2 and protocol 2 call the builtins otherwise.
+_CONTAINERS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): InertDict,
+    # How protocol 2 writes bytes.
+    ("_codecs", "encode"): InertFunction(lambda text, _: text.encode("latin1")),
+    ("__builtin__", "bytes"): InertFunction(lambda *_: b""),
+    **{
+        (module, kind.__name__): InertFunction(kind)
+        for module in ("builtins", "__builtin__")
+        for kind in (set, frozenset, complex)
+    },
+}
+
+
+def inert_names(content: Any) -> set[str]:
+    """Returns the names of all objects in a content that are `Inert`."""
+    found, seen, waiting = set(), set(), [content]
+    while waiting:
+        value = waiting.pop()
+        # A content may refer to one of its parts very often.
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Inert):
+            found.add(type(value).__name__)
+        elif isinstance(value, type) and issubclass(value, Inert):
+            found.add(value.__name__)
+        elif isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
+    return found
