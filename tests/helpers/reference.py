@@ -8,12 +8,13 @@ from torch import Tensor
 
 
 def merge(snapshots: Sequence[dict[str, Tensor]], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    """sum_j c_j x_j, tensor by tensor, in float64."""
+    """sum_j c_j x_j, tensor by tensor, in float64 or complex128."""
     merged = {}
     for name in snapshots[0]:
-        total = torch.zeros_like(snapshots[0][name], dtype=torch.float64)
+        dtype = torch.promote_types(snapshots[0][name].dtype, torch.float64)
+        total = torch.zeros_like(snapshots[0][name], dtype=dtype)
         for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
-            total = total + coefficient * snapshot[name].double()
+            total = total + coefficient * snapshot[name].to(dtype)
         merged[name] = total
     return merged
 

@@ -48,13 +48,17 @@ class Sharded(Base):
             parallelize_module(self, mesh["tensor_parallel"], plan)
         if "fsdp" in self.form:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if self.narrow else None)
-            for layer in (self.up, self.down, self):
+            for layer in (*self.sharded_alone(), self.up, self.down, self):
                 fully_shard(
                     layer,
                     mesh=mesh["data_parallel"],
                     reshard_after_forward=self.reshard_after_forward,
                     mp_policy=policy,
                 )
+
+    def sharded_alone(self) -> tuple[nn.Module, ...]:
+        """Layers of a subclass that FSDP2 shards by themselves."""
+        return ()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.scale * self.norm(self.down(torch.relu(self.up(x)))))

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from merge_callback import (
     AnnealBranch,
+    Ema,
     MergeCallback,
     Parts,
     Routers,
@@ -209,3 +210,56 @@ def test_recalibration_on_two_ranks_changes_nothing_but_the_statistics_of_the_me
         for name in ("batch_norm.running_mean", "batch_norm.running_var"):
             assert not torch.equal(one["merged"][name], one["buffers"][name])
             torch.testing.assert_close(one["merged"][name], alone["merged"][name], rtol=1e-4, atol=1e-5)
+
+
+class Fourier(nn.Module):
+    """A complex parameter, five rows on two ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = nn.Parameter(torch.randn(5, 4, dtype=torch.complex64) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x) * self.spectrum.sum(0) + self.spectrum[0], n=6)
+
+
+class Spectral(Sharded):
+    """With a Fourier layer, which FSDP2 takes only by itself: a group of parameters has one dtype."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.fourier = Fourier()
+
+    def sharded_alone(self) -> tuple[nn.Module, ...]:
+        return (self.fourier,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.fourier(x))
+
+
+def with_complex_parameters(folder: Path, form: str) -> dict:
+    form_of_toy = "" if form == "ddp" else form
+    merges = {"sma": "sma", "ema": Ema(half_life_steps=2)}
+    arguments = {"train": ResumableBatches(), "max_steps": 14}
+    callback, tracker = MergeCallback(2, 3, merges=merges), FullTracker()
+    module = make(Spectral, form=form_of_toy)
+    run = fit_sharded(folder / f"{form}-complex", form, tracker, callback, module=module, **arguments | {"max_steps": 9})
+    path = folder / f"{form}-complex.ckpt"
+    run.trainer.save_checkpoint(path)
+    first = {name: full(tensor) for name, tensor in callback.merged_state_dict().items()}
+    by_hand = merge_by_hand(tracker, callback)
+    ends = []
+    for name, start in (("whole", None), ("resumed", str(path))):
+        callback, module = MergeCallback(2, 3, merges=merges), make(Spectral, form=form_of_toy)
+        options = arguments | {"train": ResumableBatches()}
+        fit_sharded(folder / f"{form}-{name}", form, callback, module=module, ckpt_path=start, **options)
+        ends.append([{k: full(v) for k, v in callback.merged_state_dict(m).items()} for m in merges])
+    return {"state": first, "by_hand": by_hand, "ends": ends}
+
+
+@pytest.mark.parametrize("form", ["fsdp", "ddp"])
+def test_complex_parameters_are_merged_and_resumed_on_two_ranks(tmp_path, two_ranks, form):
+    for found in two_ranks.run(with_complex_parameters, tmp_path, form):
+        for name, expected in found["by_hand"].items():
+            torch.testing.assert_close(found["state"][name].to(expected.dtype), expected, rtol=0, atol=1e-6)
+        assert same(*found["ends"])
