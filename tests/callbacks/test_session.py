@@ -1,6 +1,7 @@
 """A run from its beginning to its end: steps, phases, what is said, and fits that go on."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 
 from merge_callback import MergeCallback
-from tests.helpers.toys import Toy, Tracker, assert_same_training, batches, fit, lightning, make
+from tests.callbacks.test_anneal_branch import Stopper
+from tests.helpers.toys import ResumableBatches, Toy, Tracker, assert_same_training, batches, fit, lightning, make
 
 
 class TwoOptimizers(Toy):
@@ -215,3 +217,72 @@ def test_a_run_too_short_for_a_snapshot_says_so(tmp_path, caplog):
         with caplog.at_level("INFO"):
             fit(make(Toy), tmp_path, MergeCallback(**arguments), max_steps=4)
         assert f"nothing was captured in 4 steps; the first is due at step {due}" in caplog.text
+
+
+class EpochWise(Toy):
+    """A rate that is set once an epoch."""
+
+    def __init__(self, scheduler, **options):
+        super().__init__()
+        self.scheduler, self.options = scheduler, options
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), **self.options}}
+
+
+def cosine(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+
+
+def chained(optimizer):
+    # Has no count of its own.
+    return torch.optim.lr_scheduler.ChainedScheduler([cosine(optimizer)])
+
+
+def constant(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+
+
+def plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+ON_METRIC = {"monitor": "val_loss"}
+
+
+# An epoch has eight steps, and schedulers that step once an epoch do so before its last batch ends.
+@pytest.mark.usefixtures("both_lightnings")
+@pytest.mark.parametrize(
+    ("module", "arguments", "steps"),
+    [
+        ((cosine, {}), {"max_steps": 32}, []),
+        ((chained, {}), {"max_steps": 32}, []),
+        ((cosine, {"interval": "step", "frequency": 6}), {"max_steps": 24}, []),
+        ((constant, {}), {"max_steps": 16}, list(range(8, 17))),
+        ((constant, {"interval": "step", "frequency": 6}), {"max_steps": 10}, [6, 7, 8, 9, 10]),
+        ((constant, {}), {"max_steps": 8}, list(range(1, 9))),
+        ((constant, {}), {"max_epochs": 1, "max_steps": -1}, list(range(1, 9))),
+        ((constant, {"frequency": 3}), {"max_epochs": 2, "max_steps": -1}, list(range(7, 17))),
+        ((plateau, {"monitor": "val_loss"}), {"max_steps": 8}, list(range(1, 9))),
+    ],
+)
+def test_a_rate_that_is_set_rarely_is_constant_once_it_was_set_again(tmp_path, caplog, module, arguments, steps):
+    callback, (scheduler, options) = MergeCallback(1, 10), module
+    with caplog.at_level("INFO"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*the learning rate was not constant")
+        fit(make(EpochWise, scheduler=scheduler, **options), tmp_path, callback, **arguments)
+    assert callback.snapshot_steps == steps
+    is_waiting = steps == [] or steps[0] in (6, 8)
+    assert caplog.text.count("capturing begins once it has been set again to the same value") == is_waiting
+    assert caplog.text.count("the learning rate moved") == 0
+
+
+def test_a_run_that_waits_for_its_scheduler_is_resumed_exactly(tmp_path):
+    whole, first, second = (MergeCallback(2, 10) for _ in range(3))
+    fit(make(EpochWise, scheduler=constant), tmp_path / "whole", whole, train=ResumableBatches(8))
+    stopper = Stopper(path := str(tmp_path / "first.ckpt"), 5)
+    fit(make(EpochWise, scheduler=constant), tmp_path / "first", first, stopper, train=ResumableBatches(8))
+    fit(make(EpochWise, scheduler=constant), tmp_path / "second", second, train=ResumableBatches(8), ckpt_path=path)
+    assert whole.snapshot_steps == [8, 10, 12, 14, 16, 18, 20, 22, 24]
+    assert second.snapshot_steps == whole.snapshot_steps

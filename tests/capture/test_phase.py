@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_callback.capture.phase import CaptureSchedule, PhaseEvent, StablePhase, needs_thinning
+from merge_callback.capture.phase import CaptureSchedule, PhaseEvent, RateUpdates, StablePhase, needs_thinning
 
 
 def stable_steps(rates):
@@ -141,3 +141,53 @@ def test_thinning_is_needed_when_dropping_the_oldest_would_uncover_the_span():
     assert not needs_thinning([10, 20, 30, 40], step=50, required_span=30)
     assert needs_thinning([10, 20, 30, 40], step=50, required_span=31)
     assert not needs_thinning([10], step=50, required_span=45)
+
+
+def epochs(rates, num_steps=5, num_rates=1):
+    """Observes rates that are set once an epoch, as Lightning sets them: between two steps."""
+    phase, events = StablePhase(), []
+    for epoch, rate in enumerate(rates):
+        for step in range(num_steps):
+            # What the next epoch brings is not known yet at the end of one.
+            updates = RateUpdates([epoch] * num_rates, [epoch] * num_rates)
+            events.append(phase.observe([rate], [rate], updates))
+            assert step < num_steps
+    return phase, events
+
+
+def test_a_cosine_that_steps_once_an_epoch_is_not_constant():
+    rates = [0.5 * (1 + math.cos(math.pi * epoch / 20)) for epoch in range(20)]
+    phase, events = epochs(rates)
+    assert set(events) == {PhaseEvent.WAITING}
+    assert phase.num_begun == 0
+    assert phase.never_settled(0)
+    assert not phase.never_settled(10_000)
+    # One that is as long as training ever is moves little near its top.
+    _, events = epochs([0.5 * (1 + math.cos(math.pi * epoch / 100_000)) for epoch in range(30)])
+    assert set(events) == {PhaseEvent.WAITING}
+
+
+def test_what_is_set_once_an_epoch_to_the_same_value_is_constant_from_the_second_on():
+    phase, events = epochs([1.0, 1.0, 1.0, 0.1, 0.1, 0.01])
+    began, held, waiting, ended = PhaseEvent.BEGAN, PhaseEvent.HELD, PhaseEvent.WAITING, PhaseEvent.ENDED
+    assert events[:5] == [waiting] * 5
+    assert events[5:15] == [began, *[held] * 9]
+    assert events[15:20] == [ended, *[waiting] * 4]
+    assert events[20:25] == [began, *[held] * 4]
+    assert events[25:] == [ended, *[waiting] * 4]
+    assert phase.num_begun == 2
+
+
+def test_if_no_scheduler_is_asked_again_the_first_rate_is_constant_from_the_first_step():
+    phase = StablePhase()
+    assert phase.observe([1.0], [1.0], RateUpdates([0], [0], are_over=True)) is PhaseEvent.BEGAN
+    assert phase.observe([1.0], [1.0], RateUpdates([0], [0], are_over=True)) is PhaseEvent.HELD
+    # But the last epoch of a cosine is no constant one.
+    phase, _ = epochs([1.0, 0.5, 0.1])
+    assert phase.observe([0.1], [0.1], RateUpdates([2], [2], are_over=True)) is PhaseEvent.WAITING
+
+
+def test_of_several_schedulers_each_has_to_have_set_the_rates_again():
+    phase = StablePhase()
+    events = [phase.observe([1.0, 1.0], [1.0, 1.0], RateUpdates([s, s // 4], [s + 1, s // 4])) for s in range(8)]
+    assert events == [*[PhaseEvent.WAITING] * 4, PhaseEvent.BEGAN, *[PhaseEvent.HELD] * 3]

@@ -239,22 +239,21 @@ class Spectral(Sharded):
 
 def with_complex_parameters(folder: Path, form: str) -> dict:
     form_of_toy = "" if form == "ddp" else form
-    merges = {"sma": "sma", "ema": Ema(half_life_steps=2)}
-    arguments = {"train": ResumableBatches(), "max_steps": 14}
+    merges: dict[str, Any] = {"sma": "sma", "ema": Ema(half_life_steps=2)}
     callback, tracker = MergeCallback(2, 3, merges=merges), FullTracker()
-    module = make(Spectral, form=form_of_toy)
-    run = fit_sharded(folder / f"{form}-complex", form, tracker, callback, module=module, **arguments | {"max_steps": 9})
+    first = {"module": make(Spectral, form=form_of_toy), "train": ResumableBatches(), "max_steps": 9}
+    run = fit_sharded(folder / f"{form}-complex", form, tracker, callback, **first)
     path = folder / f"{form}-complex.ckpt"
     run.trainer.save_checkpoint(path)
-    first = {name: full(tensor) for name, tensor in callback.merged_state_dict().items()}
+    state = {name: full(tensor) for name, tensor in callback.merged_state_dict().items()}
     by_hand = merge_by_hand(tracker, callback)
     ends = []
     for name, start in (("whole", None), ("resumed", str(path))):
         callback, module = MergeCallback(2, 3, merges=merges), make(Spectral, form=form_of_toy)
-        options = arguments | {"train": ResumableBatches()}
+        options = {"train": ResumableBatches(), "max_steps": 14}
         fit_sharded(folder / f"{form}-{name}", form, callback, module=module, ckpt_path=start, **options)
         ends.append([{k: full(v) for k, v in callback.merged_state_dict(m).items()} for m in merges])
-    return {"state": first, "by_hand": by_hand, "ends": ends}
+    return {"state": state, "by_hand": by_hand, "ends": ends}
 
 
 @pytest.mark.parametrize("form", ["fsdp", "ddp"])

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from merge_callback.capture.merge_set import MergeSet
+from merge_callback.capture.phase import RateUpdates
 from merge_callback.capture.state import (
     STATE_FORMAT,
     TensorReader,
@@ -21,7 +22,7 @@ from merge_callback.capture.state import (
 )
 from merge_callback.checkpoints.write import save, weights_checkpoint
 from merge_callback.live.batch_norm import Recalibration
-from merge_callback.live.learning_rates import learning_rates, optimizer_step
+from merge_callback.live.learning_rates import are_updates_over, learning_rates, optimizer_step, rate_updates
 from merge_callback.live.observe import validation_follows
 from merge_callback.live.sharding import as_in, export_copy, local_clones, reshard
 from merge_callback.live.swap import overwrite_
@@ -55,8 +56,9 @@ class MergeSession:
         self.step = 0
         self._recalibration = recalibration
         self._messages = messages
-        # Learning rates of the step in progress.
+        # Learning rates of the step in progress, and how often the schedulers had set them.
         self._rates: list[float] = []
+        self._updates: list[int] = []
 
     # Called by the hooks of `MergeCallback`, in Lightning's order.
 
@@ -90,7 +92,7 @@ class MergeSession:
 
     def before_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Records the learning rates and the inputs of a training batch."""
-        self._rates = learning_rates(trainer.optimizers)
+        self._rates, self._updates = learning_rates(trainer.optimizers), rate_updates(trainer)
         self._recalibration.remember(pl_module, batch, is_saved=self.capture.storage.in_checkpoints)
 
     def after_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,7 +104,7 @@ class MergeSession:
             return
         self.step = step
         began, waited_before = time.perf_counter(), self.capture.waited_seconds
-        self.capture.after_step(pl_module, step, self._rates, learning_rates(trainer.optimizers))
+        self._capture(trainer, pl_module)
         # The module's own hook comes next and may write to the weights, for example to clip them. So may other
         # callbacks around a validation or at the end of an epoch, for example to average weights.
         is_own_hook = pl_module.on_train_batch_end.__module__ not in _EMPTY_HOOKS
@@ -111,6 +113,11 @@ class MergeSession:
         waited = self.capture.waited_seconds - waited_before
         self.validation.budget.spend(time.perf_counter() - began - waited)
         self._explain_phase(trainer)
+
+    def _capture(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        is_over = not self.capture.window.phase.is_stable and are_updates_over(trainer)
+        updates = RateUpdates(self._updates, rate_updates(trainer), is_over)
+        self.capture.after_step(pl_module, self.step, self._rates, learning_rates(trainer.optimizers), updates)
 
     def end(self, trainer: Trainer) -> None:
         """Ends the training: tells the user what was not captured or not checked, and closes."""
@@ -150,6 +157,7 @@ class MergeSession:
             "format": STATE_FORMAT,
             "step": self.step,
             "rates": self._rates,
+            "updates": self._updates,
             "capture": capture,
             "tensors": tensors,
             "inputs": inputs,
@@ -187,7 +195,8 @@ class MergeSession:
         self.validation.load_state_dict(state)
         if state["step"] < self.step:
             # A callback earlier in the list saved the checkpoint before this one had seen the step.
-            self.capture.after_step(pl_module, self.step, state["rates"], learning_rates(trainer.optimizers))
+            self._rates, self._updates = state["rates"], state["updates"]
+            self._capture(trainer, pl_module)
 
     # Called by users, through `MergeCallback`.
 
@@ -250,6 +259,11 @@ class MergeSession:
             self._messages.say(
                 f"the learning rate moved at step {self.step}: {kept} stays as it is until the rate is constant again",
                 "frozen",
+            )
+        elif window.phase.num_waiting_steps and not is_end:
+            self._messages.say(
+                "the learning rate is set rarely, so capturing begins once it has been set again to the same value",
+                "waiting",
             )
         elif window.phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):
             self._messages.warn(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from merge_callback.capture.layout import RowLayout
 from merge_callback.capture.memory import CaptureSizes, refuse_if_too_large, required_bytes
-from merge_callback.capture.phase import PhaseEvent
+from merge_callback.capture.phase import NO_UPDATES, PhaseEvent, Rates, RateUpdates
 from merge_callback.capture.places import DEVICE_MEMORY, StoragePlace
 from merge_callback.capture.ring import SnapshotRing
 from merge_callback.capture.running_averages import RunningAverages, shadow_bytes
@@ -24,9 +24,9 @@ from merge_callback.live.weights import (
     is_number,
     merged_parameters,
     nonfinite_names,
+    refuse_narrow,
 )
 from merge_callback.merging.averages import Average
-from merge_callback.merging.combine import is_narrow
 from merge_callback.merging.rules import Rule
 from merge_callback.utilities.devices import wait_for_device
 
@@ -110,8 +110,7 @@ class SnapshotCapture:
         which get their shapes in the first forward pass.
 
         Raises:
-            ValueError: If the module has no floating-point parameters, none of the trainable ones is selected, or one
-                of them has too few bits to be summed.
+            ValueError: If there are no floating-point parameters, none is selected, or one has too few bits for sums.
             MemoryError: If ring and averages do not fit into the free memory.
         """
         if not any(map(is_number, module.parameters())):
@@ -127,12 +126,7 @@ class SnapshotCapture:
 
     def _allocate(self, module: nn.Module) -> None:
         parameters = merged_parameters(module, self.selection)
-        for name, parameter in parameters.items():
-            if is_narrow(parameter.dtype):
-                raise ValueError(
-                    f"the parameter {name} is {parameter.dtype}, which is not summed; parts=Parts(exclude=[{name!r}])"
-                    " leaves it out of the merges, where it stays live"
-                )
+        refuse_narrow(parameters)
         self.sharding = Sharding(parameters)
         self._left_out = describe_left_out(module, self.selection)
         self.layout = layout = RowLayout(real_tensors(parameters))
@@ -184,7 +178,14 @@ class SnapshotCapture:
             self.ring.drop([taken for taken in self.ring.steps if taken >= step])
         self.averages.clear()
 
-    def after_step(self, module: nn.Module, step: int, used: Sequence[float], following: Sequence[float]) -> None:
+    def after_step(
+        self,
+        module: nn.Module,
+        step: int,
+        used: Rates,
+        following: Rates,
+        updates: RateUpdates = NO_UPDATES,
+    ) -> None:
         """Records an optimizer step: updates the averages, and takes a snapshot if one is due.
 
         Args:
@@ -192,8 +193,9 @@ class SnapshotCapture:
             step: Number of optimizer steps so far.
             used: Learning rates of that step.
             following: Learning rates of the next step.
+            updates: How often the schedulers have set them.
         """
-        event = self.window.follow(step, used, following)
+        event = self.window.follow(step, used, following, updates)
         if event in (PhaseEvent.BEGAN, PhaseEvent.RETRACTED):
             self.averages.clear()
         if event is PhaseEvent.RETRACTED and self.ring is not None and not self.window.is_outdated:

@@ -5,8 +5,9 @@ Everything here is pure Python on floats and ints, without torch.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeAlias
 
 # A stable phase ends when a rate differs by more than this, relatively, from its value when the phase began.
 DRIFT_TOLERANCE = 1e-6
@@ -28,6 +29,7 @@ class PhaseEvent(Enum):
     """The meaning of one optimizer step for the stable phase."""
 
     UNSETTLED = "the rates move, and no phase goes on"
+    WAITING = "the rates hold, but a scheduler has not set them again since"
     BEGAN = "the first step of a phase"
     HELD = "a further step of the phase"
     ENDED = "the first step after a phase"
@@ -39,6 +41,26 @@ class PhaseEvent(Enum):
         return self in (PhaseEvent.BEGAN, PhaseEvent.HELD)
 
 
+@dataclass(frozen=True)
+class RateUpdates:
+    """How often each scheduler has set the rates: when the rates of a step were read, and after the step.
+
+    Args:
+        before: Counts at the beginning of the step.
+        after: Counts after the step.
+        are_over: Whether some scheduler will not set its rates again in this run.
+    """
+
+    before: Sequence[int] = ()
+    after: Sequence[int] = ()
+    are_over: bool = False
+
+
+# Without schedulers.
+NO_UPDATES = RateUpdates()
+Rates: TypeAlias = Sequence[float]
+
+
 @dataclass
 class StablePhase:
     """Follows the learning rates and detects when they are constant.
@@ -46,6 +68,9 @@ class StablePhase:
     A phase begins at an optimizer step whose rates equal those of the step before or after it. It ends when the rates
     differ by more than a relative 1e-6 from its first ones, or when they move at every step, however little. So the
     last step of a warmup belongs to the phase if it has the full rate, and so does the last step before a decay.
+
+    A scheduler that steps once an epoch leaves the rates as they are in between, also if it is a cosine. So a phase
+    begins only once every scheduler has set the rates again and they are the same.
 
     Examples:
         >>> phase = StablePhase()
@@ -60,26 +85,53 @@ class StablePhase:
     num_steps: int = 0
     num_drifting_steps: int = 0
     num_unsettled_steps: int = 0
+    # The latest rates, the schedulers' counts when they were set, how many different rates there were, and how many
+    # steps have waited for the schedulers to set them again.
+    held: list[float] | None = None
+    held_updates: list[int] = field(default_factory=list)
+    num_held: int = 0
+    num_waiting_steps: int = 0
 
     @property
     def is_stable(self) -> bool:
         """Whether the last observed step belonged to a stable phase."""
         return self.anchor is not None
 
-    def observe(self, used: Sequence[float], following: Sequence[float]) -> PhaseEvent:
+    def observe(
+        self, used: Sequence[float], following: Sequence[float], updates: RateUpdates = NO_UPDATES
+    ) -> PhaseEvent:
         """Records one optimizer step and returns what it means for the phase.
 
         Args:
             used: Learning rates of that step, one per parameter group of every optimizer.
             following: Learning rates that the scheduler has set for the next step.
+            updates: How often the schedulers have set them.
         """
-        event = self._event(list(used), following)
+        event = self._event(list(used), following, self._is_renewed(list(used), following, updates))
         self.num_steps += event.is_stable
-        self.num_unsettled_steps += not event.is_stable
+        if event is PhaseEvent.WAITING:
+            self.num_waiting_steps += 1
+        else:
+            self.num_unsettled_steps += not event.is_stable
         self.previous = list(used)
         return event
 
-    def _event(self, rates: list[float], following: Sequence[float]) -> PhaseEvent:
+    def _is_renewed(self, rates: list[float], following: Rates, updates: RateUpdates) -> bool:
+        """Returns whether every scheduler has set these rates again since they were first used."""
+        if self.held is None or not _close(rates, self.held, SAME_TOLERANCE):
+            self.held, self.held_updates = rates, list(updates.before)
+            self.num_held += 1
+            # Those steps did wait in vain.
+            self.num_unsettled_steps += self.num_waiting_steps
+            self.num_waiting_steps = 0
+        if len(self.held_updates) != len(updates.after):
+            # Of another set of schedulers nothing is known.
+            self.held_updates = list(updates.before)
+        counts = updates.after if _close(rates, following, SAME_TOLERANCE) else updates.before
+        is_renewed = all(now > then for now, then in zip(counts, self.held_updates, strict=True))
+        return is_renewed or (updates.are_over and self.num_held == 1)
+
+    def _event(self, rates: list[float], following: Sequence[float], is_renewed: bool) -> PhaseEvent:
         self.num_drifting_steps = 0 if _close(rates, following, SAME_TOLERANCE) else self.num_drifting_steps + 1
         if self.anchor is not None and self.num_drifting_steps > MAX_DRIFTING_STEPS:
             self.anchor = None
@@ -94,8 +146,10 @@ class StablePhase:
         agrees = self.num_drifting_steps == 0 or (
             self.previous is not None and _close(rates, self.previous, SAME_TOLERANCE)
         )
-        if not agrees:
-            return PhaseEvent.ENDED if was_stable else PhaseEvent.UNSETTLED
+        if was_stable and not (agrees and is_renewed):
+            return PhaseEvent.ENDED
+        if not (agrees and is_renewed):
+            return PhaseEvent.WAITING if agrees else PhaseEvent.UNSETTLED
         self.anchor = rates
         self.num_begun += 1
         return PhaseEvent.BEGAN

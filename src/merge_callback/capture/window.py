@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from merge_callback.capture.phase import CaptureSchedule, PhaseEvent, StablePhase, needs_thinning
+from merge_callback.capture.phase import CaptureSchedule, PhaseEvent, RateUpdates, StablePhase, needs_thinning
 from merge_callback.capture.ring import SnapshotRing
 from merge_callback.merging.rules import Rule, required_span
 from merge_callback.merging.windows import Window
@@ -32,7 +32,7 @@ class CaptureWindow:
         self._has_begun = False
         self._rules = [*rules, *([Window(span=DEFAULT_SPAN)] if every_n_train_steps is None else [])]
 
-    def follow(self, step: int, used: Sequence[float], following: Sequence[float]) -> PhaseEvent:
+    def follow(self, step: int, used: Sequence[float], following: Sequence[float], updates: RateUpdates) -> PhaseEvent:
         """Records an optimizer step and returns what it means for the window.
 
         If ``start`` is a step, learning rates are ignored: the window begins at that step and lasts to the end.
@@ -41,8 +41,9 @@ class CaptureWindow:
             step: Number of optimizer steps so far.
             used: Learning rates of that step.
             following: Learning rates of the next step.
+            updates: How often the schedulers have set them.
         """
-        event = self.phase.observe(used, following)
+        event = self.phase.observe(used, following, updates)
         if self.start != "stable":
             return PhaseEvent.HELD if step >= self.start else PhaseEvent.UNSETTLED
         # A run resumed with another ``start`` may be inside a phase for which no window has begun.

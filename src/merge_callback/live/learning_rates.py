@@ -113,6 +113,38 @@ def learning_rates(optimizers: Iterable[Optimizer]) -> list[float]:
     ]
 
 
+def rate_updates(trainer: Trainer) -> list[int]:
+    """Returns how often each scheduler has set the rates. Those that react to a metric are left out."""
+    return [_num_updates(config, trainer) for config in trainer.lr_scheduler_configs if not config.reduce_on_plateau]
+
+
+def _num_updates(config: Any, trainer: Trainer) -> int:
+    count = getattr(config.scheduler, "last_epoch", None)
+    if isinstance(count, int):
+        return count
+    return (trainer.current_epoch if config.interval == "epoch" else optimizer_step(trainer)) // config.frequency
+
+
+def are_updates_over(trainer: Trainer) -> bool:
+    """Returns whether some scheduler, of those that react to no metric, will not set its rates again in this run."""
+    configs = [config for config in trainer.lr_scheduler_configs if not config.reduce_on_plateau]
+    return any(_is_over(config, trainer) for config in configs)
+
+
+def _is_over(config: Any, trainer: Trainer) -> bool:
+    every, max_epochs = config.frequency, trainer.max_epochs
+    if config.interval == "epoch":
+        following = (trainer.current_epoch // every + 1) * every
+        if max_epochs is not None and following >= max_epochs >= 0:
+            return True
+        in_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+        # An epoch of unknown length is a stream, which rarely ends before the run does.
+        steps = following * in_epoch
+    else:
+        steps = (optimizer_step(trainer) // every + 1) * every
+    return -1 < trainer.max_steps <= steps * max(1, len(trainer.optimizers))
+
+
 def _multiplier(optimizer: Optimizer) -> float:
     overlay = _overlays.get(optimizer)
     return overlay.multiplier() if overlay is not None and overlay.is_decay else 1.0

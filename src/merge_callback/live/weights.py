@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from merge_callback.live.names import EVERYTHING, Selection, clean_name
 from merge_callback.live.sharding import is_shard, real_tensors, reshard
+from merge_callback.merging.combine import is_narrow
 
 
 def merged_parameters(module: nn.Module, selection: Selection = EVERYTHING) -> dict[str, nn.Parameter]:
@@ -37,6 +38,16 @@ def merged_parameters(module: nn.Module, selection: Selection = EVERYTHING) -> d
 def is_number(tensor: Tensor) -> bool:
     """Returns whether the elements of a tensor are real or complex floating-point numbers."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def refuse_narrow(parameters: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if a parameter has too few bits to be summed."""
+    for name, parameter in parameters.items():
+        if is_narrow(parameter.dtype):
+            raise ValueError(
+                f"the parameter {name} is {parameter.dtype}, which is not summed; parts=Parts(exclude=[{name!r}])"
+                " leaves it out of the merges, where it stays live"
+            )
 
 
 def describe_left_out(module: nn.Module, selection: Selection) -> str:
