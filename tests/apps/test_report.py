@@ -1,6 +1,8 @@
 """The report: what is read back, what the figures show, and a page that needs nothing else."""
 
 import re
+from dataclasses import replace
+from html import escape
 
 import pytest
 
@@ -207,3 +209,52 @@ def test_intervals_are_drawn_whole_unless_they_are_much_wider_than_what_came():
     assert narrow.get_ylim()[1] > 2.25
     (wide,) = plot_predicted_against_actual(assessed((1.0, 100.0), (2.0, 0.25)), "val_loss").axes
     assert wide.get_ylim()[1] < 4
+
+
+NAMES = {
+    "dollar": "loss$_{",
+    "two dollars": "val_$x^{$",
+    "formula": r"$\frac$",
+    "braces": "{0}",
+    "percent": "%s",
+    "two lines": "a\nb",
+    "half a character": "a\ud800",
+    "far characters": "loss\u635f\u5931\U0001f600",
+    "page": "<script>alert(1)</script>",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
+@pytest.mark.parametrize("kind", NAMES)
+def test_whatever_runs_and_metrics_are_called_the_page_shows_them_as_they_are(tmp_path, kind):
+    folder, name = tmp_path / "run $\\alpha{$ x", NAMES[kind]
+    folder.mkdir()
+    for each in RECORDS:
+        found = replace(each, annealed={name: each.annealed["val_loss"]}, run=each.run + name)
+        values = replace(each.matched, live={name: 2.25}, merged={name: 2.125})
+        append_record(folder / "anneals.jsonl", replace(found, matched=values))
+    if kind not in ("two lines", "half a character"):
+        (folder / "metrics.csv").write_text(CSV.replace("val_loss", name), encoding="utf-8")
+    run([str(folder)])
+    content = (folder / "report.html").read_text(encoding="utf-8")
+    assert content.count("data:image") >= 2 * 2
+    assert "<script>" not in content
+    assert escape(name.replace("\ud800", "?")) in content
+
+
+def test_lines_of_other_programs_in_the_folder_are_left_out_and_named(folder):
+    (folder / "predictions.jsonl").write_text('{"id": 1, "text": "hello"}\n' * 3)
+    found = find(folder)
+    assert len(found.records) == len(RECORDS)
+    assert "predictions.jsonl, line 1, is not a record of an anneal" in page(found)
+
+
+def test_of_several_versions_of_a_run_the_newest_is_shown(tmp_path):
+    for number in (2, 10, 0):
+        (tmp_path / f"version_{number}").mkdir()
+        (tmp_path / f"version_{number}" / "metrics.csv").write_text(CSV.replace("74,,2.5", f"74,,{number}.5"))
+    (tmp_path / "version_11").mkdir()
+    assert find(tmp_path).validations[0].live == 10.5
+    for number in ("nan", "inf"):
+        (tmp_path / "version_11" / "metrics.csv").write_text(CSV.replace("74,,2.5", f"74,,{number}"))
+        assert page(find(tmp_path)).count("data:image") == 2

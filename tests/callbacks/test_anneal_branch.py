@@ -240,6 +240,15 @@ def test_epochs_without_a_validation_do_not_keep_the_end_from_being_recorded(tru
     assert run.trainer.check_val_every_n_epoch == 5
 
 
+@pytest.mark.parametrize("min_epochs", [1, 3, 7])
+def test_a_branch_ends_where_its_decay_does_also_if_the_run_may_not_stop_before_some_epoch(trunk, min_epochs):
+    _, folder = trunk
+    run = branch(folder, AnnealBranch(5, record=folder / f"{min_epochs}.jsonl"), min_epochs=min_epochs)
+    (found,) = read_records(folder / f"{min_epochs}.jsonl")
+    assert (run.trainer.global_step, found.step) == (17, 17)
+    assert run.trainer.min_epochs == min_epochs
+
+
 @pytest.mark.parametrize(
     ("annealing", "arguments", "message"),
     [
@@ -388,7 +397,12 @@ def test_a_run_that_was_over_before_it_began_says_so(trunk):
 
 def test_a_run_that_goes_on_at_a_rate_of_zero_is_recorded_once(trunk):
     _, folder = trunk
-    run = branch(folder, AnnealBranch(4, record=folder / "r.jsonl"), max_epochs=3, min_epochs=3, max_steps=-1)
+
+    class GoOn(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            trainer.should_stop = False
+
+    run = branch(folder, AnnealBranch(4, record=folder / "r.jsonl"), GoOn())
     assert run.trainer.global_step > 16
     assert len((folder / "r.jsonl").read_text().splitlines()) == 1
 

@@ -1,6 +1,8 @@
 """Predictions inside a run: from which records, when, under which names, and how wrong they turn out to be."""
 
+import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -228,9 +230,48 @@ def test_records_that_cannot_be_read_end_a_run_at_its_start_only(tmp_path):
 
     path.unlink()
     prefilled(path)
-    with pytest.warns(UserWarning, match=r"the records of anneals were left alone: .*line 3, is not a record"):
+    with pytest.warns(UserWarning, match=r"left out of the records: .*line 3, is not a record"):
         run = fit(make(Toy), tmp_path, MergeCallback(1, 4, calibration=path), Spoiling())
     assert len(run.logged(f"annealed/{METRIC}")) == 6
+
+
+@pytest.mark.parametrize("when", [0, 10])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"start_step": 0, "step": 0},
+        {"annealed": {METRIC: "low"}},
+        {"annealed": {METRIC: None}},
+        {"annealed": {METRIC: 1e300}},
+        {"annealed": {}},
+        {"matched": None},
+        {"step": 10**400, "span_steps": 10**399},
+        {"run": "\ud800"},
+    ],
+    ids=str,
+)
+def test_no_odd_line_of_another_writer_ends_a_run_or_changes_a_prediction(tmp_path, odd, when):
+    path, plain = tmp_path / "odd.jsonl", tmp_path / "plain.jsonl"
+    prefilled(path)
+    prefilled(plain)
+    line = json.dumps(json.loads(path.read_text().splitlines()[0]) | {"shape": "cosine"} | odd)
+
+    class Writing(Callback):
+        def on_train_batch_start(self, trainer, *arguments):
+            if trainer.global_step == when:
+                with path.open("a") as file:
+                    file.write(line + "\n")
+
+    if not when:
+        path.write_text(path.read_text() + line + "\n")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*left out of the records: .*, line [34], is not a record of an anneal: ")
+        runs = [
+            fit(make(Toy), tmp_path / each.stem, MergeCallback(1, 4, calibration=each), *([Writing()] if when else []))
+            for each in (path, plain)
+        ]
+    annealed = [run.logged(f"annealed/{METRIC}") for run in runs]
+    assert annealed[0] == annealed[1] != []
 
 
 @pytest.mark.parametrize("wrong", [3, True, ["a"]])

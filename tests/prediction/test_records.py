@@ -1,7 +1,9 @@
 """Records of anneals: written by many at once, read while they grow, completed by the trunk."""
 
 import json
+import re
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 
 import pytest
 
@@ -11,6 +13,7 @@ from merge_callback.prediction.records import (
     append_record,
     completed,
     read_records,
+    records_and_problems,
     run_identity,
     validation_at,
 )
@@ -113,3 +116,61 @@ def test_a_run_is_known_by_its_first_validation():
     assert run_identity([]) is None
     assert run_identity([values(10)]) == run_identity([values(10), values(20)])
     assert run_identity([values(10)]) != run_identity([values(10, live=1.5000000000000002)])
+
+
+GOOD = asdict(record(matched=values(100), forecast=values(90)))
+# What another program may write in a line that is JSON, and what is said of it.
+ODD = {
+    "no object": ("3", "the line must be an object, got 3"),
+    "null": ("null", "the line must be an object, got None"),
+    "step zero": (GOOD | {"start_step": 0, "step": 0}, "cannot go from start_step=0 to step=0"),
+    "a step before the start": (GOOD | {"step": 80}, "cannot go from start_step=90 to step=80"),
+    "a negative step": (GOOD | {"start_step": -1}, "cannot go from start_step=-1"),
+    "no steps of decay": (GOOD | {"span_steps": 0}, "a decay over span_steps=0 steps"),
+    "text for a number": (GOOD | {"step": "100"}, "step must be a whole number, got '100'"),
+    "text for a value": (GOOD | {"annealed": {"a": "low"}}, r"annealed\['a'\] must be a number, got 'low'"),
+    "a truth for a number": (GOOD | {"span_steps": True}, "span_steps must be a whole number, got True"),
+    "half a step": (GOOD | {"step": 100.5}, "step must be a whole number, got 100.5"),
+    "null for a number": (GOOD | {"step": None}, "step must be a whole number, got None"),
+    "a list of values": (GOOD | {"annealed": [1.0]}, r"annealed must be an object, got \[1.0\]"),
+    "a huge whole number": (GOOD | {"annealed": {"val_loss": 10**400}}, "int too large to convert to float"),
+    "a number for a text": (GOOD | {"run": 3}, "run must be a text, got 3"),
+    "text for the trunk": (GOOD | {"matched": "later"}, "matched must be an object, got 'later'"),
+    "half a trunk": (GOOD | {"matched": {"step": 100}}, "it has no 'span_steps'"),
+    "nested deeply": ("[" * 100_000 + "]" * 100_000, "recursion"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_line_is_named_with_what_is_wrong_and_the_others_count(tmp_path, kind):
+    line, problem = ODD[kind]
+    path = tmp_path / "anneals.jsonl"
+    text = line if isinstance(line, str) else json.dumps(line)
+    path.write_text(f"{json.dumps(GOOD)}\n{text}\n{json.dumps(GOOD | {'shape': 'cosine'})}\n")
+    found, problems = records_and_problems(path)
+    assert [each.shape for each in found] == ["linear", "cosine"]
+    assert len(problems) == 1
+    assert re.search(rf"anneals.jsonl, line 2, is not a record of an anneal: .*{problem}", problems[0])
+
+
+def test_what_is_unknown_or_no_number_in_a_line_costs_only_that_metric(tmp_path):
+    path = tmp_path / "anneals.jsonl"
+    nulls = {"annealed": {"val_loss": None, "other": 1.0}, "matched": GOOD["matched"] | {"merged": {"other": 1.0}}}
+    lines = [
+        GOOD | nulls,
+        GOOD | {"shape": "cosine", "annealed": {"val_loss": float("nan")}, "written_by": "a later version"},
+        GOOD | {"shape": "1-sqrt", "annealed": {"val_loss": 1e308}, "run": "a\u2028b"},
+    ]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    first, second, third = read_records(path)
+    assert first.outcome("val_loss") is first.outcome("other") is None
+    assert not second.outcome("val_loss").is_finite
+    assert not third.outcome("val_loss").is_finite
+    assert third.run == "a\u2028b"
+
+
+def test_a_file_that_is_no_text_holds_no_records(tmp_path):
+    path = tmp_path / "anneals.jsonl"
+    path.write_bytes(bytes(range(256)) * 10 + b"\n")
+    with pytest.raises(ValueError, match=r"anneals.jsonl, line 1, is not a record of an anneal"):
+        read_records(path)

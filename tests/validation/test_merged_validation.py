@@ -172,8 +172,13 @@ def test_a_share_of_a_loader_without_length_is_refused_by_name(tmp_path):
             return iter(batches(16).dataset)
 
     stream = torch.utils.data.DataLoader(Stream(), 4)
-    with pytest.raises(ValueError, match=r"limit_batches=0.5 is a share .* no length; give a number"):
-        fit(make(Toy), tmp_path, MergeCallback(2, 3, limit_batches=0.5), validation=stream)
+    # At the start, long before there is a merge; a sanity check or none makes no difference.
+    for num_sanity in (0, 2):
+        module = make(Toy, warmup_steps=100)
+        with pytest.raises(ValueError, match=r"limit_batches=0.5 is a share .* no length; give a number"):
+            fit(module, tmp_path, MergeCallback(2, 3, limit_batches=0.5), validation=stream,
+                num_sanity_val_steps=num_sanity)  # fmt: skip
+        assert module.global_step == 0
     run = fit(make(Toy), tmp_path, MergeCallback(2, 3, limit_batches=2), validation=stream)
     assert run.logged("merged/val_loss")
 

@@ -3,9 +3,11 @@
 import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import ParamSpec
 
 import numpy as np
-from matplotlib import rcParams, style
+from matplotlib import rc_context, rcParams, style
 from matplotlib.figure import Figure
 
 from merge_callback.apps.runs import Validation
@@ -13,7 +15,21 @@ from merge_callback.prediction.assessment import Assessed
 from merge_callback.prediction.records import AnnealRecord
 from merge_callback.validation.figures import ANNEALED, LIVE, MERGED, PREDICTED
 
+_P = ParamSpec("_P")
 
+
+def _literally(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    """Draws names as they are: in those of metrics and files, a dollar sign does not begin a formula."""
+
+    @wraps(draw)
+    def drawn(*arguments: _P.args, **named: _P.kwargs) -> Figure:
+        with rc_context({"text.parse_math": False}):
+            return draw(*arguments, **named)
+
+    return drawn
+
+
+@_literally
 def plot_validations(
     validations: Sequence[Validation], metric: str, title: str, anneals: Sequence[AnnealRecord] = ()
 ) -> Figure:
@@ -59,6 +75,7 @@ def plot_validations(
     return figure
 
 
+@_literally
 def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], metric: str) -> Figure:
     """Plots predicted against annealed values with their intervals, and the diagonal on which they agree.
 
@@ -93,6 +110,7 @@ def plot_predicted_against_actual(assessed: Mapping[str, Sequence[Assessed]], me
     return figure
 
 
+@_literally
 def plot_errors(errors: Mapping[str, Mapping[str, Sequence[float]]], unit: str, what: str) -> Figure:
     """Plots the absolute error of each prediction as a dot, and the mean of each group and series as a bar.
 
@@ -121,6 +139,7 @@ def plot_errors(errors: Mapping[str, Mapping[str, Sequence[float]]], unit: str, 
     return figure
 
 
+@_literally
 def plot_heat_maps(
     panels: Mapping[str, Mapping[tuple[int, int], float]], horizontal: str, vertical: str, title: str
 ) -> Figure:
@@ -157,6 +176,7 @@ def plot_heat_maps(
     return figure
 
 
+@_literally
 def plot_line(values: Mapping[float, float], marks: Mapping[str, float], metric: str) -> Figure:
     """Plots a metric along a line through checkpoints.
 
@@ -178,6 +198,7 @@ def plot_line(values: Mapping[float, float], marks: Mapping[str, float], metric:
     return figure
 
 
+@_literally
 def plot_plane(
     values: Mapping[tuple[float, float], float], marks: Mapping[str, tuple[float, float]], metric: str
 ) -> Figure:

@@ -14,7 +14,7 @@ import argparse
 import base64
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from itertools import groupby
@@ -33,7 +33,7 @@ from merge_callback.prediction.assessment import (
     summarise,
 )
 from merge_callback.prediction.bias import recovered_share
-from merge_callback.prediction.records import AnnealRecord, read_records
+from merge_callback.prediction.records import AnnealRecord, records_and_problems
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +48,8 @@ class Found:
     validations: list[Validation]
     records: list[AnnealRecord]
     other_metrics: list[str]
+    # What is wrong with lines that are no records.
+    left_out: list[str] = field(default_factory=list)
 
 
 def find(source: Path, metric: str | None = None) -> Found:
@@ -62,8 +64,8 @@ def find(source: Path, metric: str | None = None) -> Found:
         ValueError: If there is nothing to report on, or nothing for that metric.
     """
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    records = [record for file in files if file.suffix == ".jsonl" for record in read_records(file)]
-    metrics_file = next((file for file in files if file.name == "metrics.csv"), None)
+    records, left_out = _records_in(files, is_folder=source.is_dir())
+    metrics_file = _newest([file for file in files if file.name == "metrics.csv"])
     with_merge = merged_metrics(metrics_file) if metrics_file else []
     known = list(dict.fromkeys([*(name for record in records for name in record.annealed), *with_merge]))
     if not known or (metric is not None and metric not in known):
@@ -71,7 +73,34 @@ def find(source: Path, metric: str | None = None) -> Found:
         raise ValueError(f"{source} holds nothing to report on{there}")
     metric = metric or next((name for name in known if "loss" in name.lower()), known[0])
     validations = read_validations(metrics_file, metric) if metrics_file and metric in with_merge else []
-    return Found(source, metric, validations, records, [name for name in known if name != metric])
+    return Found(source, metric, validations, records, [name for name in known if name != metric], left_out)
+
+
+def _records_in(files: Sequence[Path], is_folder: bool) -> tuple[list[AnnealRecord], list[str]]:
+    """Returns the records in files, and what is wrong with lines of files in a folder, which may be somebody else's."""
+    records, left_out = [], []
+    for file in files:
+        if file.suffix == ".jsonl":
+            found, problems = records_and_problems(file)
+            if problems and not is_folder:
+                raise ValueError(problems[0])
+            records += found
+            left_out += problems[:1]
+    return records, left_out
+
+
+def _newest(metrics_files: Sequence[Path]) -> Path | None:
+    """Returns the first file, or of Lightning's versions of that run the last one, which began last."""
+    if not metrics_files:
+        return None
+    folder = metrics_files[0].parent
+    versions = [file for file in metrics_files if file.parent.parent == folder.parent] if _version(folder) >= 0 else []
+    return max(versions, key=lambda file: _version(file.parent), default=metrics_files[0])
+
+
+def _version(folder: Path) -> int:
+    number = folder.name.removeprefix("version_")
+    return int(number) if number != folder.name and number.isdecimal() else -1
 
 
 def page(found: Found) -> str:
@@ -92,6 +121,8 @@ def page(found: Found) -> str:
     parts = [f"<h1>Merges and anneals: {escape(found.metric)}</h1>", f"<p>{escape(str(found.source))}</p>"]
     if found.other_metrics:
         parts.append(f"<p>There are also {escape(', '.join(found.other_metrics))}: <code>--metric NAME</code>.</p>")
+    if found.left_out:
+        parts.append(f"<p>Left out: {escape('; '.join(found.left_out))}</p>")
     if found.validations:
         anneals = [record for record in found.records if record.shape == "linear"] or found.records
         drawn = partial(plot_validations, found.validations, found.metric, found.source.name, anneals)
@@ -130,7 +161,8 @@ def run(arguments: Sequence[str]) -> None:
     folder = options.source if options.source.is_dir() else options.source.parent
     output = options.output or folder / "report.html"
     with wrong_calls():
-        output.write_text(page(find(options.source, options.metric)))
+        content = page(find(options.source, options.metric))
+        output.write_text(content, encoding="utf-8")
     sys.stdout.write(f"{output}\n")
 
 

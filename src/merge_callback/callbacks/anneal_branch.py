@@ -96,7 +96,8 @@ class AnnealBranch(PickledWithoutItsRun):
         self._overlay: RateOverlay | None = None
         self._first_rates: list[float] = []
         self._annealed: dict[str, float] | None = None
-        self._check_val_every_n_epoch: int | None = None
+        # The trainer's `check_val_every_n_epoch` and `min_epochs`, from the end of the decay to that of the fit.
+        self._set_aside: tuple[int | None, int | None] | None = None
         self._has_begun = self._is_finished = self._is_recorded = False
 
     def multiplier(self, step: int) -> float:
@@ -160,10 +161,12 @@ class AnnealBranch(PickledWithoutItsRun):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise RuntimeError(f"the rates could not be multiplied: {names} did not call the hooks around its step")
         if step >= self._end_step and not self._is_finished:
-            # Lightning validates when it is asked to stop, but only in epochs that have a validation.
-            self._check_val_every_n_epoch = trainer.check_val_every_n_epoch
-            if self._check_val_every_n_epoch is not None:
+            # Lightning validates when it is asked to stop, but only in epochs that have a validation, and it does not
+            # stop before `min_epochs`.
+            self._set_aside = (trainer.check_val_every_n_epoch, trainer.fit_loop.min_epochs)
+            if trainer.check_val_every_n_epoch is not None:
                 trainer.check_val_every_n_epoch = 1
+            trainer.fit_loop.min_epochs = 0
             trainer.should_stop = self._is_finished = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,9 +253,9 @@ class AnnealBranch(PickledWithoutItsRun):
         if self._overlay is not None:
             self._overlay.remove()
             self._overlay = None
-        if self._check_val_every_n_epoch is not None:
-            trainer.check_val_every_n_epoch = self._check_val_every_n_epoch
-            self._check_val_every_n_epoch = None
+        if self._set_aside is not None:
+            trainer.check_val_every_n_epoch, trainer.fit_loop.min_epochs = self._set_aside
+            self._set_aside = None
 
 
 def _span_steps(start: int, span: float) -> int:

@@ -86,7 +86,8 @@ class MergeSession:
             self._load(state, trainer, pl_module)
         elif is_new and step > 0:
             self._messages.warn("the checkpoint holds no state of it, so the window starts empty", "resumed")
-        self.validation.predictor.read()
+        for problem in self.validation.predictor.read():
+            self._messages.warn(f"left out of the records: {problem}", problem)
         names = ", ".join(merge.name for merge in self.merges)
         self._messages.say(f"{self.capture.describe()}; merges: {names}", "start")
 

@@ -28,6 +28,8 @@ from scipy.special import stdtrit
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What nobody measures; sums of squares of smaller values are finite.
+HUGE = 1e100
 # Share of the cases that an interval should contain.
 LEVEL = 0.9
 # Fewer branches give no estimate of the error.
@@ -53,8 +55,8 @@ class BranchOutcome:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all three values are finite."""
-        return all(map(math.isfinite, (self.live, self.merged, self.annealed)))
+        """Whether all three values are finite, and not so large that their squares are not."""
+        return all(abs(value) < HUGE for value in (self.live, self.merged, self.annealed))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from merge_callback.prediction.records import (
     StableValidation,
     append_record,
     completed,
-    read_records,
+    records_and_problems,
     run_identity,
 )
 
@@ -84,16 +84,20 @@ class AnnealPredictor:
         """Whether predictions use the project's benchmark instead of records."""
         return self.calibration == PRIOR
 
-    def read(self) -> None:
-        """Reads the file of records again.
+    def read(self) -> list[str]:
+        """Reads the file of records, and returns what is wrong with some of its lines, which are left out.
 
         Raises:
-            ValueError: If a line is not a record. The records from before are kept.
+            ValueError: If the file has lines, but none is a record.
         """
-        if self.calibration is not None and not self.is_prior:
-            self._records = read_records(self.calibration)
+        if self.calibration is None or self.is_prior:
+            return []
+        self._records, problems = records_and_problems(self.calibration)
+        if problems and not self._records:
+            raise ValueError(f"calibration={str(self.calibration)!r} holds no records of anneals: {problems[0]}")
+        return problems
 
-    def learn(self, validation: StableValidation, losses: Collection[str], *, may_write: bool) -> str | None:
+    def learn(self, validation: StableValidation, losses: Collection[str], *, may_write: bool) -> list[str]:
         """Adds a validation at a constant rate to the history and updates the predictions.
 
         Also reads the records again, and fills in missing values of this run's branches from its validations.
@@ -104,15 +108,15 @@ class AnnealPredictor:
             may_write: Whether this process writes to the file of records.
 
         Returns:
-            Why the records could not be read or written, in words; None if all went well.
+            Why some records could not be read or written, in words; empty if all went well.
         """
         self.history.append(validation)
         if self.calibration is None:
-            return None
-        problem = self._update(may_write=may_write)
+            return []
+        problems = self._update(may_write=may_write)
         self.fits = {metric: fit for metric in validation.merged if (fit := self.fit(metric, losses)) is not None}
         self.predictions = {metric: fit.predict(validation, metric) for metric, fit in self.fits.items()}
-        return problem
+        return problems
 
     def forecast(self, metric: str, span_steps: int) -> Prediction:
         """Forecasts a metric at the end of a linear decay that begins now and takes ``span_steps`` optimizer steps.
@@ -154,18 +158,18 @@ class AnnealPredictor:
         if self.calibration is not None:
             self.predictions = {metric: Prediction(**kept) for metric, kept in state["predictions"].items()}
 
-    def _update(self, *, may_write: bool) -> str | None:
+    def _update(self, *, may_write: bool) -> list[str]:
         if self.calibration is None or self.is_prior:
-            return None
+            return []
         try:
-            found, run = read_records(self.calibration), run_identity(self.history)
+            (found, problems), run = records_and_problems(self.calibration), run_identity(self.history)
             self._records = [completed(each, self.history) if each.run == run else each for each in found]
             for record, old in zip(self._records, found, strict=True):
                 if record != old and may_write:
                     append_record(self.calibration, record)
-        except (ValueError, OSError) as error:
-            return str(error)
-        return None
+        except OSError as error:
+            return [str(error)]
+        return problems
 
     def fit(self, metric: str, losses: Collection[str]) -> AnnealFit | None:
         """Returns the fit for predictions at the newest validation; None if there are too few branches."""

@@ -69,9 +69,11 @@ class AnnealRecord:
 
     def outcome(self, metric: str) -> BranchOutcome | None:
         """Returns a metric's annealed value with the matched live and merged ones; None if one of them is unknown."""
-        if self.matched is None or metric not in self.matched.merged or metric not in self.annealed:
+        if (matched := self.matched) is None:
             return None
-        return BranchOutcome(self.matched.live[metric], self.matched.merged[metric], self.annealed[metric])
+        values = [found.get(metric) for found in (matched.live, matched.merged, self.annealed)]
+        known = [value for value in values if value is not None]
+        return BranchOutcome(*known) if len(known) == len(values) else None
 
 
 def append_record(path: str | os.PathLike[str], record: AnnealRecord) -> None:
@@ -98,29 +100,40 @@ def append_record(path: str | os.PathLike[str], record: AnnealRecord) -> None:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[AnnealRecord]:
-    """Returns the records in the file, one per branch, in the order in which they were first written.
-
-    Returns an empty list if the file does not exist yet. Skips a last line that is still being written, and partial
-    lines of writers that died.
+    """Returns `records_and_problems` of a file in which every line is a record.
 
     Raises:
         ValueError: If a line is not a record. The message has the line number.
     """
+    records, problems = records_and_problems(path)
+    if problems:
+        raise ValueError(problems[0])
+    return records
+
+
+def records_and_problems(path: str | os.PathLike[str]) -> tuple[list[AnnealRecord], list[str]]:
+    """Returns the records in the file, one per branch in the order in which they were first written, and what is wrong.
+
+    There are none if the file does not exist yet. A last line that is still being written is skipped, and so are
+    partial lines of writers that died. Other lines that are no records are left out; each is named among the problems.
+    """
     path = Path(path)
     if not path.exists():
-        return []
-    complete, _, _ = path.read_text().rpartition("\n")
+        return [], []
+    complete, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
     records: dict[tuple[str, int, int, str], AnnealRecord] = {}
-    for number, line in enumerate(complete.splitlines(), start=1):
+    problems = []
+    # Not `splitlines`, which takes rare characters inside a text for ends of lines.
+    for number, line in enumerate(complete.split("\n"), start=1):
         if line.strip():
             try:
-                record = _parse(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                if isinstance(error, json.JSONDecodeError) and line.startswith("{"):
-                    continue
-                raise ValueError(f"{path}, line {number}, is not a record of an anneal: {error!r}") from error
-            records[record.identity] = record
-    return list(records.values())
+                record = _record(json.loads(line))
+            except (ValueError, OverflowError, RecursionError) as error:
+                is_partial = isinstance(error, json.JSONDecodeError) and line.startswith("{")
+                problems += [] if is_partial else [f"{path}, line {number}, is not a record of an anneal: {error}"]
+            else:
+                records[record.identity] = record
+    return list(records.values()), problems
 
 
 def validation_at(history: Sequence[StableValidation], step: int, max_gap_steps: int) -> StableValidation | None:
@@ -191,6 +204,59 @@ def _ends_in_half_a_line(path: Path) -> bool:
         return file.read() != b"\n"
 
 
-def _parse(line: Mapping[str, Any]) -> AnnealRecord:
-    validations = {key: StableValidation(**line[key]) if line[key] else None for key in ("forecast", "matched")}
-    return AnnealRecord(**{**line, **validations})
+def _record(line: Any) -> AnnealRecord:
+    _check(line, dict, "the line")
+    record = AnnealRecord(
+        run=_whole(_entry(line, "run", str)),
+        start_step=_entry(line, "start_step", int),
+        step=_entry(line, "step", int),
+        span_steps=_entry(line, "span_steps", int),
+        shape=_whole(_entry(line, "shape", str)),
+        annealed=_values(line, "annealed"),
+        forecast=_validation(line, "forecast"),
+        matched=_validation(line, "matched"),
+    )
+    if not 0 <= record.start_step < record.step or record.span_steps < 1:
+        raise ValueError(
+            f"a decay over span_steps={record.span_steps} steps cannot go from start_step={record.start_step} to"
+            f" step={record.step}"
+        )
+    return record
+
+
+def _validation(line: Mapping[str, Any], key: str) -> StableValidation | None:
+    if line.get(key) is None:
+        return None
+    found = _entry(line, key, dict)
+    span_steps, step = _entry(found, "span_steps", int), _entry(found, "step", int)
+    rule = _entry(found, "rule", str) if "rule" in found else ""
+    return StableValidation(step, span_steps, _values(found, "live"), _values(found, "merged"), rule)
+
+
+def _values(line: Mapping[str, Any], key: str) -> dict[str, float]:
+    """Returns metric -> value; another writer may put null for a value that is no number."""
+    found = _entry(line, key, dict)
+    for name, value in found.items():
+        if value is not None:
+            _check(value, int | float, f"{key}[{name!r}]")
+    return {_whole(name): float(value) for name, value in found.items() if value is not None}
+
+
+def _whole(text: str) -> str:
+    """Returns a text without the halves of characters that JSON allows, and that neither files nor pictures take."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _entry(line: Mapping[str, Any], key: str, kind: Any) -> Any:
+    if key not in line:
+        raise ValueError(f"it has no {key!r}")
+    _check(line[key], kind, key)
+    return line[key]
+
+
+def _check(value: Any, kind: Any, what: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{what} must be {_NAMES[kind]}, got {value!r:.80}")  # noqa: TRY004 (no argument)
+
+
+_NAMES: dict[Any, str] = {dict: "an object", str: "a text", int: "a whole number", int | float: "a number"}

@@ -110,6 +110,7 @@ class MergedValidation:
                 "a barebones trainer logs nothing, so merges are kept for export but not evaluated", "barebones"
             )
         elif trainer.enable_validation:
+            num_limited_batches(trainer, self._limit_batches)  # raises now rather than at the first merge
             observe_validations(trainer, self)
             self._warn_of_early_stops(trainer)
         else:
@@ -250,8 +251,8 @@ class MergedValidation:
 
     def _learn(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue], trainer: Trainer) -> None:
         validation, losses = self._stable_validation(evaluation, live), self._losses(evaluation)
-        if problem := self.predictor.learn(validation, losses, may_write=trainer.is_global_zero):
-            self._messages.warn(f"the records of anneals were left alone: {problem}", "records")
+        for problem in self.predictor.learn(validation, losses, may_write=trainer.is_global_zero):
+            self._messages.warn(f"left out of the records: {problem}", problem)
         for metric, fit in self.predictor.fits.items():
             self._messages.say(f"{self._names('annealed', metric)} predicts {fit}", f"annealed {metric}")
         calibration = self.predictor.calibration
