@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from merge_callback import MergeCallback, Window
+from merge_callback import Ema, MergeCallback, Window
+from merge_callback.capture.running_averages import Shadow
+from merge_callback.live.swap import is_swapped
 from tests.helpers.processes import CONTEXT, begin
-from tests.helpers.toys import ResumableBatches, Toy, fit, make, same
+from tests.helpers.toys import ResumableBatches, Toy, Tracker, fit, make, same
 
 # In a process of its own, the test that started it.
 LISTENERS: list[Any] = []
@@ -85,9 +88,10 @@ class LargeSaveAt(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-def main(folder, large_save_at=-1):
+def main(folder, large_save_at=-1, place="device"):
     path = folder / "last.ckpt"
-    callback = MergeCallback(3, 4, merges={"late": Window(span=0.4), "sma": "sma"})
+    merges = {"late": Window(span=0.4), "sma": "sma", "ema": Ema(half_life_steps=4)}
+    callback = MergeCallback(3, 4, merges=merges, storage=folder / "snapshots" if place == "files" else place)
     module = make(Talking, warmup_steps=3)
     # Lightning's checkpoints hold no random states.
     module.dropout.p = 0.0
@@ -104,10 +108,61 @@ def main(folder, large_save_at=-1):
         "weights": dict(module.state_dict()),
         "merged": {name: callback.merged_state_dict(name) for name in callback.merges},
         "steps": callback.snapshot_steps,
-        "coefficients": [callback.coefficients(name) for name in callback.merges],
+        "coefficients": [callback.coefficients(name) for name in ("late", "sma")],
         "last_values": {k: v for k, v in run.epoch_metrics[-1].items() if k != "merge/seconds"},
     }
     torch.save(state, folder / "end.pt")
+
+
+class Saying(Callback):
+    """Says which step begins."""
+
+    def on_train_batch_start(self, trainer, *args):
+        say("begins", trainer.global_step)
+
+
+def interrupted(folder, place):
+    """A run that gets an interrupt somewhere, and says whether all that was captured is what it should be."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    profile, tracker = Ema(half_life_steps=2), Tracker()
+    storage = folder / "snapshots" if place == "files" else place
+    callback = MergeCallback(1, 4, merges={"sma": "sma", "ema": profile}, storage=storage)
+    saving = OnExceptionCheckpoint(folder, "interrupted")
+    settings = {"max_steps": 60, "val_check_interval": 2, "enable_checkpointing": True}
+    try:
+        fit(make(Toy), folder, tracker, callback, Saying(), saving, **settings)
+    except BaseException as error:
+        say("ended with", type(error).__name__)
+    averages = averages_of(profile, tracker)
+    capture = callback.session.capture
+    found = {step: dict(tensors) for step, tensors in capture.ring.snapshots()} if capture.ring else {}
+    problems = [
+        f"snapshot {step}" for step, tensors in found.items() if not same(tensors, tracker.parameters.get(step))
+    ]
+    average = capture.averages["ema"]
+    if average.step is not None and not same(average.tensors, averages.get(average.step)):
+        problems.append(f"average of {average.step}")
+    problems += [name for name, tensor in callback.session.module.named_parameters() if is_swapped(tensor)]
+    if (folder / "interrupted.ckpt").exists():
+        saved = torch.load(folder / "interrupted.ckpt", weights_only=True)["callbacks"][callback.state_key]
+        step = saved["capture"]["averages"]["profiles"]["ema"]["step"]
+        known = {"average.ema": averages.get(step)}
+        known |= {f"snapshot.{step}": tensors for step, tensors in tracker.parameters.items()}
+        for key, tensor in saved["tensors"].items():
+            kind, which, name = key.split(".", 2)
+            if not same(tensor, known[f"{kind}.{which}"][name]):
+                problems.append(f"saved {key}")
+        say("saved", len(saved["tensors"]), "tensors at step", saved["step"])
+    say("problems", *problems)
+
+
+def averages_of(profile, tracker):
+    """What the average over every step is after each step, made anew from the weights."""
+    shadow, found = Shadow(profile), {}
+    for step, parameters in tracker.parameters.items():
+        shadow.update(step, parameters)
+        found[step] = {name: tensor.clone() for name, tensor in shadow.tensors.items()}
+    return found
 
 
 class Terminated(Talking):

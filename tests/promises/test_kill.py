@@ -1,5 +1,6 @@
 """Runs that are really killed and started again end as the run that was not."""
 
+import json
 import os
 import signal
 
@@ -8,6 +9,7 @@ import torch
 
 from tests.helpers.killable_run import Talk, main, terminated
 from tests.helpers.toys import same
+from tests.interrupts.run import NUM_INTERRUPTS, NUM_KILLS, PLACES, RECORD, interrupt, kill
 
 
 def finish(folder):
@@ -64,3 +66,23 @@ def test_a_signal_in_the_merged_validation_leaves_live_weights(tmp_path, number)
     assert first == "terminated in the merge"
     assert ended.startswith("ended with")
     assert last == "live weights are back"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_at_any_moment_leaves_nothing_under_a_wrong_step_and_a_kill_costs_nothing(
+    tmp_path, uninterrupted, place
+):
+    (tmp_path / "interrupted").mkdir()
+    (tmp_path / "killed").mkdir()
+    # A seed that no record was made with.
+    assert not interrupt(tmp_path / "interrupted", 1000, place)
+    assert not kill(tmp_path / "killed", 1000, place, uninterrupted)
+
+
+def test_the_record_of_many_signals_has_found_nothing():
+    found = json.loads(RECORD.read_text())
+    assert list(found) == list(PLACES)
+    for of_place in found.values():
+        assert (of_place["interrupts"], of_place["kills"]) == (NUM_INTERRUPTS, NUM_KILLS)
+        assert of_place["wrong after interrupts"] == of_place["wrong after kills"] == []
