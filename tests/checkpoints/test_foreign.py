@@ -189,3 +189,13 @@ def test_a_content_that_refers_to_itself_very_often_is_read_at_once(tmp_path):
     torch.save(content, tmp_path / "1.ckpt")
     assert inert_names(read_torch_file(tmp_path / "1.ckpt")) == set()
     merge_checkpoints([tmp_path / "1.ckpt"], tmp_path / "out.ckpt")
+    for _ in range(60):
+        content = {"one": content, "other": content}
+    torch.save(content, tmp_path / "2.ckpt")
+    with pytest.raises(ValueError, match=r"the same dictionary is in more than 10 places"):
+        open_checkpoint(tmp_path / "2.ckpt")
+    (tmp_path / "3.ckpt").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "3.ckpt", "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(ValueError, match=r"is a zip file, but none of torch.save"):
+        open_checkpoint(tmp_path / "3.ckpt")

@@ -94,6 +94,9 @@ KINDS = {
     "model_state_dict": torch_file(lambda s: {"model_state_dict": weights(s), "epoch": 3}),
     "DeepSpeed": torch_file(lambda s: {"module": weights(s), "optimizer": None}),
     "loose in a file": torch_file(lambda s: {**weights(s), "optimizer": optimizer(s), "epoch": 3}),
+    "loose with a step": lambda folder, step: torch_file(lambda s: {**weights(s), "step": s})(folder, step).rename(
+        folder / f"{'early' if step == 500 else 'late'}.pt"
+    ),
     "a step that is a tensor": torch_file(lambda s: {"state_dict": weights(s), "global_step": torch.tensor(s)}),
     "compiled later": torch_file(
         lambda s: {"state_dict": {("_orig_mod." if s > 500 else "") + n: v for n, v in weights(s).items()}}

@@ -109,8 +109,10 @@ def main(folder, large_save_at=-1, place="device"):
         "merged": {name: callback.merged_state_dict(name) for name in callback.merges},
         "steps": callback.snapshot_steps,
         "coefficients": [callback.coefficients(name) for name in ("late", "sma")],
-        "last_values": {k: v for k, v in run.epoch_metrics[-1].items() if k != "merge/seconds"},
     }
+    # A run that was killed at its very end has no further validation.
+    if run.epoch_metrics:
+        state["last_values"] = {k: v for k, v in run.epoch_metrics[-1].items() if k != "merge/seconds"}
     torch.save(state, folder / "end.pt")
 
 

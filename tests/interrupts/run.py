@@ -70,7 +70,7 @@ def kill(folder: Path, seed: int, place: str, whole: dict[str, Any]) -> str:
     if not is_sent:
         return "it was not killed"
     end = finished(folder, place)
-    return " and ".join(key for key in whole if not same(end[key], whole[key]))
+    return " and ".join(key for key in end if not same(end[key], whole[key]))
 
 
 def many(attempt: Callable[[Path, int], str], number: int, root: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Finds the model in checkpoints that other trainers wrote, which also hold optimizers and more."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -17,6 +18,8 @@ _MODELS: tuple[Keys, ...] = (
     ("module",),
     ("app", "model"),
 )
+# A file could refer to its own dictionaries so often that reading never ends.
+_MOST_VISITS = 10
 # Where other trainers note the step.
 _STEPS = ("global_step", "step", "iter_num", "iteration")
 
@@ -26,11 +29,22 @@ def is_extra_state(name: str) -> bool:
     return name.endswith("_extra_state")
 
 
-def flattened(content: Mapping[Any, Any], keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """Yields every value in nested dictionaries with the keys that lead to it. What a module keeps is one value."""
+def flattened(content: Mapping[Any, Any]) -> dict[Keys, Any]:
+    """Returns every value in nested dictionaries by the keys that lead to it. What a module keeps is one value.
+
+    Raises:
+        ValueError: If the same dictionary is in very many places.
+    """
+    return dict(_values(content, (), Counter()))
+
+
+def _values(content: Mapping[Any, Any], keys: Keys, visits: Counter[int]) -> Iterator[tuple[Keys, Any]]:
+    visits[id(content)] += 1
+    if visits[id(content)] > _MOST_VISITS:
+        raise ValueError(f"the same dictionary is in more than {_MOST_VISITS} places")
     for key, value in content.items():
         if isinstance(value, dict) and not is_extra_state(str(key)):
-            yield from flattened(value, (*keys, key))
+            yield from _values(value, (*keys, key), visits)
         else:
             yield (*keys, key), value
 
@@ -50,11 +64,13 @@ def model_keys(all_keys: Mapping[Keys, bool]) -> dict[Keys, str]:
         inside = [keys for keys in all_keys if keys[: len(place)] == place and len(keys) > len(place)]
         if any(all_keys[keys] for keys in inside):
             return {keys: ".".join(map(str, keys[len(place) :])) for keys in inside}
-    loose = [keys for keys, is_tensor in all_keys.items() if len(keys) == 1 and is_tensor]
+    loose = {keys for keys, is_tensor in all_keys.items() if len(keys) == 1 and is_tensor}
     groups = sorted({str(keys[0]) for keys, is_tensor in all_keys.items() if len(keys) > 1 and is_tensor})
     if not loose and len(groups) > 1:
         raise ValueError(f"it holds several dictionaries ({', '.join(groups)}); save that of the model alone")
-    return {keys: ".".join(map(str, keys)) for keys in all_keys if len(keys) == 1 or not loose}
+    if loose:
+        return {keys: str(keys[0]) for keys in all_keys if keys in loose or is_extra_state(str(keys[-1]))}
+    return {keys: ".".join(map(str, keys)) for keys in all_keys if len(keys) > 1}
 
 
 def noted_step(content: Mapping[str, Any]) -> int | None:

@@ -70,7 +70,7 @@ def step_in_name(path: Path) -> int | None:
 
 def _open_torch(path: Path) -> StoredCheckpoint:
     content = read_entries(path)
-    values = dict(flattened(content))
+    values = flattened(content)
     names = model_keys({keys: isinstance(value, StoredTensor) for keys, value in values.items()})
     if others := [keys for keys in names if not all(isinstance(key, str) for key in keys)]:
         raise ValueError(f"{path}: names of tensors must be strings, got {others[0][-1]!r}")
@@ -80,7 +80,7 @@ def _open_torch(path: Path) -> StoredCheckpoint:
             tensors[name] = values[keys]
         elif is_extra_state(name):
             extra[name] = values[keys]
-        elif len(keys) > 1:
+        else:
             raise ValueError(f"{path}: {name} is no tensor")
     beside = {key: value for key, value in content.items() if not any(keys[0] == key for keys in names)}
     return StoredCheckpoint(path, tensors, noted_step(beside), beside, extra)

@@ -75,7 +75,9 @@ def read_torch_file(path: Path, part: BinaryIO | None = None, start: int = 0) ->
             raise ValueError(f"{path} {kind}")
         with zipfile.ZipFile(stream) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-            (pickled,) = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
+            pickled = next((name for name in entries if name.rpartition("/")[2] == "data.pkl"), None)
+            if pickled is None:
+                raise ValueError(f"{path} is a zip file, but none of torch.save")
             folder = pickled.removesuffix("data.pkl")
             if f"{folder}constants.pkl" in entries:
                 raise ValueError(f"{path} is a TorchScript program, not a checkpoint")

@@ -13,27 +13,27 @@ from fsspec.core import url_to_fs
 Location = str | os.PathLike[str]
 
 
-def is_remote(location: Location) -> bool:
-    """Returns whether a location is a URL of another file system.
+def is_url(location: Location) -> bool:
+    """Returns whether a location is a URL.
 
     Examples:
-        >>> is_remote("s3://bucket/merged.ckpt"), is_remote("runs/merged.ckpt"), is_remote(Path("a", "b"))
+        >>> is_url("s3://bucket/merged.ckpt"), is_url("runs/merged.ckpt"), is_url(Path("a", "b"))
         (True, False, False)
     """
-    return isinstance(location, str) and "://" in location and not location.startswith("file://")
+    return isinstance(location, str) and "://" in location
 
 
 def local_path(argument: str, location: Location) -> Path:
-    """Returns the path of a location on this machine.
+    """Returns a location as a path on this machine.
 
     Raises:
         ValueError: If the location is a URL, or a path that was made from one.
     """
-    if is_remote(location):
-        raise ValueError(f"{argument} must be a path on this machine, got {location!r}")
+    if is_url(location):
+        raise ValueError(f"{argument} must be a path on this machine, not a URL, got {location!r}")
     if isinstance(location, os.PathLike) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(location)):
         raise ValueError(f"{argument} was a URL and is one no more as {location!r}; give it as a str")
-    return Path(os.fspath(location).removeprefix("file://"))
+    return Path(location)
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def written_locally(argument: str, location: Location) -> Iterator[Path]:
         ValueError: If the location is a path that was made from a URL.
         ImportError: If fsspec needs another package for this kind of URL.
     """
-    if not is_remote(location):
+    if not is_url(location):
         path = local_path(argument, location)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield path
