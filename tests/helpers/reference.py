@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import cos, pi, sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,13 @@ def coefficients(rule: str, steps: Sequence[int]) -> list[float]:
         "linear": lambda u: 1 - u,
         "1-sqrt": lambda u: 1 - sqrt(min(u, 1)),
         "cosine": lambda u: 0.5 * (1 + cos(pi * u)),
-    }[rule]
+    }["linear" if rule == "qam" else rule]
+    if rule == "qam":
+        # The probability of each number of successes is a coefficient of a product of polynomials.
+        product = np.array([1.0])
+        for share in shares[1:-1]:
+            product = np.convolve(product, [1 - rate(share), rate(share)])
+        return [float(value) for value in product]
     return [rate(shares[i]) - rate(shares[i + 1]) for i in range(number)]
 
 

@@ -2,6 +2,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +15,10 @@ from merge_callback.merging.rules import (
     decay_from_coefficients,
     ema,
     merge_coefficients,
+    qam,
     required_span,
     resolve_rule,
+    rule_label,
     sma,
     wma,
 )
@@ -52,7 +55,7 @@ def test_every_rule_agrees_with_its_float64_twin(rule, steps):
 @pytest.mark.parametrize("number", [1, 2, 7])
 def test_the_rules_themselves_give_weights_that_sum_to_one(number):
     steps = [3, 5, 6, 20, 21, 30, 31][:number]
-    made = {"sma": sma, "wma": wma, "ema": ema(), **{shape: decay(shape) for shape in DECAY_SHAPES}}
+    made = {"sma": sma, "wma": wma, "ema": ema(), "qam": qam(), **{shape: decay(shape) for shape in DECAY_SHAPES}}
     assert made.keys() == RULES.keys()
     for name, rule in made.items():
         assert list(rule(steps)) == pytest.approx(reference.coefficients(name, steps), abs=1e-12)
@@ -248,3 +251,50 @@ def test_an_extrapolation_needs_its_gap_and_the_window_behind_it():
 def test_a_wrong_extrapolation_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Extrapolate(**arguments)
+
+
+# A loss (curvature / 2) x^2 with noisy gradients has closed forms. The curvatures are multiplied by the rate.
+CURVATURES = [0.01, 0.1, 0.5, 0.9]
+
+
+def multipliers_of(shape, num):
+    """The rates of a decay over the window, one for each gap."""
+    return [DECAY_SHAPES[shape](gap / num) for gap in range(1, num)]
+
+
+@pytest.mark.parametrize("shape", DECAY_SHAPES)
+@pytest.mark.parametrize("num", [1, 2, 5, 40])
+def test_qam_is_where_gradient_descent_with_a_decaying_rate_ends_on_a_quadratic(shape, num):
+    coefficients = qam(shape)(range(100, 100 + 7 * num, 7))
+    assert math.fsum(coefficients) == pytest.approx(1)
+    assert min(coefficients) >= 0
+    for curvature in CURVATURES:
+        merged = sum(c * (1 - curvature) ** step for step, c in enumerate(coefficients))
+        decayed = math.prod(1 - multiplier * curvature for multiplier in multipliers_of(shape, num))
+        assert merged == pytest.approx(decayed, rel=1e-12)
+    # As far on as the decay's own rule is in the mean, and nearer together.
+    ours, theirs = (np.array(c) for c in (coefficients, decay(shape)(range(num))))
+    places = np.arange(num)
+    assert ours @ places == pytest.approx(theirs @ places)
+    assert ours @ (places - ours @ places) ** 2 <= theirs @ (places - theirs @ places) ** 2 + 1e-9
+
+
+@pytest.mark.parametrize("shape", DECAY_SHAPES)
+def test_qam_of_points_keeps_more_noise_than_a_decay_and_less_than_no_decay(shape):
+    num = 40
+    coefficients = np.array(qam(shape)(range(num)))
+    for curvature in CURVATURES:
+        # At a constant rate the noise has variance one, and is forgotten by the curvature at each step.
+        kept = 1 - curvature
+        covariance = kept ** np.abs(np.subtract.outer(range(num), range(num)))
+        variance = 1.0
+        for multiplier in multipliers_of(shape, num):
+            variance = (1 - multiplier * curvature) ** 2 * variance + multiplier**2 * (1 - kept**2)
+        assert variance < coefficients @ covariance @ coefficients < 1
+
+
+def test_qam_goes_by_name_for_a_linear_decay_and_as_an_object_for_others():
+    assert resolve_rule("qam") == qam("linear")
+    assert (rule_label("qam"), rule_label(qam()), rule_label(qam("cosine"))) == ("qam", "qam", "qam('cosine')")
+    with pytest.raises(ValueError, match="unknown decay shape 'linaer'; did you mean"):
+        qam("linaer")

@@ -35,8 +35,8 @@ class MergeCallback(PickledWithoutItsRun):
             None starts at one and doubles, so that the ring always covers at least the last tenth of training.
         num_snapshots: Capacity of the ring of snapshots.
         merges: The merge to evaluate: a rule's name (``"sma"``, ``"wma"``, ``"ema"``, ``"linear"``, ``"1-sqrt"``,
-            ``"cosine"``), a `Window`, an `Extrapolate`, a function of the snapshots' steps, or an `Ema` or `PowerEma`
-            over every step. For several merges, a mapping of names to any of these; the first is the primary one.
+            ``"cosine"``, ``"qam"``), a `Window`, an `Extrapolate`, a function of the snapshots' steps, or an `Ema` or
+            `PowerEma` over every step. For several, a mapping of names to any of these; the first is the primary one.
         start: ``"stable"`` captures while the learning rate is constant, and begins a new window when it is constant
             again at another value. An int captures from that optimizer step on, whatever the rate does.
         storage: Where snapshots are kept: ``"device"`` (memory of the model's device), ``"cpu"`` (host memory), or the
