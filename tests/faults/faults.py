@@ -1125,4 +1125,16 @@ FAULTS = [
         "{}",
         "test_whatever_runs_and_metrics_are_called_the_page_shows_them_as_they_are",
     ),
+    (
+        "the place that qam finds is that of the decay's own rule",
+        "    return _QamRule(shape)\n",
+        "    return _DecayRule(shape)\n",
+        "test_qam_is_where_gradient_descent_with_a_decaying_rate_ends_on_a_quadratic",
+    ),
+    (
+        "records that were added are not read",
+        "        if state is None or state != self._state:\n",
+        "        if self._state is None:\n",
+        "test_a_file_is_read_again_only_when_it_has_changed",
+    ),
 ]

@@ -9,6 +9,7 @@ import pytest
 
 from merge_callback.prediction.records import (
     AnnealRecord,
+    RecordsFile,
     StableValidation,
     append_record,
     completed,
@@ -174,3 +175,24 @@ def test_a_file_that_is_no_text_holds_no_records(tmp_path):
     path.write_bytes(bytes(range(256)) * 10 + b"\n")
     with pytest.raises(ValueError, match=r"anneals.jsonl, line 1, is not a record of an anneal"):
         read_records(path)
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(tmp_path):
+    path = tmp_path / "anneals.jsonl"
+    file = RecordsFile(path)
+    assert file.read() == ([], [])
+    append_record(path, record())
+    assert file.read()[0] == [record()]
+    # The same objects: nothing was read.
+    assert file.read()[0] is file.read()[0]
+    kept = file.read()[0]
+    append_record(path, record(step=110))
+    assert file.read()[0] == [record(), record(step=110)]
+    assert file.read()[0] is not kept
+    # Another file of the same length takes its place.
+    other = tmp_path / "other.jsonl"
+    other.write_text(path.read_text().replace('"a"', '"b"'))
+    other.rename(path)
+    assert [each.run for each in file.read()[0]] == ["b", "b"]
+    path.unlink()
+    assert file.read() == ([], [])

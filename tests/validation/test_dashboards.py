@@ -187,7 +187,10 @@ def test_the_run_ends_with_a_table_of_live_and_merged_values_and_what_it_cost(tm
     with caplog.at_level("INFO"):
         run = fit(make(Toy), tmp_path, MergeCallback(2, 5, merges=SEVERAL))
     (said,) = [record.getMessage() for record in caplog.records if "at step 24" in record.getMessage()]
-    assert "merges took" in said
+    found = re.search(r"merges took .* s, (.*)% of the run\n\((.*)% validating them, (.*)% capturing and merging", said)
+    of_run, validating, others = map(float, found.groups())
+    assert of_run == pytest.approx(validating + others, abs=0.2)
+    assert 0 < validating < of_run
     assert max(map(len, said.splitlines())) <= 80
     metrics = run.trainer.callback_metrics
     for text in ("sma: 5 snapshots, 8 steps", "ema: every step"):

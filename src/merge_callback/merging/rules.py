@@ -134,8 +134,8 @@ def qam(shape: str = "linear") -> Rule:
 
     On a quadratic, a step of gradient descent at ``w`` times the rate goes the share ``w`` of the way that a whole step
     goes. So a decay of ``N - 1`` steps ends, without noise, exactly at ``sum_i q_i x_i``: ``q_i`` is the probability of
-    ``i`` successes in ``N - 1`` trials that succeed with the multipliers of the decay (Poisson binomial). The mean place
-    is that of the `decay` rule of the shape, and the spread far smaller. Few snapshots carry the merge, so it averages
+    ``i`` successes in ``N - 1`` trials that succeed with the decay's multipliers (Poisson binomial). Its mean place is
+    that of the `decay` rule of the shape, and its spread far smaller. Few snapshots carry the merge, so it averages
     less noise away than `decay`. It is meant for long windows, and is exact for even spacing.
 
     Args:

@@ -22,10 +22,10 @@ from merge_callback.prediction.bias import (
 )
 from merge_callback.prediction.records import (
     AnnealRecord,
+    RecordsFile,
     StableValidation,
     append_record,
     completed,
-    records_and_problems,
     run_identity,
 )
 
@@ -77,6 +77,7 @@ class AnnealPredictor:
         self.fits: dict[str, AnnealFit] = {}
         # Whether the latest validation compared the predictions with the end of a decay.
         self.is_checked = False
+        self._file = RecordsFile(calibration) if calibration is not None and not self.is_prior else None
         self._records: list[AnnealRecord] = []
 
     @property
@@ -90,9 +91,9 @@ class AnnealPredictor:
         Raises:
             ValueError: If the file has lines, but none is a record.
         """
-        if self.calibration is None or self.is_prior:
+        if self._file is None:
             return []
-        self._records, problems = records_and_problems(self.calibration)
+        self._records, problems = self._file.read()
         if problems and not self._records:
             raise ValueError(f"calibration={str(self.calibration)!r} holds no records of anneals: {problems[0]}")
         return problems
@@ -159,14 +160,14 @@ class AnnealPredictor:
             self.predictions = {metric: Prediction(**kept) for metric, kept in state["predictions"].items()}
 
     def _update(self, *, may_write: bool) -> list[str]:
-        if self.calibration is None or self.is_prior:
+        if self._file is None:
             return []
         try:
-            (found, problems), run = records_and_problems(self.calibration), run_identity(self.history)
+            (found, problems), run = self._file.read(), run_identity(self.history)
             self._records = [completed(each, self.history) if each.run == run else each for each in found]
             for record, old in zip(self._records, found, strict=True):
                 if record != old and may_write:
-                    append_record(self.calibration, record)
+                    append_record(self._file.path, record)
         except OSError as error:
             return [str(error)]
         return problems

@@ -136,6 +136,36 @@ def records_and_problems(path: str | os.PathLike[str]) -> tuple[list[AnnealRecor
     return list(records.values()), problems
 
 
+class RecordsFile:
+    """A file of records that is read again only when it has changed.
+
+    Args:
+        path: The file; it need not exist yet.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._state: tuple[int, int, int] | None = None
+        self._found: tuple[list[AnnealRecord], list[str]] = [], []
+
+    def read(self) -> tuple[list[AnnealRecord], list[str]]:
+        """Returns `records_and_problems` of the file as it is now."""
+        # As it is before it is read: what is written meanwhile is read the next time.
+        state = _state_of(self.path)
+        if state is None or state != self._state:
+            self._found = records_and_problems(self.path)
+            self._state = state
+        return self._found
+
+
+def _state_of(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 def validation_at(history: Sequence[StableValidation], step: int, max_gap_steps: int) -> StableValidation | None:
     """Returns a stable run's values at a step, linearly interpolated between two validations if necessary.
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Trainer
 
 from merge_callback.capture.merge_set import MergeSet
-from merge_callback.capture.merges import Merge
 from merge_callback.live.evaluate import LoggedValue, evaluate, num_limited_batches
 from merge_callback.live.learning_rates import optimizer_step
 from merge_callback.live.observe import is_last_validation, logged_step, observe_validations, stop_observing_validations
@@ -22,43 +21,10 @@ from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
 from merge_callback.validation.count import ValidationCount
 from merge_callback.validation.dashboards import Dashboards
+from merge_callback.validation.evaluation import Evaluated, Evaluation
 from merge_callback.validation.logged import LoggedName, Names, merged_and_gains, predictions_and_errors
 from merge_callback.validation.routers import Choices, Routers
 from merge_callback.validation.unmoved import UnmovedValues
-
-
-@dataclass(frozen=True)
-class _Evaluated:
-    """A merge and the result of its validation.
-
-    Args:
-        merge: The merge.
-        coefficients: Coefficients by snapshot step; empty for an average over every step.
-        description: What the merge was made of, in a few words.
-        values: Metric -> value that the validation logged.
-    """
-
-    merge: Merge
-    coefficients: dict[int, float]
-    description: str
-    values: dict[str, LoggedValue]
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """The results of merges before a live validation, kept until they can be compared with the live values."""
-
-    step: int
-    # The primary merge comes first, if it could be made.
-    merges: dict[str, _Evaluated]
-    # Live values on the batches of the merges, if these are fewer than those of the live validation.
-    live: dict[str, LoggedValue] | None
-    diagnostics: dict[str, float]
-
-    @property
-    def values(self) -> dict[str, dict[str, LoggedValue]]:
-        """Merge -> metric -> merged value."""
-        return {name: each.values for name, each in self.merges.items()}
 
 
 class MergedValidation:
@@ -98,7 +64,7 @@ class MergedValidation:
         self._limit_batches = limit_batches
         self._routers = routers
         self._began: float | None = None  # when the fit began; None between fits
-        self._evaluation: _Evaluation | None = None
+        self._evaluation: Evaluation | None = None
         self._dashboards = Dashboards(f"MergeCallback({names.callback!r})", names.label())
         self._closing: Callable[[], str] | None = None  # makes the closing table, needed only at the end of a fit
 
@@ -135,9 +101,7 @@ class MergedValidation:
         self._dashboards.close()
         self.budget.elapsed, self._began = self._elapsed(), None
         if self._closing is not None:
-            spent = self.budget.spent
-            cost = f"merges took {spent:.1f} s, {spent / self.budget.elapsed:.1%} of the run"
-            self._messages.say(f"{cost}\n{self._closing()}", "closing")
+            self._messages.say(f"{self.budget.summary()}\n{self._closing()}", "closing")
             self._closing = None
 
     def evaluated_at(self, step: int, name: str) -> bool:
@@ -165,19 +129,19 @@ class MergedValidation:
             if merge.name == merges.primary:
                 diagnostics = merge.diagnostics(row, step)
             with merges.swapped_in(trainer.lightning_module, merge, row):
-                values = evaluate(trainer, self._limit_batches)
+                values = self._validated(trainer, self._limit_batches)
                 if merge.name == merges.primary:
                     choices = self._choices(trainer)
-            evaluated[merge.name] = _Evaluated(merge, merge.ring_coefficients(), merge.describe(step), values)
+            evaluated[merge.name] = Evaluated(merge, merge.ring_coefficients(), merge.describe(step), values)
             # Frees this merge's memory before the next merge is made.
             del row
-        live = evaluate(trainer, self._limit_batches) if num_batches < num_live_batches else None
+        live = self._validated(trainer, self._limit_batches) if num_batches < num_live_batches else None
         if self._routers is not None and choices:
             diagnostics |= self._routers.compare(choices, self._choices(trainer))
         wait_for_device(device)
         diagnostics["seconds"] = time.perf_counter() - began
         self.budget.spend(diagnostics["seconds"], is_costly=True)
-        self._evaluation = _Evaluation(step, evaluated, live, diagnostics)
+        self._evaluation = Evaluation(step, evaluated, live, diagnostics)
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """Returns what to log beside the live values: merged values, gains, predictions and diagnostics."""
@@ -232,7 +196,15 @@ class MergedValidation:
         """Returns what the routers choose under the module's current weights."""
         if (routers := self._routers) is None:
             return {}
-        return routers.choices(trainer.lightning_module, lambda: evaluate(trainer, routers.num_batches))
+        return routers.choices(trainer.lightning_module, lambda: self._validated(trainer, routers.num_batches))
+
+    def _validated(self, trainer: Trainer, limit_batches: int | float | None) -> dict[str, LoggedValue]:
+        """Returns the values of a validation with the module's current weights, and notes the time that it takes."""
+        began = time.perf_counter()
+        values = evaluate(trainer, limit_batches)
+        wait_for_device(trainer.lightning_module.device)
+        self.budget.validating += time.perf_counter() - began
+        return values
 
     def _predicted(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[LoggedName, LoggedValue]:
         """Learns from this validation, if merge and live model can be compared; returns the predictions to log."""
@@ -249,7 +221,7 @@ class MergedValidation:
             logged[self._names("merge", "is_prior")] = LoggedValue(torch.tensor(1.0))
         return logged
 
-    def _learn(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue], trainer: Trainer) -> None:
+    def _learn(self, evaluation: Evaluation, live: Mapping[str, LoggedValue], trainer: Trainer) -> None:
         validation, losses = self._stable_validation(evaluation, live), self._losses(evaluation)
         for problem in self.predictor.learn(validation, losses, may_write=trainer.is_global_zero):
             self._messages.warn(f"left out of the records: {problem}", problem)
@@ -259,7 +231,7 @@ class MergedValidation:
         if calibration is not None and not self.predictor.is_prior and not self.predictor.fits:
             self._messages.say(f"uncalibrated until {calibration} holds two real anneals of a kind", "uncalibrated")
 
-    def _stable_validation(self, evaluation: _Evaluation, live: Mapping[str, LoggedValue]) -> StableValidation:
+    def _stable_validation(self, evaluation: Evaluation, live: Mapping[str, LoggedValue]) -> StableValidation:
         primary = evaluation.merges[self.merges.primary]
         values = {name: float(live[name].value) for name in primary.values if name in live}
         merged = {name: float(primary.values[name].value) for name in values}
@@ -270,12 +242,12 @@ class MergedValidation:
         span_steps = round(evaluation.diagnostics["span_steps"])
         return StableValidation(evaluation.step, span_steps, values, merged, primary.merge.label)
 
-    def _losses(self, evaluation: _Evaluation) -> list[str]:
+    def _losses(self, evaluation: Evaluation) -> list[str]:
         """Returns the metrics of the primary merge where less is better, in the order in which they are logged."""
         values = evaluation.merges[self.merges.primary].values
         return [name for name, value in values.items() if not self._names.is_higher_better(name, value)]
 
-    def _curvature_gain(self, evaluation: _Evaluation) -> dict[str, float]:
+    def _curvature_gain(self, evaluation: Evaluation) -> dict[str, float]:
         """Returns the curvature gain of the first loss; empty unless the merge's snapshots have known losses."""
         if self.merges.primary not in evaluation.merges or not (losses := self._losses(evaluation)):
             return {}
@@ -286,7 +258,7 @@ class MergedValidation:
     def _show(
         self,
         trainer: Trainer,
-        evaluation: _Evaluation,
+        evaluation: Evaluation,
         live: Mapping[str, LoggedValue],
         logged: Mapping[LoggedName, LoggedValue],
         step: int,

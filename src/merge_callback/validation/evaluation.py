@@ -1,0 +1,40 @@
+"""What a validation of the merges has found."""
+
+from dataclasses import dataclass
+
+from merge_callback.capture.merges import Merge
+from merge_callback.live.evaluate import LoggedValue
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A merge and the result of its validation.
+
+    Args:
+        merge: The merge.
+        coefficients: Coefficients by snapshot step; empty for an average over every step.
+        description: What the merge was made of, in a few words.
+        values: Metric -> value that the validation logged.
+    """
+
+    merge: Merge
+    coefficients: dict[int, float]
+    description: str
+    values: dict[str, LoggedValue]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of merges before a live validation, kept until they can be compared with the live values."""
+
+    step: int
+    # The primary merge comes first, if it could be made.
+    merges: dict[str, Evaluated]
+    # Live values on the batches of the merges, if these are fewer than those of the live validation.
+    live: dict[str, LoggedValue] | None
+    diagnostics: dict[str, float]
+
+    @property
+    def values(self) -> dict[str, dict[str, LoggedValue]]:
+        """Merge -> metric -> merged value."""
+        return {name: each.values for name, each in self.merges.items()}
