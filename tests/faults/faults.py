@@ -233,8 +233,8 @@ FAULTS = [
     ),
     (
         "1-sqrt is applied to the snapshots and not to the learning rate",
-        "        return coefficients_from_decay(multipliers)",
-        "        return [m / sum(multipliers) for m in multipliers]",
+        "        return coefficients_from_decay([1.0, *_multipliers(self.shape, steps)])\n",
+        "        all_ = [1.0, *_multipliers(self.shape, steps)]\n        return [m / sum(all_) for m in all_]\n",
         "test_ten_even_snapshots_get_the_published_weights",
     ),
     (

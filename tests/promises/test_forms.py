@@ -154,7 +154,7 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bf16-true": (Toy, {"precision": "bf16-true"}),
     "64-true": (Toy, {"precision": "64-true"}),
     "several optimizers, by hand": (TwoOptimizers, {"max_steps": 48}),
-    "a schedule per epoch": (PerEpoch, {}),
+    "a schedule per epoch": (PerEpoch, {"max_steps": 48}),
     "a schedule on plateaus": (Plateau, {}),
     "many ways of logging": (ManyWaysOfLogging, {}),
     "several loaders": (SeveralLoaders, {"own_validation": True}),
