@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from merge_callback import Ema, MergeCallback, MergedCheckpoint, SnapshotDirectory
 from merge_callback.checkpoints.write import read_provenance
-from tests.helpers.toys import Toy, batches, fit, lightning, make
+from tests.helpers.toys import ResumableBatches, Toy, batches, fit, lightning, make
 
 QUIET = pytest.mark.filterwarnings("ignore:.*was not saved to", "ignore:MergedCheckpoint saves merges, which no run")
 
@@ -162,3 +162,22 @@ def test_what_has_to_lie_on_this_machine_is_refused_elsewhere(make_it):
     for location in ("s3://bucket/a", Path("s3://bucket/a")):
         with pytest.raises(ValueError, match=r"(storage|calibration) (must be a path on this machine|was a URL)"):
             make_it(location)
+
+
+@QUIET
+@pytest.mark.usefixtures("both_lightnings")
+@pytest.mark.parametrize(
+    ("save_last", "every", "validations", "steps"),
+    [(True, 10, 10, [50, 60]), (None, 10, 10, [50, 60]), (True, 15, 20, [40, 60]), (True, 10, 20, [40, 60])],
+)
+def test_the_best_merges_are_kept_beside_the_last_one(tmp_path, save_last, every, validations, steps):
+    callback = MergeCallback(1, 3)
+    merged = in_folders_of_steps(
+        callback, tmp_path / "merged", monitor="merged/val_loss", save_top_k=2, save_last=save_last,
+        every_n_train_steps=every,
+    )  # fmt: skip
+    loaders = {"train": ResumableBatches(80), "val_check_interval": validations}
+    fit(make(Falling), tmp_path / "run", callback, merged, enable_checkpointing=True, max_steps=60, **loaders)
+    assert kept(tmp_path / "merged") == steps
+    if save_last:
+        assert read_provenance(merged.last_model_path)["steps"] == [58, 59, 60]

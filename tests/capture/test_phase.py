@@ -191,3 +191,10 @@ def test_of_several_schedulers_each_has_to_have_set_the_rates_again():
     phase = StablePhase()
     events = [phase.observe([1.0, 1.0], [1.0, 1.0], RateUpdates([s, s // 4], [s + 1, s // 4])) for s in range(8)]
     assert events == [*[PhaseEvent.WAITING] * 4, PhaseEvent.BEGAN, *[PhaseEvent.HELD] * 3]
+
+
+def test_a_warmup_of_the_modules_own_does_not_make_the_run_wait_for_a_scheduler_that_is_never_asked():
+    phase, rates = StablePhase(), [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0]
+    updates = RateUpdates([0], [0], are_over=True)
+    events = [phase.observe([used], [used], updates) for used in rates]
+    assert events[4:] == [PhaseEvent.BEGAN, PhaseEvent.HELD, PhaseEvent.HELD]

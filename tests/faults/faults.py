@@ -1137,4 +1137,40 @@ FAULTS = [
         "        if self._state is None:\n",
         "test_a_file_is_read_again_only_when_it_has_changed",
     ),
+    (
+        "metadata changes the classes of the process",
+        "        return found if is_known else type(name, (_Entry,), {})\n",
+        "        return found if is_known else pickle.Unpickler.find_class(self, module, name)\n",
+        "test_what_metadata_may_name_cannot_be_changed_by_it",
+    ),
+    (
+        "a tensor of a folder is read where no part of it lies",
+        "        if not tensor.is_whole:\n",
+        "        if False:\n",
+        "test_parts_of_a_folder_that_do_not_make_up_their_tensor_are_refused",
+    ),
+    (
+        "a small file takes all of the memory or of the time",
+        "        refuse_excess(content)\n",
+        "",
+        "test_a_small_file_takes_little_memory_and_time",
+    ),
+    (
+        "a pickle changes a tensor past the check of its place",
+        '        raise pickle.UnpicklingError("it changes a tensor")\n',
+        "        vars(self).update(state)\n",
+        "test_a_pickle_cannot_change_a_tensor_that_it_has_made",
+    ),
+    (
+        "the last merge keeps the best ones from being saved",
+        "        if self._is_due:\n            # The next",
+        "        if False:\n            # The next",
+        "test_the_best_merges_are_kept_beside_the_last_one",
+    ),
+    (
+        "a warmup of the module's own makes the run wait for a scheduler in vain",
+        "            self.num_held += is_by_scheduler\n",
+        "            self.num_held += 1\n",
+        "test_a_warmup_of_the_modules_own_does_not_make_the_run_wait_for_a_scheduler_that_is_never_asked",
+    ),
 ]

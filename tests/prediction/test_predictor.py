@@ -246,6 +246,7 @@ def test_records_that_cannot_be_read_end_a_run_at_its_start_only(tmp_path):
         {"annealed": {}},
         {"matched": None},
         {"step": 10**400, "span_steps": 10**399},
+        {"start_step": 0, "step": 10**400, "span_steps": 1},
         {"run": "\ud800"},
     ],
     ids=str,

@@ -135,6 +135,8 @@ ODD = {
     "null for a number": (GOOD | {"step": None}, "step must be a whole number, got None"),
     "a list of values": (GOOD | {"annealed": [1.0]}, r"annealed must be an object, got \[1.0\]"),
     "a huge whole number": (GOOD | {"annealed": {"val_loss": 10**400}}, "int too large to convert to float"),
+    "more steps than there are": (GOOD | {"step": 10**400}, "step is larger than any number of steps"),
+    "a longer decay than there is": (GOOD | {"span_steps": 10**400}, "span_steps is larger than any number of steps"),
     "a number for a text": (GOOD | {"run": 3}, "run must be a text, got 3"),
     "text for the trunk": (GOOD | {"matched": "later"}, "matched must be an object, got 'later'"),
     "half a trunk": (GOOD | {"matched": {"step": 100}}, "it has no 'span_steps'"),

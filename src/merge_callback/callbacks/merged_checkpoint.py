@@ -96,7 +96,22 @@ class MergedCheckpoint(PickledWithoutItsRun, ModelCheckpoint):
             with self._unchanged_without_a_file():
                 super()._save_topk_checkpoint(trainer, monitor_candidates)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # No validation follows any more.
+        self._is_due = False
+        super().on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"is_due": self._is_due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._is_due = state_dict.get("is_due", False)
+
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self._is_due:
+            # The next validation saves both. Lightning would take this step for done.
+            return
         with self._unchanged_without_a_file():
             super()._save_last_checkpoint(trainer, monitor_candidates)
 

@@ -263,7 +263,8 @@ class MergeSession:
             )
         elif window.phase.num_waiting_steps and not is_end:
             self._messages.say(
-                "the learning rate is set rarely, so capturing begins once it has been set again to the same value",
+                "the learning rate is set rarely, so capturing begins once it has been set again to the same value;"
+                " MergeCallback(start=STEP) captures from a step on whatever it does",
                 "waiting",
             )
         elif window.phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):

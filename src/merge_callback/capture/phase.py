@@ -85,8 +85,8 @@ class StablePhase:
     num_steps: int = 0
     num_drifting_steps: int = 0
     num_unsettled_steps: int = 0
-    # The latest rates, the schedulers' counts when they were set, how many different rates there were, and how many
-    # steps have waited for the schedulers to set them again.
+    # The latest rates, the schedulers' counts when they were set, how many different rates the schedulers have set, and
+    # how many steps have waited for the schedulers to set them again.
     held: list[float] | None = None
     held_updates: list[int] = field(default_factory=list)
     num_held: int = 0
@@ -119,8 +119,10 @@ class StablePhase:
     def _is_renewed(self, rates: list[float], following: Rates, updates: RateUpdates) -> bool:
         """Returns whether every scheduler has set these rates again since they were first used."""
         if self.held is None or not _close(rates, self.held, SAME_TOLERANCE):
+            # A module may move its rates by itself, as many do in a warmup.
+            is_by_scheduler = self.held is None or list(updates.before) != self.held_updates
+            self.num_held += is_by_scheduler
             self.held, self.held_updates = rates, list(updates.before)
-            self.num_held += 1
             # Those steps did wait in vain.
             self.num_unsettled_steps += self.num_waiting_steps
             self.num_waiting_steps = 0

@@ -3,16 +3,17 @@
 import io
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from merge_callback.checkpoints.inert import Inert, InertFunction, InertUnpickler
 from merge_callback.checkpoints.layouts import model_keys, noted_step
 from merge_callback.checkpoints.stored import PROVENANCE_KEY, StoredCheckpoint, StoredTensor, file_inside
-from merge_callback.checkpoints.torch_file import read_entries, read_torch_file
+from merge_callback.checkpoints.torch_file import DTYPES, read_entries, read_torch_file
 
 # All that the metadata of a distributed checkpoint may name. Each only holds data. Whole modules must not be allowed,
 # since they hold functions that delete files, and a dotted name leads from them to `os.system`.
@@ -35,11 +36,33 @@ _METADATA_NAMES = {
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _Entry:
+    """An object of the metadata, of which only the attributes matter. Each load has classes of its own."""
+
+    def __setstate__(self, state: Any) -> None:
+        # Properties of tensors are a tuple that begins with the dtype.
+        vars(self).update({"dtype": state[0]} if isinstance(state, tuple) else state)
+
+
+class _MetadataUnpickler(InertUnpickler):
+    """Never hands out what the process uses elsewhere, since a pickle can set attributes of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        functions: dict[tuple[str, str], Callable[..., Any]] = {
+            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): lambda *_: None,
+            ("torch.serialization", "_get_layout"): lambda *_: None,
+            ("torch", "Size"): tuple,
+            ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
+            ("pathlib", "WindowsPath"): lambda *parts: "/".join(parts),
+        }
+        super().__init__(file, DTYPES | {name: InertFunction(call) for name, call in functions.items()})
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in _METADATA_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"its metadata asks for {module}.{name}, which is no part of a checkpoint")
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        is_known = not (isinstance(found, type) and issubclass(found, Inert))
+        return found if is_known else type(name, (_Entry,), {})
 
 
 def open_distributed(path: Path) -> StoredCheckpoint:
@@ -51,25 +74,30 @@ def open_distributed(path: Path) -> StoredCheckpoint:
     with (path / ".metadata").open("rb") as stream:
         metadata = _MetadataUnpickler(stream).load()
     stored = {
-        key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value, TensorStorageMetadata)
+        key: value
+        for key, value in metadata.state_dict_metadata.items()
+        if type(value).__name__ == "TensorStorageMetadata"
     }
+    # What is no tensor has no offset.
+    places = {(i.fqn, tuple(vars(i).get("offset") or ())): place for i, place in metadata.storage_data.items()}
     # The planner data maps flattened names to the keys of the nested dicts.
     keys = {tuple((metadata.planner_data or {}).get(key, (key,))): key for key in stored}
     tensors = {}
     for path_of_keys, name in model_keys(dict.fromkeys(keys, True)).items():
         key, pieces = keys[path_of_keys], []
         for chunk in stored[key].chunks:
-            where = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            where = places[key, tuple(chunk.offsets)]
             if getattr(where, "transform_descriptors", None):
                 raise ValueError(f"{path}: {name} was transformed when it was written")
             file = file_inside(path, where.relative_path)
             alone = _saved_alone(file, where.offset, where.length)
             (piece,) = alone.pieces
-            if alone.shape != tuple(chunk.sizes):
-                raise ValueError(f"{path}: {name} has a part of shape {list(alone.shape)} instead of {chunk.sizes}")
+            if alone.shape != tuple(chunk.sizes) or alone.dtype != stored[key].properties.dtype:
+                raise ValueError(f"{path}: a part of {name} is {alone.dtype} {list(alone.shape)}, not as it should be")
             pieces.append(replace(piece, offsets=tuple(chunk.offsets)))
-        properties = stored[key].properties
-        tensors[name] = StoredTensor(tuple(stored[key].size), properties.dtype, tuple(pieces))
+        tensors[name] = tensor = StoredTensor(tuple(stored[key].size), stored[key].properties.dtype, tuple(pieces))
+        if not tensor.is_whole:
+            raise ValueError(f"{path}: the parts of {name} do not make up its shape {list(tensor.shape)}")
     # Lightning saves the rest of its checkpoint in this file beside the shards.
     beside = read_entries(path / "meta.pt") if (path / "meta.pt").exists() else {}
     if (path / "merge.json").exists():

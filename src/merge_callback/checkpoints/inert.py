@@ -1,8 +1,13 @@
 """Unpickles containers and plain values only. Other objects, which would have to be run, become placeholders."""
 
+import io
 import pickle
-from collections.abc import Callable, Mapping
-from typing import Any
+import pickletools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO
+
+# Tuples that are nested deeper than anybody's.
+_MOST_NESTED = 20
 
 
 class Inert:
@@ -68,8 +73,10 @@ class InertUnpickler(pickle.Unpickler):
         known: (Module, name) -> object that a pickle may use in addition.
     """
 
-    def __init__(self, file: Any, known: Mapping[tuple[str, str], Any]) -> None:
-        super().__init__(file, encoding="utf-8")
+    def __init__(self, file: BinaryIO, known: Mapping[tuple[str, str], Any]) -> None:
+        content = file.read()
+        refuse_excess(content)
+        super().__init__(io.BytesIO(content), encoding="utf-8")
         self._known = _CONTAINERS | dict(known)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -93,6 +100,47 @@ _CONTAINERS: dict[tuple[str, str], Any] = {
 }
 
 
+def refuse_excess(pickled: bytes) -> None:
+    """Raises unless a pickle can be read in memory and time in proportion to its size.
+
+    Raises:
+        pickle.UnpicklingError: If it numbers its objects beyond its size, which would allocate that many places, or
+            nests tuples so deeply that their hash, as the key of a dictionary, may take forever.
+        ValueError: If it ends before it should.
+    """
+    # How deeply the tuples on the stack, and those that are remembered, are nested; None for a mark.
+    stack: list[int | None] = []
+    memo: dict[int, int] = {}
+    for opcode, argument, _ in pickletools.genops(pickled):
+        name, number = opcode.name, int(argument) if isinstance(argument, int) else 0
+        if name == "MARK":
+            stack.append(None)
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo.get(number, 0))
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(memo) if name == "MEMOIZE" else number
+            if number > len(pickled):
+                raise pickle.UnpicklingError("it numbers objects that it cannot have")
+            memo[number] = (stack[-1] or 0) if stack else 0
+        else:
+            taken = _taken_from(stack, opcode.stack_before)
+            depth = 1 + max(taken, default=0) if name.startswith("TUPLE") else 0
+            if depth > _MOST_NESTED:
+                raise pickle.UnpicklingError(f"it nests more than {_MOST_NESTED} tuples")
+            stack += [depth] * len(opcode.stack_after)
+
+
+def _taken_from(stack: list[int | None], what: Sequence[Any]) -> list[int]:
+    """Takes from the stack what an opcode takes, down to the last mark if it takes a slice."""
+    taken: list[int] = []
+    num_alone = len(what)
+    if pickletools.markobject in what:
+        num_alone = list(what).index(pickletools.markobject)
+        while stack and (found := stack.pop()) is not None:
+            taken.append(found)
+    return taken + [stack.pop() or 0 for _ in range(min(num_alone, len(stack)))]
+
+
 def inert_names(content: Any) -> set[str]:
     """Returns the names of all objects in a content that are `Inert`."""
     found, seen, waiting = set(), set(), [content]
@@ -102,9 +150,9 @@ def inert_names(content: Any) -> set[str]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Inert):
+        if isinstance(value, Inert | InertFunction):
             found.add(type(value).__name__)
-        elif isinstance(value, type) and issubclass(value, Inert):
+        elif isinstance(value, type) and issubclass(value, Inert | InertDict):
             found.add(value.__name__)
         elif isinstance(value, dict):
             waiting += [*value.keys(), *value.values()]

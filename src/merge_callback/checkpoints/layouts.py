@@ -19,7 +19,7 @@ _MODELS: tuple[Keys, ...] = (
     ("app", "model"),
 )
 # A file could refer to its own dictionaries so often that reading never ends.
-_MOST_VISITS = 10
+_MOST_VISITS = 100_000
 # Where other trainers note the step.
 _STEPS = ("global_step", "step", "iter_num", "iteration")
 
@@ -33,15 +33,15 @@ def flattened(content: Mapping[Any, Any]) -> dict[Keys, Any]:
     """Returns every value in nested dictionaries by the keys that lead to it. What a module keeps is one value.
 
     Raises:
-        ValueError: If the same dictionary is in very many places.
+        ValueError: If the same dictionaries are in very many places.
     """
     return dict(_values(content, (), Counter()))
 
 
 def _values(content: Mapping[Any, Any], keys: Keys, visits: Counter[int]) -> Iterator[tuple[Keys, Any]]:
     visits[id(content)] += 1
-    if visits[id(content)] > _MOST_VISITS:
-        raise ValueError(f"the same dictionary is in more than {_MOST_VISITS} places")
+    if visits.total() - len(visits) > _MOST_VISITS:
+        raise ValueError("the same dictionaries are in very many places")
     for key, value in content.items():
         if isinstance(value, dict) and not is_extra_state(str(key)):
             yield from _values(value, (*keys, key), visits)

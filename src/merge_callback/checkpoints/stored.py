@@ -5,6 +5,7 @@ Files are not mapped into memory, since all mapped pages would count as memory o
 """
 
 import math
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,21 @@ class StoredTensor:
         """Number of elements."""
         return math.prod(self.shape)
 
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes a tensor")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the pieces lie inside the tensor, none where another begins, and are as many elements as it has."""
+        inside = all(
+            offset >= 0 and offset + size <= whole
+            for piece in self.pieces
+            for offset, size, whole in zip(piece.offsets, piece.shape, self.shape, strict=True)
+        )
+        starts = {piece.offsets for piece in self.pieces if math.prod(piece.shape)}
+        num_filled = sum(1 for piece in self.pieces if math.prod(piece.shape))
+        return inside and len(starts) == num_filled and sum(math.prod(p.shape) for p in self.pieces) == self.numel
+
     def like(self, device: str) -> Tensor:
         """Returns an uninitialised tensor of the same shape and dtype."""
         return torch.empty(self.shape, dtype=self.dtype, device=device)
@@ -108,7 +124,10 @@ class StoredCheckpoint:
     def average(self) -> str:
         """What the checkpoint holds instead of the weights of a step, in words for the user; empty if those."""
         if isinstance(origin := self.beside.get(PROVENANCE_KEY), dict):
-            return f"a merge by the rule {origin.get('rule')} of the steps {origin.get('steps')}"
+            rule, steps = origin.get("rule"), origin.get("steps")
+            is_list = isinstance(steps, list) and all(isinstance(step, int) for step in steps)
+            of_steps = f" of the steps {steps}" if is_list or isinstance(steps, str) else ""
+            return f"a merge by the rule {rule}{of_steps}" if isinstance(rule, str) else "a merge"
         # Lightning's `WeightAveraging`.
         return "an average over steps" if "averaging_state" in self.beside else ""
 

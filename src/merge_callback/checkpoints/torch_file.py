@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from merge_callback.checkpoints.inert import InertFunction, InertUnpickler, inert_names
+from merge_callback.checkpoints.inert import Inert, InertFunction, InertUnpickler, inert_names
 from merge_callback.checkpoints.stored import StoredTensor, in_one_piece
 
 _OF_STORAGE = {
@@ -36,7 +36,7 @@ _OF_STORAGE = {
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
-_DTYPES = {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+DTYPES = {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 # Errors that truncated, modified or foreign files may raise.
 BROKEN = (
@@ -47,6 +47,7 @@ BROKEN = (
     TypeError,
     ValueError,
     AttributeError,
+    MemoryError,
     NotImplementedError,
     OverflowError,
     pickle.UnpicklingError,
@@ -111,8 +112,8 @@ def _place(stream: BinaryIO, entry: zipfile.ZipInfo, start: int) -> tuple[int, i
     return start + entry.header_offset + 30 + name_length + extra_length, entry.file_size
 
 
-@dataclass(frozen=True)
-class _Storage:
+@dataclass(frozen=True, eq=False)
+class _Storage(Inert):
     dtype: torch.dtype
     key: str
     position: int
@@ -138,7 +139,7 @@ class _TorchUnpickler(InertUnpickler):
         named = [(module, name) for module in ("torch", "torch.storage") for name in _OF_STORAGE]
         storages = {each: InertFunction(lambda *_: None) for each in named}
         self._dtype_of = {storages[each]: _OF_STORAGE[each[1]] for each in named}
-        super().__init__(io.BytesIO(content), known | storages | _DTYPES)
+        super().__init__(io.BytesIO(content), known | storages | DTYPES)
         self._path = path
         self._places = places
 
@@ -176,16 +177,23 @@ def plain(content: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _plain_entries(content: Mapping[Any, Any], known: dict[int, Any]) -> dict[Any, Any]:
-    entries = content.items()
-    return {k: _plain(v, known) for k, v in entries if isinstance(v, dict) or not inert_names([k, v])}
+    found: dict[Any, Any] = {}
+    known[id(content)] = found
+    for key, value in content.items():
+        if not inert_names([key]) and (isinstance(value, dict) or not inert_names([value])):
+            found[key] = _plain(value, known)
+    return found
 
 
 def _plain(value: Any, known: dict[int, Any]) -> Any:
-    # A content may refer to one of its parts very often.
+    # A content may refer to one of its parts very often, and a list to itself.
     if id(value) not in known:
         if isinstance(value, dict):
-            known[id(value)] = _plain_entries(value, known)
-        elif isinstance(value, list | tuple):
+            _plain_entries(value, known)
+        elif isinstance(value, list):
+            known[id(value)] = found = []
+            found += [_plain(each, known) for each in value]
+        elif isinstance(value, tuple | set | frozenset):
             known[id(value)] = type(value)(_plain(each, known) for each in value)
         else:
             known[id(value)] = value[:].view(value.shape) if isinstance(value, StoredTensor) else value

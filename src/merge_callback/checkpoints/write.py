@@ -17,7 +17,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from merge_callback.checkpoints.stored import PROVENANCE_KEY
-from merge_callback.checkpoints.torch_file import read_entries
+from merge_callback.checkpoints.torch_file import BROKEN, read_entries
 from merge_callback.live.sharding import all_gather_dict, full_tensor, rank
 from merge_callback.merging.rules import decay_from_coefficients
 from merge_callback.utilities.files import atomic_write, write_safetensors
@@ -98,7 +98,12 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
     else:
         check_suffix(path)
-        found = read_entries(Path(path)).get(PROVENANCE_KEY, {})
+        try:
+            found = read_entries(Path(path)).get(PROVENANCE_KEY, {})
+        except FileNotFoundError:
+            raise
+        except BROKEN as error:
+            raise ValueError(f"{path} is no checkpoint that can be read: {error}") from error
     if not isinstance(found, dict) or "rule" not in found:
         raise ValueError(f"{path} holds no merge")
     return found

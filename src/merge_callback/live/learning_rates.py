@@ -137,7 +137,8 @@ def _is_over(config: Any, trainer: Trainer) -> bool:
         following = (trainer.current_epoch // every + 1) * every
         if max_epochs is not None and following >= max_epochs >= 0:
             return True
-        in_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+        num_batches = trainer.num_training_batches
+        in_epoch = math.ceil(num_batches / trainer.accumulate_grad_batches) if num_batches < math.inf else math.inf
         # An epoch of unknown length is a stream, which rarely ends before the run does.
         steps = following * in_epoch
     else:

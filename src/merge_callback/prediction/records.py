@@ -221,7 +221,7 @@ def stable_run_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str | None,
     """Returns identifier and validations of the run in a `MergeCallback` checkpoint; ``(None, [])`` without them."""
     for state in (checkpoint.get("callbacks") or {}).values():
         if isinstance(state, Mapping) and "history" in state:
-            history = [StableValidation(**values) for values in state["history"]]
+            history = [_validation(values) for values in state["history"]]
             return run_identity(history), history
     return None, []
 
@@ -243,8 +243,8 @@ def _record(line: Any) -> AnnealRecord:
         span_steps=_entry(line, "span_steps", int),
         shape=_whole(_entry(line, "shape", str)),
         annealed=_values(line, "annealed"),
-        forecast=_validation(line, "forecast"),
-        matched=_validation(line, "matched"),
+        forecast=_validation(_entry(line, "forecast", dict)) if line.get("forecast") is not None else None,
+        matched=_validation(_entry(line, "matched", dict)) if line.get("matched") is not None else None,
     )
     if not 0 <= record.start_step < record.step or record.span_steps < 1:
         raise ValueError(
@@ -254,10 +254,8 @@ def _record(line: Any) -> AnnealRecord:
     return record
 
 
-def _validation(line: Mapping[str, Any], key: str) -> StableValidation | None:
-    if line.get(key) is None:
-        return None
-    found = _entry(line, key, dict)
+def _validation(found: Any) -> StableValidation:
+    _check(found, dict, "a validation")
     span_steps, step = _entry(found, "span_steps", int), _entry(found, "step", int)
     rule = _entry(found, "rule", str) if "rule" in found else ""
     return StableValidation(step, span_steps, _values(found, "live"), _values(found, "merged"), rule)
@@ -285,8 +283,11 @@ def _entry(line: Mapping[str, Any], key: str, kind: Any) -> Any:
 
 
 def _check(value: Any, kind: Any, what: str) -> None:
+    if kind is int and isinstance(value, int) and abs(value) > _MOST_STEPS:
+        raise ValueError(f"{what} is larger than any number of steps")
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{what} must be {_NAMES[kind]}, got {value!r:.80}")  # noqa: TRY004 (no argument)
 
 
+_MOST_STEPS = 10**15
 _NAMES: dict[Any, str] = {dict: "an object", str: "a text", int: "a whole number", int | float: "a number"}
