@@ -286,3 +286,14 @@ def test_a_run_that_waits_for_its_scheduler_is_resumed_exactly(tmp_path):
     fit(make(EpochWise, scheduler=constant), tmp_path / "second", second, train=ResumableBatches(8), ckpt_path=path)
     assert whole.snapshot_steps == [8, 10, 12, 14, 16, 18, 20, 22, 24]
     assert second.snapshot_steps == whole.snapshot_steps
+
+
+def test_a_long_cosine_that_steps_once_an_epoch_is_told_of_before_the_run_ends(tmp_path):
+    class At(Callback):
+        def on_train_batch_start(self, trainer, *arguments):
+            if trainer.global_step == 150:
+                raise RuntimeError("before its end")
+
+    module = make(EpochWise, scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60))
+    with pytest.warns(UserWarning, match="the learning rate was not constant"), pytest.raises(RuntimeError):
+        fit(module, tmp_path, MergeCallback(1, 3), At(), max_steps=480, limit_val_batches=0)

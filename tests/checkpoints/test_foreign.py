@@ -107,6 +107,15 @@ def torch_file(path, pickled, **entries):
             archive.writestr(f"a/{name}", content)
 
 
+def saved(path):
+    """Saves four numbers as a tensor called w. Returns the pickle and the bytes of the numbers in that file."""
+    torch.save({"w": torch.arange(4.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        (pickled,) = (archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+        (data,) = (archive.read(name) for name in archive.namelist() if name.endswith("data/0"))
+    return pickled, data
+
+
 class Planted:
     """An object whose pickle calls a function."""
 
@@ -161,10 +170,7 @@ def test_a_pickle_cannot_change_what_it_may_call(tmp_path):
 
 def test_a_tensor_cannot_lie_outside_of_its_storage(tmp_path):
     path = tmp_path / "step=1.ckpt"
-    torch.save({"w": torch.arange(4.0)}, path)
-    with zipfile.ZipFile(path) as archive:
-        (pickled,) = (archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
-        (data,) = (archive.read(name) for name in archive.namelist() if name.endswith("data/0"))
+    pickled, data = saved(path)
     entries = {"data/0": data, "byteorder": "little"}
     torch_file(path, pickled, **entries)
     assert open_checkpoint(path).tensors["w"][:].tolist() == [0, 1, 2, 3]
@@ -259,10 +265,7 @@ def test_a_small_file_takes_little_memory_and_time(tmp_path):
 
 def test_a_pickle_cannot_change_a_tensor_that_it_has_made(tmp_path):
     path = tmp_path / "step=1.ckpt"
-    torch.save({"w": torch.arange(4.0)}, path)
-    with zipfile.ZipFile(path) as archive:
-        (pickled,) = (archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
-        (data,) = (archive.read(name) for name in archive.namelist() if name.endswith("data/0"))
+    pickled, data = saved(path)
     # After the call that makes the tensor, a state for it.
     place = pickled.rindex(b"R")
     changed = pickled[: place + 1] + b"}X\x05\x00\x00\x00shapeK\x64sb" + pickled[place + 1 :]

@@ -289,3 +289,17 @@ def test_files_of_an_average_are_merged_only_if_asked(tmp_path):
     with pytest.raises(ValueError, match=r"step=16.ckpt holds an average over steps, not the weights of one step"):
         merge_checkpoints(paths, tmp_path / "out.ckpt")
     assert merge_checkpoints(paths, tmp_path / "out.ckpt", of_averages=True)["steps"] == [8, 16, 24]
+
+
+def test_names_of_which_wrappers_would_make_one_stay_two(tmp_path):
+    both = {"_orig_mod.w": torch.ones(2), "w": torch.zeros(2)}
+    torch.save({"state_dict": both}, tmp_path / "step=1.ckpt")
+    torch.save({"state_dict": {"w": torch.zeros(2)}}, tmp_path / "step=2.ckpt")
+    with pytest.raises(ValueError, match=r"step=2.ckpt has no tensor _orig_mod.w, which .*step=1.ckpt has"):
+        merge_checkpoints([tmp_path / "step=1.ckpt", tmp_path / "step=2.ckpt"], tmp_path / "out.ckpt")
+
+
+def test_a_checkpoint_with_very_many_dictionaries_is_opened_at_once(tmp_path):
+    states = {place: {"step": place} for place in range(30_000)}
+    torch.save({"state_dict": weights(1), "global_step": 1, "optimizer": {"state": states}}, tmp_path / "1.ckpt")
+    assert open_checkpoint(tmp_path / "1.ckpt").step == 1

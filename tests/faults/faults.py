@@ -1127,8 +1127,8 @@ FAULTS = [
     ),
     (
         "the place that qam finds is that of the decay's own rule",
-        "    return _QamRule(shape)\n",
-        "    return _DecayRule(shape)\n",
+        "    return _QamRule(_known_shape(shape))\n",
+        "    return _DecayRule(_known_shape(shape))\n",
         "test_qam_is_where_gradient_descent_with_a_decaying_rate_ends_on_a_quadratic",
     ),
     (
@@ -1139,8 +1139,8 @@ FAULTS = [
     ),
     (
         "metadata changes the classes of the process",
-        "        return found if is_known else type(name, (_Entry,), {})\n",
-        "        return found if is_known else pickle.Unpickler.find_class(self, module, name)\n",
+        "        return type(name, (_Entry,), {})\n",
+        "        return pickle.Unpickler.find_class(self, module, name)\n",
         "test_what_metadata_may_name_cannot_be_changed_by_it",
     ),
     (
@@ -1151,7 +1151,7 @@ FAULTS = [
     ),
     (
         "a small file takes all of the memory or of the time",
-        "        refuse_excess(content)\n",
+        "        refuse_excess(pickled)\n",
         "",
         "test_a_small_file_takes_little_memory_and_time",
     ),

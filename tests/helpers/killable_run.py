@@ -130,7 +130,8 @@ def interrupted(folder, place):
     storage = folder / "snapshots" if place == "files" else place
     callback = MergeCallback(1, 4, merges={"sma": "sma", "ema": profile}, storage=storage)
     saving = OnExceptionCheckpoint(folder, "interrupted")
-    settings = {"max_steps": 60, "val_check_interval": 2, "enable_checkpointing": True}
+    # Without end: it is always interrupted.
+    settings = {"max_steps": -1, "max_epochs": -1, "val_check_interval": 2, "enable_checkpointing": True}
     try:
         fit(make(Toy), folder, tracker, callback, Saying(), saving, **settings)
     except BaseException as error:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from merge_callback.apps.validate import check_mode, chosen_metric, prepare_validation, validated
 from merge_callback.apps.wrong_call import WrongCallError, wrong_calls
-from merge_callback.checkpoints.alike import check_alike, named_alike
+from merge_callback.checkpoints.alike import alike
 from merge_callback.checkpoints.merged_tensors import TAKEN_FROM_NEWEST
 from merge_callback.checkpoints.read import open_checkpoint
 from merge_callback.checkpoints.stored import StoredCheckpoint
@@ -165,8 +165,7 @@ def run(config: DictConfig) -> None:
             raise ValueError(f"landscape.margin must be >= 0, got {asked.margin}")
         if not OmegaConf.is_dict(asked.checkpoints) or len(asked.checkpoints) < 2:
             raise ValueError("landscape.checkpoints must be a mapping of at least two names to checkpoints")
-        opened = named_alike([open_checkpoint(Path(path)) for path in asked.checkpoints.values()])
-        check_alike(opened)
+        opened = alike([open_checkpoint(Path(path)) for path in asked.checkpoints.values()])
         sides = distances(opened)
         places = kinds[asked.kind](sides, asked.num_points, asked.margin)
         fit = prepare_validation(config, asked.limit_batches)

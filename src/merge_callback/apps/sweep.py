@@ -22,7 +22,7 @@ from tqdm import tqdm
 from merge_callback.apps.merge import find_checkpoints
 from merge_callback.apps.validate import check_mode, chosen_metric, prepare_validation, validated
 from merge_callback.apps.wrong_call import WrongCallError, wrong_calls
-from merge_callback.checkpoints.alike import check_alike, named_alike, refuse_averages, steps_of
+from merge_callback.checkpoints.alike import alike, refuse_averages, steps_of
 from merge_callback.checkpoints.read import open_checkpoint
 from merge_callback.checkpoints.stored import StoredCheckpoint
 from merge_callback.merging.rules import Rule, resolve_rule
@@ -90,8 +90,7 @@ def run(config: DictConfig) -> None:
         check_mode("sweep.mode", asked.mode)
         opened = [open_checkpoint(Path(path)) for path in find_checkpoints(asked.checkpoints)]
         refuse_averages(opened)
-        opened = named_alike(opened)
-        check_alike(opened)
+        opened = alike(opened)
         checkpoints = dict(zip(steps_of(opened, asked.steps), opened, strict=True))
         cells = grid.cells(list(checkpoints))
         folder = Path(asked.output)

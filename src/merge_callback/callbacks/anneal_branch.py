@@ -75,10 +75,12 @@ class AnnealBranch(PickledWithoutItsRun):
         if not isinstance(shape, str) or shape not in DECAY_SHAPES:
             raise ValueError(f"shape must be one of {', '.join(DECAY_SHAPES)}, got {shape!r}")
         for name, path in (("record", record), ("trunk", trunk)):
-            if path is not None and not isinstance(path, str | os.PathLike):
+            if path is None:
+                continue
+            if not isinstance(path, str | os.PathLike):
                 raise TypeError(f"{name} must be the path of a file, got {path!r}")
-            folder = local_path(name, path) if path is not None else None
-            if folder and folder.is_dir() and not (name == "trunk" and Path(folder, _METADATA).exists()):
+            local = local_path(name, path)
+            if local.is_dir() and not (name == "trunk" and (local / _METADATA).exists()):
                 raise ValueError(f"{name} must be the path of a file, but {str(path)!r} is a folder")
         self.span_steps = span_steps
         self.shape = shape

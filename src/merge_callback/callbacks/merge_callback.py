@@ -48,13 +48,15 @@ class MergeCallback(PickledWithoutItsRun):
             None for as much as the live one. With a limit, the live model is validated again on the same batches.
         max_overhead: Largest share of the run's wall time that the callback may take, such as 0.02. Merged validations
             that would exceed it are skipped, except the first, and ``merge/num_skipped`` counts them. None: no limit.
-        calibration: The file to which `AnnealBranch` appends its records, also while this run goes on. From two of them
-            on, ``annealed/m`` is logged with its interval. ``"prior"`` is what our benchmark found in runs with AdamW.
+        calibration: The file to which `AnnealBranch` appends its records, also while this run goes on; or ``"prior"``
+            for the values that this project's benchmark found in runs with AdamW. From two branches on,
+            ``annealed/m`` is predicted and logged with its interval. None predicts nothing.
         higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``.
             Not needed for logged torchmetrics objects, which state it themselves.
         parts: Patterns (``"*lora*"``) of the parameters to merge, or `Parts`; the others stay live.
-        recalibrate_batches: Computes batch norm statistics for the merge from this many of the latest training batches,
-            of which the first items are kept, instead of copying those of the newest snapshot.
+        recalibrate_batches: Computes batch norm statistics for the merge from the inputs of this many of the latest
+            training batches, instead of copying those of the newest snapshot. The module is called with the first item
+            of a batch. The inputs are kept and saved in checkpoints. None for models without such layers.
         name: Distinguishes several callbacks of one Trainer, in checkpoints and in logged names.
 
     Raises:

@@ -83,6 +83,8 @@ class MergedCheckpoint(PickledWithoutItsRun, ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # No validation follows any more.
+        self._is_due = False
         with self._unchanged_without_a_file():
             super().on_exception(trainer, pl_module, exception)
 

@@ -261,16 +261,16 @@ class MergeSession:
                 f"the learning rate moved at step {self.step}: {kept} stays as it is until the rate is constant again",
                 "frozen",
             )
-        elif window.phase.num_waiting_steps and not is_end:
-            self._messages.say(
-                "the learning rate is set rarely, so capturing begins once it has been set again to the same value;"
-                " MergeCallback(start=STEP) captures from a step on whatever it does",
-                "waiting",
-            )
         elif window.phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):
             self._messages.warn(
                 f"the learning rate was not constant in {window.phase.num_unsettled_steps} steps (a cosine"
                 " schedule? a schedule-free optimizer?), so nothing was captured. MergeCallback(start=STEP) captures"
                 " from a step on whatever the rate does; what its merge says about annealing then is less certain",
                 "unsettled",
+            )
+        elif window.phase.num_waiting_steps and not is_end:
+            self._messages.say(
+                "the learning rate is set rarely, so capturing begins once it has been set again to the same value;"
+                " MergeCallback(start=STEP) captures from a step on whatever it does",
+                "waiting",
             )

@@ -97,9 +97,7 @@ class StablePhase:
         """Whether the last observed step belonged to a stable phase."""
         return self.anchor is not None
 
-    def observe(
-        self, used: Sequence[float], following: Sequence[float], updates: RateUpdates = NO_UPDATES
-    ) -> PhaseEvent:
+    def observe(self, used: Rates, following: Rates, updates: RateUpdates = NO_UPDATES) -> PhaseEvent:
         """Records one optimizer step and returns what it means for the phase.
 
         Args:
@@ -148,9 +146,9 @@ class StablePhase:
         agrees = self.num_drifting_steps == 0 or (
             self.previous is not None and _close(rates, self.previous, SAME_TOLERANCE)
         )
-        if was_stable and not (agrees and is_renewed):
-            return PhaseEvent.ENDED
         if not (agrees and is_renewed):
+            if was_stable:
+                return PhaseEvent.ENDED
             return PhaseEvent.WAITING if agrees else PhaseEvent.UNSETTLED
         self.anchor = rates
         self.num_begun += 1

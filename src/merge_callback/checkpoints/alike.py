@@ -1,6 +1,6 @@
 """Checks that checkpoints fit together: of different steps, with the same tensors, none of them an average already."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from merge_callback.checkpoints.stored import StoredCheckpoint
@@ -44,27 +44,30 @@ def refuse_averages(opened: Sequence[StoredCheckpoint]) -> None:
     for checkpoint in opened:
         if checkpoint.average:
             raise ValueError(
-                f"{checkpoint.path} holds {checkpoint.average}, not the weights of one step; leave it out, or merge it"
-                " too with of_averages=True"
+                f"{checkpoint.path} holds {checkpoint.average}, not the weights of one step; leave it out"
+                " (merge_checkpoints takes it with of_averages=True)"
             )
 
 
-def named_alike(opened: Sequence[StoredCheckpoint]) -> list[StoredCheckpoint]:
-    """Returns the checkpoints with the newest one's names of tensors, where wrappers such as torch.compile add to them.
+def alike(opened: Sequence[StoredCheckpoint]) -> list[StoredCheckpoint]:
+    """Returns the checkpoints with the last one's names of tensors, where wrappers such as torch.compile add to them.
 
-    Args:
-        opened: The checkpoints, the newest last.
+    Raises:
+        ValueError: If they then differ in names, shapes or dtypes. The message names the checkpoints and the tensor.
     """
     theirs = {clean_name(name): name for name in opened[-1].tensors}
-    return [
-        replace(each, tensors={theirs.get(clean_name(name), name): tensor for name, tensor in each.tensors.items()})
-        if each.tensors.keys() != opened[-1].tensors.keys()
-        else each
-        for each in opened
-    ]
+    found = [_renamed(each, theirs) for each in opened]
+    _check_alike(found)
+    return found
 
 
-def check_alike(opened: Sequence[StoredCheckpoint]) -> None:
+def _renamed(checkpoint: StoredCheckpoint, theirs: Mapping[str, str]) -> StoredCheckpoint:
+    """Returns the checkpoint with names by clean name, unless that would make two tensors one."""
+    tensors = {theirs.get(clean_name(name), name): tensor for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors) if len(tensors) == len(checkpoint.tensors) else checkpoint
+
+
+def _check_alike(opened: Sequence[StoredCheckpoint]) -> None:
     """Raises ValueError unless all checkpoints have the same tensor names, shapes and dtypes.
 
     Raises:

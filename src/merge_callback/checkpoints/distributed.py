@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import torch
-
-from merge_callback.checkpoints.inert import Inert, InertFunction, InertUnpickler
+from merge_callback.checkpoints.inert import InertFunction, InertUnpickler
 from merge_callback.checkpoints.layouts import model_keys, noted_step
 from merge_callback.checkpoints.stored import PROVENANCE_KEY, StoredCheckpoint, StoredTensor, file_inside
 from merge_callback.checkpoints.torch_file import DTYPES, read_entries, read_torch_file
@@ -30,10 +28,20 @@ _METADATA_NAMES = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "torch": {"Size", *(name for _, name in DTYPES)},
     "pathlib": {"PosixPath", "WindowsPath"},
     "collections": {"OrderedDict"},
 }
+
+
+_FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): lambda *_: None,
+    ("torch.serialization", "_get_layout"): lambda *_: None,
+    ("torch", "Size"): tuple,
+    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
+    ("pathlib", "WindowsPath"): lambda *parts: "/".join(parts),
+}
+_KNOWN = DTYPES | {name: InertFunction(call) for name, call in _FUNCTIONS.items()}
 
 
 class _Entry:
@@ -47,22 +55,13 @@ class _Entry:
 class _MetadataUnpickler(InertUnpickler):
     """Never hands out what the process uses elsewhere, since a pickle can set attributes of it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        functions: dict[tuple[str, str], Callable[..., Any]] = {
-            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): lambda *_: None,
-            ("torch.serialization", "_get_layout"): lambda *_: None,
-            ("torch", "Size"): tuple,
-            ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
-            ("pathlib", "WindowsPath"): lambda *parts: "/".join(parts),
-        }
-        super().__init__(file, DTYPES | {name: InertFunction(call) for name, call in functions.items()})
-
     def find_class(self, module: str, name: str) -> Any:
         if name not in _METADATA_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"its metadata asks for {module}.{name}, which is no part of a checkpoint")
-        found = super().find_class(module, name)
-        is_known = not (isinstance(found, type) and issubclass(found, Inert))
-        return found if is_known else type(name, (_Entry,), {})
+        return super().find_class(module, name)
+
+    def stand_in(self, module: str, name: str) -> Any:
+        return type(name, (_Entry,), {})
 
 
 def open_distributed(path: Path) -> StoredCheckpoint:
@@ -72,7 +71,7 @@ def open_distributed(path: Path) -> StoredCheckpoint:
         ValueError: If the folder holds several dictionaries, or tensors that were transformed when they were written.
     """
     with (path / ".metadata").open("rb") as stream:
-        metadata = _MetadataUnpickler(stream).load()
+        metadata = _MetadataUnpickler(stream.read(), _KNOWN).load()
     stored = {
         key: value
         for key, value in metadata.state_dict_metadata.items()

@@ -4,7 +4,7 @@ import io
 import pickle
 import pickletools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 # Tuples that are nested deeper than anybody's.
 _MOST_NESTED = 20
@@ -69,20 +69,23 @@ class InertUnpickler(pickle.Unpickler):
     """Unpickles dictionaries, lists, tuples, sets, numbers, strings and bytes; all else is `Inert`.
 
     Args:
-        file: The pickle, as a binary file.
+        pickled: The pickle.
         known: (Module, name) -> object that a pickle may use in addition.
     """
 
-    def __init__(self, file: BinaryIO, known: Mapping[tuple[str, str], Any]) -> None:
-        content = file.read()
-        refuse_excess(content)
-        super().__init__(io.BytesIO(content), encoding="utf-8")
+    def __init__(self, pickled: bytes, known: Mapping[tuple[str, str], Any]) -> None:
+        refuse_excess(pickled)
+        super().__init__(io.BytesIO(pickled), encoding="utf-8")
         self._known = _CONTAINERS | dict(known)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns what a pickle may use under this name; otherwise a new class of `Inert`."""
+        """Returns what a pickle may use under this name; otherwise a `stand_in`."""
         if (module, name) in self._known:
             return self._known[module, name]
+        return self.stand_in(module, name)
+
+    def stand_in(self, module: str, name: str) -> Any:
+        """Returns a new class in place of what has this name. A pickle can change classes, so none is shared."""
         return type(f"{module}.{name}", (Inert,), {})
 
 

@@ -1,7 +1,7 @@
 """Finds the model in checkpoints that other trainers wrote, which also hold optimizers and more."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any, TypeAlias
 
 from merge_callback.checkpoints.stored import StoredTensor
@@ -35,16 +35,18 @@ def flattened(content: Mapping[Any, Any]) -> dict[Keys, Any]:
     Raises:
         ValueError: If the same dictionaries are in very many places.
     """
-    return dict(_values(content, (), Counter()))
+    return dict(_values(content, (), set(), count()))
 
 
-def _values(content: Mapping[Any, Any], keys: Keys, visits: Counter[int]) -> Iterator[tuple[Keys, Any]]:
-    visits[id(content)] += 1
-    if visits.total() - len(visits) > _MOST_VISITS:
+def _values(
+    content: Mapping[Any, Any], keys: Keys, seen: set[int], revisits: Iterator[int]
+) -> Iterator[tuple[Keys, Any]]:
+    if id(content) in seen and next(revisits) >= _MOST_VISITS:
         raise ValueError("the same dictionaries are in very many places")
+    seen.add(id(content))
     for key, value in content.items():
         if isinstance(value, dict) and not is_extra_state(str(key)):
-            yield from _values(value, (*keys, key), visits)
+            yield from _values(value, (*keys, key), seen, revisits)
         else:
             yield (*keys, key), value
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_callback.checkpoints.alike import check_alike, named_alike, refuse_averages, steps_of, told_steps
+from merge_callback.checkpoints.alike import alike, refuse_averages, steps_of, told_steps
 from merge_callback.checkpoints.inert import inert_names
 from merge_callback.checkpoints.merged_tensors import TAKEN_FROM_NEWEST, merged_tensors
 from merge_callback.checkpoints.read import open_checkpoint
@@ -106,8 +106,7 @@ def plan_merge(
     known = list(range(1, len(opened) + 1)) if is_in_order else steps_of(opened, steps)
     values = _values(known, rule, coefficients)
     order = sorted(range(len(opened)), key=known.__getitem__)
-    ordered = named_alike([opened[place] for place in order])
-    check_alike(ordered)
+    ordered = alike([opened[place] for place in order])
     told = (told_steps(ordered) if is_in_order else None) or sorted(known)
     label = "coefficients" if coefficients is not None else rule_label(rule)
     return MergePlan(ordered, [values[place] for place in order], told, label, kept)

@@ -82,7 +82,8 @@ def _open_torch(path: Path) -> StoredCheckpoint:
             extra[name] = values[keys]
         else:
             raise ValueError(f"{path}: {name} is no tensor")
-    beside = {key: value for key, value in content.items() if not any(keys[0] == key for keys in names)}
+    taken = {keys[0] for keys in names}
+    beside = {key: value for key, value in content.items() if key not in taken}
     return StoredCheckpoint(path, tensors, noted_step(beside), beside, extra)
 
 
@@ -90,7 +91,7 @@ def _open_index(path: Path) -> StoredCheckpoint:
     files = json.loads(path.read_text())["weight_map"]
     known = {}
     for name in sorted(set(files.values())):
-        known[name] = _safetensors(file_inside(path.parent, name))
+        known[name] = _open_safetensors(file_inside(path.parent, name)).tensors
     return StoredCheckpoint(path, {name: known[file][name] for name, file in files.items()})
 
 
@@ -111,18 +112,11 @@ def _open_folder(folder: Path) -> StoredCheckpoint:
 
 
 def _open_safetensors(path: Path) -> StoredCheckpoint:
-    told = read_header(path)[0].get("__metadata__")
-    is_merge = isinstance(told, dict) and "rule" in told
-    return StoredCheckpoint(path, _safetensors(path), beside={PROVENANCE_KEY: told} if is_merge else {})
-
-
-def _safetensors(path: Path) -> dict[str, StoredTensor]:
     header, begin = read_header(path)
+    told = header.pop("__metadata__", None)
     dtypes = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
     tensors = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         if entry["dtype"] not in dtypes:
             raise ValueError(f"{path}: {name} has an unsupported dtype: {entry['dtype']}")
         shape, dtype = tuple(entry["shape"]), dtypes[entry["dtype"]]
@@ -130,4 +124,5 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
         if end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{path}: {name} takes {end - start} bytes, which do not fit its shape {list(shape)}")
         tensors[name] = in_one_piece(path, begin + start, shape, dtype)
-    return tensors
+    is_merge = isinstance(told, dict) and "rule" in told
+    return StoredCheckpoint(path, tensors, beside={PROVENANCE_KEY: told} if is_merge else {})

@@ -5,14 +5,12 @@ a tensor is where its values lie in the file. This needs nothing of torch's own 
 version of torch.
 """
 
-import io
 import pickle
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,61 +112,63 @@ def _place(stream: BinaryIO, entry: zipfile.ZipInfo, start: int) -> tuple[int, i
 
 @dataclass(frozen=True, eq=False)
 class _Storage(Inert):
+    file: Path
     dtype: torch.dtype
-    key: str
     position: int
     size: int
 
 
 class _TorchUnpickler(InertUnpickler):
-    def __init__(self, content: bytes, path: Path, places: Mapping[str, tuple[int, int]]) -> None:
-        tensor = partial(_tensor, path)
-        functions: dict[str, Callable[..., Any]] = {
-            "_rebuild_tensor": tensor,
-            "_rebuild_tensor_v2": tensor,
-            "_rebuild_tensor_v3": partial(_tensor_with_dtype, path),
-            "_rebuild_parameter": lambda data, *_: data,
-            "_rebuild_parameter_with_state": lambda data, *_: data,
-        }
-        known: dict[tuple[str, str], Any] = {
-            ("torch._utils", name): InertFunction(function) for name, function in functions.items()
-        }
-        # A parameter with attributes of its own, and the class of which it is.
-        known["torch._tensor", "_rebuild_from_type_v2"] = InertFunction(lambda call, kind, args, state: call(*args))
-        known["torch", "Size"] = InertFunction(tuple)
-        named = [(module, name) for module in ("torch", "torch.storage") for name in _OF_STORAGE]
-        storages = {each: InertFunction(lambda *_: None) for each in named}
-        self._dtype_of = {storages[each]: _OF_STORAGE[each[1]] for each in named}
-        super().__init__(io.BytesIO(content), known | storages | DTYPES)
-        self._path = path
+    def __init__(self, pickled: bytes, file: Path, places: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__(pickled, _KNOWN)
+        self._file = file
         self._places = places
 
     def persistent_load(self, pid: Any) -> _Storage:
         """Returns the storage of which the pickle gives the number."""
         _, kind, key, *_ = pid
         if key not in self._places:
-            raise ValueError(f"{self._path}: the values of storage {key} are not there, or compressed")
-        return _Storage(self._dtype_of[kind], key, *self._places[key])
+            raise ValueError(f"{self._file}: the values of storage {key} are not there, or compressed")
+        return _Storage(self._file, _DTYPE_OF[kind], *self._places[key])
 
 
 def _tensor(
-    path: Path, storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *more: Any
+    storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *more: Any
 ) -> StoredTensor:
     # Further arguments: whether it requires a gradient, its hooks, and possibly which kind of lazy view it is.
     lazy = more[2] if len(more) > 2 else None
     if isinstance(lazy, dict) and any(lazy.get(name) for name in ("conj", "neg")):
-        raise ValueError(f"{path} holds a lazily conjugated or negated view; save it resolved")
+        raise ValueError(f"{storage.file} holds a lazily conjugated or negated view; save it resolved")
     itemsize = storage.dtype.itemsize
     span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
     if min((offset, *shape, *stride), default=0) < 0 or (offset + span) * itemsize > storage.size:
-        raise ValueError(f"{path}: a tensor of shape {list(shape)} does not lie in its storage of {storage.size} bytes")
-    return in_one_piece(path, storage.position + offset * itemsize, tuple(shape), storage.dtype, tuple(stride))
+        what = f"a tensor of shape {list(shape)} does not lie in its storage of {storage.size} bytes"
+        raise ValueError(f"{storage.file}: {what}")
+    begin = storage.position + offset * itemsize
+    return in_one_piece(storage.file, begin, tuple(shape), storage.dtype, tuple(stride))
 
 
-def _tensor_with_dtype(path: Path, storage: _Storage, *arguments: Any) -> StoredTensor:
+def _tensor_with_dtype(storage: _Storage, *arguments: Any) -> StoredTensor:
     # The dtype comes after the hooks, and then what `_tensor` may get there.
     *as_before, dtype = arguments[:6]
-    return _tensor(path, replace(storage, dtype=dtype), *as_before, *arguments[6:])
+    return _tensor(replace(storage, dtype=dtype), *as_before, *arguments[6:])
+
+
+_FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_with_dtype,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+    # A parameter with attributes of its own, and the class of which it is.
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda call, kind, arguments, state: call(*arguments),
+    ("torch", "Size"): tuple,
+}
+_STORAGES = {
+    (module, name): InertFunction(lambda *_: None) for module in ("torch", "torch.storage") for name in _OF_STORAGE
+}
+_DTYPE_OF = {storage: _OF_STORAGE[name] for (_, name), storage in _STORAGES.items()}
+_KNOWN = DTYPES | _STORAGES | {name: InertFunction(call) for name, call in _FUNCTIONS.items()}
 
 
 def plain(content: Mapping[Any, Any]) -> dict[Any, Any]:

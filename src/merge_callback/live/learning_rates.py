@@ -115,7 +115,7 @@ def learning_rates(optimizers: Iterable[Optimizer]) -> list[float]:
 
 def rate_updates(trainer: Trainer) -> list[int]:
     """Returns how often each scheduler has set the rates. Those that react to a metric are left out."""
-    return [_num_updates(config, trainer) for config in trainer.lr_scheduler_configs if not config.reduce_on_plateau]
+    return [_num_updates(config, trainer) for config in _scheduled(trainer)]
 
 
 def _num_updates(config: Any, trainer: Trainer) -> int:
@@ -127,8 +127,11 @@ def _num_updates(config: Any, trainer: Trainer) -> int:
 
 def are_updates_over(trainer: Trainer) -> bool:
     """Returns whether some scheduler, of those that react to no metric, will not set its rates again in this run."""
-    configs = [config for config in trainer.lr_scheduler_configs if not config.reduce_on_plateau]
-    return any(_is_over(config, trainer) for config in configs)
+    return any(_is_over(config, trainer) for config in _scheduled(trainer))
+
+
+def _scheduled(trainer: Trainer) -> list[Any]:
+    return [config for config in trainer.lr_scheduler_configs if not config.reduce_on_plateau]
 
 
 def _is_over(config: Any, trainer: Trainer) -> bool:

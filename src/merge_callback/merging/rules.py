@@ -113,9 +113,7 @@ def decay(shape: str) -> Rule:
         >>> [round(c, 3) for c in decay("1-sqrt")(range(10))]
         [0.316, 0.131, 0.101, 0.085, 0.075, 0.067, 0.062, 0.058, 0.054, 0.051]
     """
-    if shape not in DECAY_SHAPES:
-        raise ValueError(f"unknown decay shape {shape!r}; {_nearest(shape, DECAY_SHAPES)}")
-    return _DecayRule(shape)
+    return _DecayRule(_known_shape(shape))
 
 
 @dataclass(frozen=True)
@@ -150,9 +148,7 @@ def qam(shape: str = "linear") -> Rule:
         >>> [round(c, 3) for c in decay("linear")([100, 200, 300])]
         [0.333, 0.333, 0.333]
     """
-    if shape not in DECAY_SHAPES:
-        raise ValueError(f"unknown decay shape {shape!r}; {_nearest(shape, DECAY_SHAPES)}")
-    return _QamRule(shape)
+    return _QamRule(_known_shape(shape))
 
 
 @dataclass(frozen=True)
@@ -168,6 +164,12 @@ class _QamRule:
 
     def __repr__(self) -> str:
         return f"qam({self.shape!r})"
+
+
+def _known_shape(shape: str) -> str:
+    if shape not in DECAY_SHAPES:
+        raise ValueError(f"unknown decay shape {shape!r}; {_nearest(shape, DECAY_SHAPES)}")
+    return shape
 
 
 def _multipliers(shape: str, steps: Sequence[int]) -> list[float]:
