@@ -14,6 +14,20 @@ There are three families of rules. The paper's rules (``sma``, ``wma``, ``ema``;
 by its rank and ignore the spacing. The decay-equivalent rules (``linear``, ``1-sqrt``, ``cosine``) weight a snapshot by
 the steps that it covers, so they keep their meaning when the spacing is uneven. ``qam`` finds the *place* that a
 decayed run reaches on a quadratic loss, and weights the snapshots around it.
+
+**Means instead of points.** A snapshot can also be the mean of the weights over an interval (``snapshot="mean"``). Then
+the steps are `Intervals`, and every step inside has the same share ``c_j / L_j`` of its snapshot's coefficient, with
+``L_j`` the interval's length. So the implied multiplier falls in a straight line from ``w_j`` to ``w_(j+1)`` across the
+``j``-th interval, instead of in stairs between snapshots:
+
+- ``sma`` weights an interval by its length. It is the uniform mean over all steps, and exactly a linear decay.
+- ``wma`` weights it by its length times the steps from the window's beginning to its end: with equal lengths by rank.
+- ``ema`` lets the older part decay by the length. ``alpha`` is the weight of an interval of the longest length.
+- ``linear``, ``1-sqrt`` and ``cosine`` have the shape's value at the intervals' borders, ``c_j`` is what it loses
+  across the ``j``-th interval, and in between the decay is straight.
+- ``qam`` takes the shape's value at the borders between intervals, and weights the means as if they were points.
+- `Window` uses the intervals whose middle lies inside its span.
+- A function of the user gets the ends of the intervals, and weights the means as they are.
 """
 
 import difflib
@@ -23,9 +37,14 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Protocol
 
+from merge_callback.merging.intervals import covered
+
 
 class Rule(Protocol):
-    """A function that returns one coefficient for each snapshot step. Steps are ordered from oldest to newest."""
+    """A function that returns one coefficient for each snapshot step. Steps are ordered from oldest to newest.
+
+    For snapshots that are means, the steps are `Intervals`.
+    """
 
     def __call__(self, steps: Sequence[int], /) -> Sequence[float]: ...
 
@@ -37,7 +56,9 @@ def sma(steps: Sequence[int]) -> list[float]:
         >>> sma([100, 200, 300, 400])
         [0.25, 0.25, 0.25, 0.25]
     """
-    return [1 / len(steps)] * len(steps)
+    counts = covered(steps).counts
+    total = sum(counts)
+    return [count / total for count in counts]
 
 
 def wma(steps: Sequence[int]) -> list[float]:
@@ -47,8 +68,10 @@ def wma(steps: Sequence[int]) -> list[float]:
         >>> wma([100, 200, 300])
         [0.16666666666666666, 0.3333333333333333, 0.5]
     """
-    total = len(steps) * (len(steps) + 1) / 2
-    return [rank / total for rank in range(1, len(steps) + 1)]
+    counts = covered(steps).counts
+    weights = [count * rank for count, rank in zip(counts, accumulate(counts), strict=True)]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def ema(alpha: float = 0.2) -> Rule:
@@ -78,8 +101,12 @@ class _EmaRule:
     alpha: float
 
     def __call__(self, steps: Sequence[int], /) -> list[float]:
-        newer = [self.alpha * (1 - self.alpha) ** age for age in range(len(steps) - 2, -1, -1)]
-        return [(1 - self.alpha) ** (len(steps) - 1), *newer]
+        counts = covered(steps).counts
+        kept = [(1 - self.alpha) ** (count / max(counts)) for count in counts]
+        coefficients = [1.0]
+        for each in kept[1:]:
+            coefficients = [*(each * coefficient for coefficient in coefficients), 1 - each]
+        return coefficients
 
     def __repr__(self) -> str:
         return f"ema({self.alpha})"
@@ -173,13 +200,9 @@ def _known_shape(shape: str) -> str:
 
 
 def _multipliers(shape: str, steps: Sequence[int]) -> list[float]:
-    """Returns the multiplier at the middle of each gap of a decay that begins half a gap before the first snapshot."""
-    if len(steps) == 1:
-        return []
-    middles = [(older + newer) / 2 for older, newer in pairwise(steps)]
-    start = steps[0] - (middles[0] - steps[0])
-    end = steps[-1] + (steps[-1] - middles[-1])
-    return [DECAY_SHAPES[shape]((middle - start) / (end - start)) for middle in middles]
+    """Returns the multiplier where each snapshot's stretch but the first begins, of a decay over all of them."""
+    start, *between, end = covered(steps).edges
+    return [DECAY_SHAPES[shape]((edge - start) / (end - start)) for edge in between]
 
 
 RULES: dict[str, Rule] = {"sma": sma, "wma": wma, "ema": ema(), "qam": qam()} | {

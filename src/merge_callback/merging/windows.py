@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from merge_callback.merging.intervals import covered
 from merge_callback.merging.rules import Rule, in_steps, merge_coefficients, required_span, resolve_rule
 from merge_callback.utilities.checks import check_exactly_one, check_numbers
 
@@ -13,9 +14,10 @@ class Window:
     """A rule that uses only the recent snapshots of the ring.
 
     A snapshot is used if it is less than the span older than the newest one. So a span of ``N * V`` steps holds ``N``
-    snapshots ``V`` steps apart. If the ring is full but covers less than the span, it is thinned: every second snapshot
-    is dropped and the interval doubles. A span as a share of training therefore works in a run of unknown length. The
-    other merges of the same callback use the thinned ring too.
+    snapshots ``V`` steps apart. A mean over an interval is used if the interval's middle is less than the span older
+    than the newest interval's end. If the ring is full but covers less than the span, it is thinned: every second
+    snapshot is dropped, or neighbouring means are averaged, and the interval doubles. A span as a share of training
+    therefore works in a run of unknown length. The other merges of the same callback use the thinned ring too.
 
     Args:
         rule: Name of a rule, or a rule, applied to the snapshots inside the window.
@@ -50,8 +52,9 @@ class Window:
         return in_steps(self.span_steps, self.span, step)
 
     def __call__(self, steps: Sequence[int]) -> Sequence[float]:
-        inside = [step for step in steps if step > steps[-1] - self.required_span(steps[-1])] or [steps[-1]]
-        return [0.0] * (len(steps) - len(inside)) + merge_coefficients(self.rule, inside)
+        begin = steps[-1] - self.required_span(steps[-1])
+        num_outside = min(sum(middle <= begin for middle in covered(steps).middles), len(steps) - 1)
+        return [0.0] * num_outside + merge_coefficients(self.rule, steps[num_outside:])
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,8 @@ class Extrapolate:
 
     def __call__(self, steps: Sequence[int]) -> Sequence[float]:
         newest = merge_coefficients(self.rule, steps)
-        older = [step for step in steps if step <= steps[-1] - in_steps(self.gap_steps, self.gap, steps[-1])]
-        if not older:
+        num_older = sum(step <= steps[-1] - in_steps(self.gap_steps, self.gap, steps[-1]) for step in steps)
+        if not num_older:
             return newest
-        before = [*merge_coefficients(self.rule, older), *[0.0] * (len(steps) - len(older))]
+        before = [*merge_coefficients(self.rule, steps[:num_older]), *[0.0] * (len(steps) - num_older)]
         return [c + self.amount * (c - earlier) for c, earlier in zip(newest, before, strict=True)]
