@@ -40,11 +40,11 @@ def run(capture, rates, first_step=1):
         yield step, capture.steps
 
 
-def restore(second, first):
+def restore(second, first, module=None):
     """Takes over the state of another capture, as a checkpoint would bring it."""
     tensors = {each.key: each.part.clone() for each in captured_tensors(first)}
     reader = TensorReader(tensors, second.sharding)
-    assert restore_capture_(second, capture_state(first), Position(), reader) == []
+    assert restore_capture_(second, capture_state(first), module or Position(), reader) == []
 
 
 def captured(every, capacity, rates, rules=("sma",), start="stable"):

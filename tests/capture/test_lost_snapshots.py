@@ -201,7 +201,7 @@ def test_an_average_that_an_interrupt_leaves_half_moved_restarts(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("merge_callback.capture.running_averages.flat_chunks", interrupted)
+        patch.setattr("merge_callback.capture.moving.flat_chunks", interrupted)
         with pytest.raises(KeyboardInterrupt):
             shadow.update(2, later)
     assert shadow.tensors["a"][0] == 0.5

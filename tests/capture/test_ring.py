@@ -185,7 +185,7 @@ def test_a_saved_ring_continues_in_another_one_with_as_many_of_the_newest_as_fit
         ring.append(step, tensors(step))
     for capacity in (4, 2, 7):
         other = ring_of(capacity, tensors(0))
-        changes = other.restore_(ring.steps, dict(ring.snapshots()).__getitem__, {})
+        changes = other.restore_(ring.steps, ring.begins, dict(ring.snapshots()).__getitem__, {})
         assert changes == (["the oldest 2 of 4 snapshots were dropped"] if capacity == 2 else [])
         assert other.steps == [2, 3, 4, 5][-capacity:]
         newest = [0.0] * (len(other.steps) - 1) + [1.0]

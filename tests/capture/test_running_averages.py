@@ -9,7 +9,8 @@ from torch import nn
 
 from merge_callback import Ema, MergeCallback, PowerEma
 from merge_callback.capture.layout import RowLayout
-from merge_callback.capture.running_averages import HostShadows, RunningAverages, Shadow
+from merge_callback.capture.moving import HostUpdates
+from merge_callback.capture.running_averages import RunningAverages, Shadow
 from merge_callback.checkpoints.write import read_provenance
 from merge_callback.merging.averages import is_average, synthesis_coefficients
 from merge_callback.merging.combine import CHUNK_NUMEL
@@ -122,11 +123,16 @@ def test_averages_in_host_memory_are_made_of_the_weights_as_they_were_at_each_st
     live = {"a": torch.zeros(200_000), "b": torch.zeros(300, dtype=torch.bfloat16)}
     shadows = [Shadow(Ema(half_life_steps=1)), Shadow(Ema(half_life_steps=50))]
     twins = [Shadow(shadow.average) for shadow in shadows]
-    beside = HostShadows(shadows, RowLayout(live))
+
+    def update(copied, step):
+        for shadow in shadows:
+            shadow.update(step, copied)
+
+    beside = HostUpdates(update, RowLayout(live))
     for step in range(1, 60):
         for twin_ in twins:
             twin_.update(step, live)
-        beside.update(step, live)
+        beside.begin(live, step)
         beside.finish()
         for tensor in live.values():
             tensor.add_(step)
@@ -136,15 +142,14 @@ def test_averages_in_host_memory_are_made_of_the_weights_as_they_were_at_each_st
 
 
 def test_what_goes_wrong_beside_the_training_arrives_there():
-    class Failing(Shadow):
-        def update(self, step, live):
-            raise ZeroDivisionError
+    def fail(copied):
+        raise ZeroDivisionError
 
     live = {"a": torch.zeros(3)}
-    beside = HostShadows([Failing(Ema(half_life_steps=1))], RowLayout(live))
-    beside.update(1, live)
+    beside = HostUpdates(fail, RowLayout(live))
+    beside.begin(live)
     with pytest.raises(ZeroDivisionError):
-        beside.update(2, live)
+        beside.begin(live)
 
 
 class FailsAt:

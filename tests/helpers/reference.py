@@ -61,6 +61,12 @@ def coefficients(rule: str, steps: Sequence[int]) -> list[float]:
     return [rate(shares[i]) - rate(shares[i + 1]) for i in range(number)]
 
 
+def uniform(intervals: Sequence[tuple[int, int]]) -> list[float]:
+    """Coefficients with which means over these intervals become the mean over all their steps."""
+    total = sum(end - begin for begin, end in intervals)
+    return [(end - begin) / total for begin, end in intervals]
+
+
 def decayed_sum(updates: Sequence[float], steps: Sequence[int], coefs: Sequence[float]) -> tuple[float, float]:
     """The merge of a random walk's snapshots, and the same walk with its updates multiplied by the implied decay."""
     position = {0: 0.0}

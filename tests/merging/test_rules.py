@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from merge_callback.merging.decays import DECAY_SHAPES, coefficients_from_decay, decay_from_coefficients
+from merge_callback.merging.intervals import Intervals, covered
 from merge_callback.merging.rules import (
-    DECAY_SHAPES,
     RULES,
-    coefficients_from_decay,
     decay,
-    decay_from_coefficients,
     ema,
     merge_coefficients,
     qam,
@@ -298,3 +297,93 @@ def test_qam_goes_by_name_for_a_linear_decay_and_as_an_object_for_others():
     assert (rule_label("qam"), rule_label(qam()), rule_label(qam("cosine"))) == ("qam", "qam", "qam('cosine')")
     with pytest.raises(ValueError, match="unknown decay shape 'linaer'; did you mean"):
         qam("linaer")
+
+
+# Snapshots that are means over intervals.
+
+interval_lengths = st.lists(st.integers(1, 50), min_size=1, max_size=12)
+
+
+def contiguous(lengths, begin=7):
+    ends = [begin + sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return Intervals((begin, *ends[:-1]), tuple(ends))
+
+
+@given(rule_names.filter(lambda name: name != "qam"), st.integers(1, 12), st.integers(1, 50))
+def test_means_over_even_intervals_have_the_coefficients_of_even_points(rule, num, length):
+    points = list(range(length, length * num + 1, length))
+    assert merge_coefficients(rule, contiguous([length] * num)) == pytest.approx(merge_coefficients(rule, points))
+
+
+@given(st.sampled_from(["sma", "linear"]), interval_lengths)
+def test_uniform_and_linear_merges_of_means_are_the_mean_over_all_steps(rule, lengths):
+    total = sum(lengths)
+    expected = [length / total for length in lengths]
+    assert merge_coefficients(rule, contiguous(lengths)) == pytest.approx(expected)
+
+
+@given(st.sampled_from(list(DECAY_SHAPES)), interval_lengths)
+def test_the_decay_of_means_has_the_shape_at_every_border_and_is_straight_between(shape, lengths):
+    steps = contiguous(lengths)
+    multipliers = decay_from_coefficients(merge_coefficients(shape, steps))
+    begins = [(begin - 7) / sum(lengths) for begin in steps.begins]
+    assert multipliers == pytest.approx([DECAY_SHAPES[shape](share) for share in begins], abs=1e-12)
+    # A walk whose updates get the multipliers of the single steps ends where the merge of the means is.
+    coefficients = merge_coefficients(shape, steps)
+    per_step = [c / length for c, length in zip(coefficients, lengths, strict=True) for _ in range(length)]
+    updates = [math.sin(3 * step) for step in range(sum(lengths))]
+    places = np.cumsum(updates)
+    merged = sum(
+        c * places[end - 8 - np.arange(length)].mean()
+        for c, end, length in zip(coefficients, steps.ends, lengths, strict=True)
+    )
+    walked = sum(update * sum(per_step[step:]) for step, update in enumerate(updates))
+    assert merged == pytest.approx(walked, abs=1e-9)
+
+
+@given(interval_lengths, st.integers(1, 4))
+def test_a_longer_interval_counts_as_the_shorter_ones_it_was_made_of(lengths, factor):
+    """As in a ring that is thinned: with the weights of an even grid, where neighbours have equal weights."""
+    doubled = [factor * length for length in lengths]
+    for rule in ("sma", "wma", "ema", "linear", "1-sqrt", "cosine", "qam"):
+        found = merge_coefficients(rule, contiguous(doubled))
+        assert found == pytest.approx(merge_coefficients(rule, contiguous(lengths)))
+
+
+def test_means_of_unequal_intervals_by_hand():
+    steps = Intervals((0, 10, 30), (10, 30, 40))
+    assert sma(steps) == [0.25, 0.5, 0.25]
+    # Length times the way from the beginning: 10 * 10, 20 * 30, 10 * 40.
+    assert wma(steps) == pytest.approx([1 / 11, 6 / 11, 4 / 11])
+    # A whole interval keeps a half, and one of half its length the root of that.
+    kept = 0.5**0.5
+    assert ema(0.5)(steps) == pytest.approx([kept * 0.5, kept * 0.5, 1 - kept])
+    assert decay("1-sqrt")(steps) == pytest.approx([0.5, 0.75**0.5 - 0.5, 1 - 0.75**0.5])
+    # Multipliers 3/4 and 1/4 at the two borders.
+    assert qam()(steps) == pytest.approx([3 / 16, 10 / 16, 3 / 16])
+
+
+def test_of_steps_that_are_missing_between_intervals_each_side_gets_half():
+    steps = Intervals((0, 20), (10, 40))
+    assert covered(steps).edges == [0, 15, 40]
+    assert decay("linear")(steps) == pytest.approx([15 / 40, 25 / 40])
+    assert sma(steps) == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_a_window_takes_the_means_whose_middle_lies_inside():
+    steps = contiguous([10] * 6, begin=0)
+    assert Window(span_steps=30)(steps) == pytest.approx([0, 0, 0, 1 / 3, 1 / 3, 1 / 3])
+    assert Window(span_steps=26)(steps) == Window(span_steps=30)(steps) == Window(span_steps=35)(steps)
+    assert Window(span_steps=36)(steps) == pytest.approx([0, 0] + [0.25] * 4)
+    assert Window(span_steps=1)(steps) == [0, 0, 0, 0, 0, 1]
+    assert Window("wma", span=0.5)(steps) == pytest.approx([0, 0, 0, 1 / 6, 2 / 6, 3 / 6])
+    uneven = Intervals((0, 10, 30), (10, 30, 40))
+    assert Window("sma", span_steps=30)(uneven) == pytest.approx([0, 2 / 3, 1 / 3])
+    older = Extrapolate("sma", amount=1.0, gap_steps=10)(uneven)
+    assert older == pytest.approx([2 * 0.25 - 1 / 3, 2 * 0.5 - 2 / 3, 2 * 0.25])
+
+
+def test_a_function_of_the_user_gets_the_ends_of_the_intervals():
+    assert merge_coefficients(list, Intervals((0, 100), (100, 300))) == [0.25, 0.75]
+    with pytest.raises(ValueError, match=r"failed for steps \[100, 300\]"):
+        merge_coefficients(lambda steps: steps.undefined, Intervals((0, 100), (100, 300)))

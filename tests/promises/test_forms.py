@@ -195,8 +195,9 @@ def test_training_is_the_same_and_the_merge_is_right(tmp_path, form):
 
     without = run("without")
     callback = MergeCallback(2, 4, merges={"sma": "sma", "late": Window(span=0.3)})
+    means = MergeCallback(3, 2, snapshot="mean", name="means")
     tracker = Tracker()
-    watched = run("with", callback, tracker)
+    watched = run("with", callback, means, tracker)
     assert_same_training(without, watched)
 
     assert len(callback.snapshot_steps) >= 2
@@ -206,6 +207,14 @@ def test_training_is_the_same_and_the_merge_is_right(tmp_path, form):
         for key, tensor in expected.items():
             rounding = 2 * torch.finfo(state[key].dtype).eps
             torch.testing.assert_close(state[key].double(), tensor, rtol=rounding, atol=max(rounding * 1e-1, 1e-15))
+
+    steps = means.session.capture.covered.intervals
+    assert len(steps) == 2
+    expected = tracker.merged({step: 1 / 6 for first, last in steps for step in range(first, last + 1)})
+    for key, tensor in expected.items():
+        rounding = 3 * torch.finfo(means.merged_state_dict()[key].dtype).eps
+        found = means.merged_state_dict()[key].double()
+        torch.testing.assert_close(found, tensor, rtol=rounding, atol=max(rounding * 1e-1, 1e-15))
 
     metrics = watched.epoch_metrics[-1]
     for name in [name for name in metrics if not name.startswith(("merge", "train"))]:

@@ -34,8 +34,12 @@ MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt", "ema": Ema(h
 )
 @pytest.mark.parametrize(
     "callback_arguments",
-    [{}, pytest.param({"every_n_train_steps": 2, "limit_batches": 1}, marks=pytest.mark.slow)],
-    ids=["all", "limited"],
+    [
+        {},
+        pytest.param({"every_n_train_steps": 2, "limit_batches": 1}, marks=pytest.mark.slow),
+        pytest.param({"every_n_train_steps": 5, "snapshot": "mean", "mean_samples": 3}, marks=pytest.mark.slow),
+    ],
+    ids=["all", "limited", "means"],
 )
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, module_class, arguments, callback_arguments):
     without = fit(make(module_class), tmp_path / "without", **arguments)

@@ -33,19 +33,23 @@ def seeded(**arguments):
 
 @pytest.mark.usefixtures("both_lightnings")
 @pytest.mark.parametrize(
-    ("every", "storage"),
+    ("every", "storage", "snapshot"),
     [
-        (None, "device"),
-        pytest.param(3, "device", marks=pytest.mark.slow),
-        pytest.param(None, "cpu", marks=pytest.mark.slow),
-        pytest.param(3, "files", marks=pytest.mark.slow),
+        (None, "device", "point"),
+        pytest.param(3, "device", "point", marks=pytest.mark.slow),
+        pytest.param(None, "cpu", "point", marks=pytest.mark.slow),
+        pytest.param(3, "files", "point", marks=pytest.mark.slow),
+        (4, "device", "mean"),
+        pytest.param(None, "device", "mean", marks=pytest.mark.slow),
+        pytest.param(5, "cpu", "mean", marks=pytest.mark.slow),
+        pytest.param(4, "files", "mean", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on(tmp_path, every, storage):
+def test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on(tmp_path, every, storage, snapshot):
     def place(name):
         return tmp_path / f"snapshots-{name}" if storage == "files" else storage
 
-    whole = merging(every_n_train_steps=every, storage=place("whole"))
+    whole = merging(every_n_train_steps=every, storage=place("whole"), snapshot=snapshot)
     checkpoints = lightning(".callbacks").ModelCheckpoint(
         tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}", auto_insert_metric_name=False
     )
@@ -62,7 +66,7 @@ def test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on(t
         enable_checkpointing=True,
     )
     for name, stop in [*((str(stop), stop) for stop in (1, 3, 6, 7, 12, 13)), ("step=12-validated", 12)]:
-        second = merging(every_n_train_steps=every, storage=place(name))
+        second = merging(every_n_train_steps=every, storage=place(name), snapshot=snapshot)
         path = str(tmp_path / "checkpoints" / f"{name}.ckpt")
         resumed = fit(
             seeded(warmup_steps=3), tmp_path / f"from{name}", second, train=ResumableBatches(), ckpt_path=path

@@ -31,13 +31,15 @@ MERGES: dict[str, Any] = {"sma": "sma", "sqrt": "1-sqrt", "ema": Ema(half_life_s
 
 
 def resumed(folder: Path, form: str, options: dict[str, Any], path: str | None, max_steps: int) -> dict[str, Any]:
-    callback = MergeCallback(2, 3, merges=MERGES)
-    run = fit_sharded(folder, form, callback, train=ResumableBatches(), ckpt_path=path, max_steps=max_steps, **options)
+    callback, means = MergeCallback(2, 3, merges=MERGES), MergeCallback(5, 2, snapshot="mean", name="means")
+    run = fit_sharded(
+        folder, form, callback, means, train=ResumableBatches(), ckpt_path=path, max_steps=max_steps, **options
+    )
     if path is None:
         run.trainer.save_checkpoint(folder.parent / f"at-{max_steps}.ckpt")
-    merged = {name: callback.merged_state_dict(name) for name in MERGES}
+    merged = {name: callback.merged_state_dict(name) for name in MERGES} | {"means": means.merged_state_dict()}
     return {
-        "steps": callback.snapshot_steps,
+        "steps": [*callback.snapshot_steps, *means.snapshot_steps],
         "merged": {name: {k: full(v) for k, v in state.items()} for name, state in merged.items()},
         "weights": weights(run.module),
         "last": {k: float(v) for k, v in run.epoch_metrics[-1].items() if not k.endswith("seconds")},
@@ -68,7 +70,7 @@ def test_a_run_on_two_ranks_goes_on_with_its_window_on_one(tmp_path, two_ranks, 
     (alone,) = ranks.run(resumed_form, tmp_path / "alone", "fsdp1", how, str(tmp_path / "at-7.ckpt"), 12)
     ranks.stop()
     assert alone["steps"] == whole["steps"]
-    for name in MERGES:
+    for name in (*MERGES, "means"):
         for key, tensor in whole["merged"][name].items():
             torch.testing.assert_close(alone["merged"][name][key], tensor, rtol=0, atol=1e-5)
 

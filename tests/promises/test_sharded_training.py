@@ -19,6 +19,7 @@ from merge_callback import (
 )
 from merge_callback.callbacks.arguments import refuse_strategy
 from merge_callback.live.sharding import local
+from tests.helpers import reference
 from tests.helpers.ranks import Ranks
 from tests.helpers.sharded_toys import FullTracker, Sharded, fit_sharded, full, merge_by_hand, weights
 from tests.helpers.toys import batches, make, same
@@ -30,12 +31,16 @@ MERGES: dict[str, Any] = {"sma": "sma", "sqrt": "1-sqrt", "ema": Ema(half_life_s
 
 def watched(folder: Path, form: str, options: dict) -> dict:
     callback, tracker = MergeCallback(2, 3, merges=MERGES), FullTracker()
-    run = fit_sharded(folder / f"{form}-watched", form, tracker, callback, **options)
-    merged = {name: callback.merged_state_dict(name) for name in MERGES}
+    means = MergeCallback(3, 2, merges={"wma": "wma"}, snapshot="mean", name="means")
+    run = fit_sharded(folder / f"{form}-watched", form, tracker, callback, means, **options)
+    merged = {name: callback.merged_state_dict(name) for name in MERGES} | {"means": means.merged_state_dict()}
+    per_step = {step: c / 3 for end, c in means.coefficients().items() for step in range(end - 2, end + 1)}
+    by_hand = {name: merge_by_hand(tracker, callback, name) for name in ("sma", "sqrt")}
+    by_hand["means"] = reference.merge([tracker.parameters[step] for step in per_step], list(per_step.values()))
     return {
         "merged": {name: {k: full(v) for k, v in state.items()} for name, state in merged.items()},
         "is_sharded": any(isinstance(value, DTensor) for value in merged["sma"].values()),
-        "by_hand": {name: merge_by_hand(tracker, callback, name) for name in ("sma", "sqrt")},
+        "by_hand": by_hand,
         "shadow_by_hand": tracker.parameters,
         "metrics": [{k: float(v) for k, v in epoch.items()} for epoch in run.epoch_metrics],
         "weights": weights(run.module),
@@ -195,6 +200,14 @@ def test_a_nan_on_one_rank_refuses_the_snapshot_on_all(tmp_path, two_ranks):
     assert first["steps"] == second["steps"] == [2, 4]
     assert any("No snapshot at step 6: up.weight holds NaN or inf on rank 1" in text for text in second["said"])
     assert any("left out of merges and checkpoints: No snapshot at step 6: up.weight" in text for text in first["said"])
+
+
+def test_a_nan_in_every_sample_of_one_rank_refuses_the_mean_on_all(tmp_path, two_ranks):
+    arguments = {"every_n_train_steps": 2, "num_snapshots": 4, "snapshot": "mean", "mean_samples": 1}
+    first, second = two_ranks.run(poisoned, tmp_path, arguments, 6)
+    assert first["steps"] == second["steps"] == [2, 4]
+    assert any("No sample at step 6: up.weight holds NaN or inf on rank 1" in text for text in second["said"])
+    assert any("left out of merges and checkpoints: No snapshot at step 6: no step" in text for text in first["said"])
 
 
 def test_an_average_with_nan_on_one_rank_begins_anew_on_all(tmp_path, two_ranks):

@@ -13,7 +13,7 @@ from merge_callback.checkpoints.torch_file import BROKEN, read_entries
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.learning_rates import RateOverlay, learning_rates, optimizer_step
 from merge_callback.live.observe import observe_validations, stop_observing_validations
-from merge_callback.merging.rules import DECAY_SHAPES
+from merge_callback.merging.decays import DECAY_SHAPES
 from merge_callback.prediction.records import (
     AnnealRecord,
     StableValidation,

@@ -10,6 +10,7 @@ from merge_callback.callbacks.parts import Parts
 from merge_callback.callbacks.session import MergeSession
 from merge_callback.capture.capture import SnapshotCapture
 from merge_callback.capture.directory import SnapshotDirectory
+from merge_callback.capture.kinds import MeanSnapshots, PointSnapshots
 from merge_callback.capture.merge_set import MergeSet
 from merge_callback.capture.merges import AverageMerge, Merge, WindowMerge
 from merge_callback.capture.places import SnapshotMemory, StoragePlace
@@ -17,7 +18,7 @@ from merge_callback.live.batch_norm import Recalibration
 from merge_callback.merging.averages import Average, is_average
 from merge_callback.merging.rules import Rule, resolve_rule
 from merge_callback.prediction.predictor import AnnealPredictor
-from merge_callback.utilities.checks import check_count, patterns
+from merge_callback.utilities.checks import check_count, check_optional_count, patterns
 from merge_callback.utilities.locations import local_path
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
@@ -34,6 +35,18 @@ def check_start(start: Any) -> None:
         raise TypeError(f"start must be 'stable' or an int, the optimizer step to begin at, got {start!r}")
     if start != "stable":
         check_count("start", start, minimum=0)
+
+
+def snapshot_kind(snapshot: Any, mean_samples: Any, place: StoragePlace) -> PointSnapshots:
+    """Returns the kind of snapshots that the arguments ``snapshot`` and ``mean_samples`` name."""
+    if snapshot not in ("point", "mean"):
+        raise ValueError(f"snapshot must be 'point' or 'mean', got {snapshot!r}")
+    check_optional_count("mean_samples", mean_samples)
+    if snapshot == "mean":
+        return MeanSnapshots(mean_samples, place.average_device)
+    if mean_samples is not None:
+        raise ValueError(f"mean_samples={mean_samples} needs snapshot='mean', got snapshot='point'")
+    return PointSnapshots()
 
 
 def check_name(name: Any) -> None:
@@ -139,6 +152,8 @@ class MergeSettings(Protocol):
 
     every_n_train_steps: int | None
     num_snapshots: int
+    snapshot: Literal["point", "mean"]
+    mean_samples: int | None
     merges: dict[str, Rule | Average]
     start: Literal["stable"] | int
     storage: StoragePlace
@@ -163,6 +178,7 @@ def new_session(settings: MergeSettings) -> MergeSession:
         rules.values(),
         settings.start,
         settings.dtype,
+        kind=snapshot_kind(settings.snapshot, settings.mean_samples, settings.storage),
         storage=settings.storage,
         name=settings.name,
         averages=averages,

@@ -37,6 +37,11 @@ class MergeCallback(PickledWithoutItsRun):
         merges: The merge to evaluate: a rule's name (``"sma"``, ``"wma"``, ``"ema"``, ``"linear"``, ``"1-sqrt"``,
             ``"cosine"``, ``"qam"``), a `Window`, an `Extrapolate`, a function of the snapshots' steps, or an `Ema` or
             `PowerEma` over every step. For several, a mapping of names to any of these; the first is the primary one.
+        snapshot: ``"point"`` keeps the weights at the end of each interval, as the paper does. ``"mean"`` keeps their
+            mean over the interval, so that four means do what ten points do. `merge_callback.merging.rules` says what
+            each rule makes of means.
+        mean_samples: How many steps of an interval a mean takes, evenly and with the last one; None is every step up to
+            8, else 8. Each costs a pass over the weights.
         start: ``"stable"`` captures while the learning rate is constant, and begins a new window when it is constant
             again at another value. An int captures from that optimizer step on, whatever the rate does.
         storage: Where snapshots are kept: ``"device"`` (memory of the model's device), ``"cpu"`` (host memory), or the
@@ -76,6 +81,8 @@ class MergeCallback(PickledWithoutItsRun):
         num_snapshots: int = 10,
         *,
         merges: str | Rule | Average | Mapping[str, str | Rule | Average] = "sma",
+        snapshot: Literal["point", "mean"] = "point",
+        mean_samples: int | None = None,
         start: Literal["stable"] | int = "stable",
         storage: str | SnapshotMemory | SnapshotDirectory | os.PathLike[str] = "device",
         dtype: torch.dtype | str | None = None,
@@ -100,8 +107,11 @@ class MergeCallback(PickledWithoutItsRun):
         self.every_n_train_steps = every_n_train_steps
         self.num_snapshots = num_snapshots
         self.merges = arguments.named_merges(merges)
+        self.snapshot: Literal["point", "mean"] = snapshot
+        self.mean_samples = mean_samples
         self.start = start
         self.storage = arguments.snapshot_place(storage)
+        arguments.snapshot_kind(snapshot, mean_samples, self.storage)
         self.dtype = arguments.floating_dtype(dtype)
         self.evaluate_every_n_validations = evaluate_every_n_validations
         self.limit_batches = limit_batches

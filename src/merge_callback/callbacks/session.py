@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from merge_callback.live.observe import validation_follows
 from merge_callback.live.sharding import as_in, export_copy, local_clones, reshard
 from merge_callback.live.swap import overwrite_
 from merge_callback.live.weights import tensors_by_name
+from merge_callback.merging.rules import Rule, merge_coefficients
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.merged_validation import MergedValidation
 
@@ -234,18 +235,23 @@ class MergeSession:
         self.validation.predictor.forget_since(step)
 
     def put_into_(
-        self, pl_module: torch.nn.Module, coefficients: Mapping[int, float], buffers: Mapping[str, Tensor]
+        self, pl_module: torch.nn.Module, rule: str | Rule, steps: Sequence[int], buffers: Mapping[str, Tensor]
     ) -> None:
         """Writes a merge of snapshots into the live model permanently: training continues from it.
 
         Args:
             pl_module: The module that is trained.
-            coefficients: Snapshot step -> coefficient; they sum to one.
+            rule: Rule of the merge.
+            steps: Steps of the snapshots to merge, which follow each other in the ring.
             buffers: Name -> value of floating-point buffers.
         """
         assert self.capture.ring is not None
         assert self.capture.layout is not None
-        row = self.capture.ring.combine([coefficients.get(step, 0.0) for step in self.capture.steps])
+        first = self.capture.steps.index(steps[0])
+        last = first + len(steps)
+        values = [0.0] * len(self.capture.steps)
+        values[first:last] = merge_coefficients(rule, self.capture.covered[first:last])
+        row = self.capture.ring.combine(values)
         merged = self.capture.layout.views(row)
         self.capture.finish()
         live = tensors_by_name(pl_module, [*merged, *buffers])

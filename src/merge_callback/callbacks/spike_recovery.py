@@ -15,7 +15,6 @@ from merge_callback.callbacks.spike_detector import SpikeDetector
 from merge_callback.live.learning_rates import RateOverlay, is_overlaid, optimizer_step
 from merge_callback.live.sharding import local, local_clones
 from merge_callback.live.weights import nonfinite_names, snapshot_buffers
-from merge_callback.merging.rules import sma
 from merge_callback.utilities.checks import check_count
 
 # If this many first steps return no loss, `training_step` is assumed never to return one.
@@ -236,8 +235,7 @@ class SpikeRecovery(PickledWithoutItsRun):
         merged = (steps[: len(steps) - reach] or steps[:1])[-self.num_snapshots :]
         if not merged:
             raise RuntimeError(f"{what}, and there is no earlier snapshot to go back to")
-        coefficients = dict(zip(merged, sma(merged), strict=True))
-        self.merge_callback.session.put_into_(pl_module, coefficients, self._buffers_near(merged[-1]))
+        self.merge_callback.session.put_into_(pl_module, "sma", merged, self._buffers_near(merged[-1]))
         if self.optimizer_state == "reset":
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from merge_callback.capture.costs import CaptureCosts
+from merge_callback.capture.kinds import PointSnapshots
 from merge_callback.capture.layout import RowLayout
-from merge_callback.capture.memory import CaptureSizes, refuse_if_too_large, required_bytes
+from merge_callback.capture.memory import refuse_if_too_large
 from merge_callback.capture.phase import NO_UPDATES, PhaseEvent, Rates, RateUpdates
 from merge_callback.capture.places import DEVICE_MEMORY, StoragePlace
 from merge_callback.capture.ring import SnapshotRing
-from merge_callback.capture.running_averages import RunningAverages, shadow_bytes
-from merge_callback.capture.storage import HOST
+from merge_callback.capture.running_averages import RunningAverages
 from merge_callback.capture.window import CaptureWindow
 from merge_callback.live.names import EVERYTHING, Selection
 from merge_callback.live.sharding import Sharding, all_gather_dict, local_clones, rank, real_tensors
@@ -40,6 +41,7 @@ class SnapshotCapture:
         rules: Rules of the merges; their `Window`s determine how far back the ring must reach.
         start: ``"stable"`` captures while the learning rate is constant; an int captures from that optimizer step on.
         dtype: Dtype in which snapshots are kept; None keeps each parameter's own.
+        kind: What a snapshot keeps of the weights of its interval; None is the weights at its end.
         storage: Where snapshots and averages are kept.
         name: Name of the callback; distinguishes its files in a directory.
         averages: Name -> profile of each average. With averages but no rules, no snapshots are taken.
@@ -54,6 +56,7 @@ class SnapshotCapture:
         start: Literal["stable"] | int,
         dtype: torch.dtype | None,
         *,
+        kind: PointSnapshots | None = None,
         storage: StoragePlace = DEVICE_MEMORY,
         name: str = "merge",
         averages: Mapping[str, Average] | None = None,
@@ -61,6 +64,7 @@ class SnapshotCapture:
     ) -> None:
         rules = list(rules)
         self.dtype = dtype
+        self.kind = kind or PointSnapshots()
         self.storage = storage
         self.name = name
         self.selection = selection
@@ -97,11 +101,9 @@ class SnapshotCapture:
         return list(self.ring.steps) if self.ring is not None else []
 
     @property
-    def why_empty(self) -> str:
-        """The error message for a merge that is requested before anything was captured."""
-        start = self.window.start
-        begins = "once the learning rate is constant" if start == "stable" else f"at step {start}"
-        return f"nothing was captured yet, so there is no merge: capturing begins {begins}"
+    def covered(self) -> Sequence[int]:
+        """The steps of the snapshots, as merge rules take them."""
+        return self.ring.covered if self.ring is not None else []
 
     def prepare(self, module: nn.Module) -> None:
         """Allocates ring and averages, unless that has to wait for the first steps.
@@ -130,52 +132,43 @@ class SnapshotCapture:
         self.sharding = Sharding(parameters)
         self._left_out = describe_left_out(module, self.selection)
         self.layout = layout = RowLayout(real_tensors(parameters))
-        required = self._required_bytes(layout)
+        required = self._costs(layout).required_bytes()
         refuse_if_too_large(required, self.num_snapshots, len(self.averages), self.num_local_processes)
         if self.num_snapshots:
             storage = self.storage.new_storage(layout, self.num_snapshots, self.dtype, self.name)
-            self.ring = SnapshotRing(storage, self.num_snapshots)
+            self.ring = self.kind.new_ring(storage, self.num_snapshots)
+            self.kind.fit_to(layout)
         self.averages.fit_to(layout)
 
-    def _required_bytes(self, layout: RowLayout) -> dict[torch.device, int]:
-        """Returns the bytes by device of snapshots, one merge of them, averages and the copy that averages read."""
-        place = self.storage.merge_device
-        num_rows = self.storage.num_rows_in_memory(self.num_snapshots)
-        needs = [required_bytes(layout, num_rows, self.dtype, place), required_bytes(layout, 1, None, place)]
-        needs += [shadow_bytes(layout, self.averages.device)] * len(self.averages)
-        if len(self.averages) and self.averages.device is not None:
-            needs.append({HOST: sum(required_bytes(layout, 1, None).values())})
-        return {device: sum(need.get(device, 0) for need in needs) for need in needs for device in need}
+    def _costs(self, layout: RowLayout) -> CaptureCosts:
+        return CaptureCosts(layout, self.num_snapshots, self.dtype, self.kind, self.averages, self.storage)
 
     def describe(self) -> str:
         """Returns what is captured, when and where, and how many bytes it takes, in words for the user."""
-        start = self.window.start
-        during = "while the learning rate is constant" if start == "stable" else f"from step {start} on"
+        during = self.window.during
         parts = []
         if self.num_snapshots:
-            parts.append(f"up to {self.num_snapshots} snapshots, {self.window.interval} {during}")
+            parts.append(f"up to {self.num_snapshots} {self.kind.describe(f'{self.window.interval} {during}')}")
         if num := len(self.averages):
             parts.append(f"{num} average{'s' if num > 1 else ''} over every step {during}")
         what = ", and ".join(parts) + self._left_out
         if self.layout is None:
             return f"{what}, once there are trainable parameters whose shapes are known"
-        sizes = CaptureSizes(
-            snapshots=self.ring.storage.size_bytes if self.ring is not None else 0,
-            averages=num * sum(shadow_bytes(self.layout).values()),
-            copy=self.averages.copy_bytes,
-        )
-        return f"{what}, {self.storage.describe(self.layout, self.num_snapshots, self.dtype, sizes)}"
+        ring_bytes = self.ring.storage.size_bytes if self.ring is not None else 0
+        return f"{what}, {self._costs(self.layout).describe(ring_bytes)}"
 
     def finish(self) -> None:
         """Makes it safe to write to the live weights while copies are under way; call it before any write."""
         if self.ring is not None:
             self.ring.storage.finish()
+        self.kind.finish()
         self.averages.finish()
 
     def forget_since(self, step: int) -> None:
-        """Drops the snapshots of this step and later ones. Averages restart, since they include every step."""
+        """Drops the snapshots of this step and later ones. Averages and the interval in progress restart."""
         if self.ring is not None:
             self.ring.drop([taken for taken in self.ring.steps if taken >= step])
+        self.kind.restart()
         self.averages.clear()
 
     def after_step(
@@ -198,11 +191,14 @@ class SnapshotCapture:
         event = self.window.follow(step, used, following, updates)
         if event in (PhaseEvent.BEGAN, PhaseEvent.RETRACTED):
             self.averages.clear()
+            self.kind.restart()
         if event is PhaseEvent.RETRACTED and self.ring is not None and not self.window.is_outdated:
             self.ring.clear()
         if not event.is_stable:
             return
-        is_due = bool(self.num_snapshots) and self.window.schedule.take(step)
+        closes = bool(self.num_snapshots) and self.window.schedule.take(step)
+        end = step if closes else self.window.schedule.next_step or step
+        is_due = bool(self.num_snapshots) and self.kind.is_due(step, end)
         if not (is_due or len(self.averages)):
             return
         if self._live is None or self._live.module is not module:
@@ -216,28 +212,35 @@ class SnapshotCapture:
         if len(self.averages):
             self.averages.update(step, parameters, self._live.buffers())
         if is_due:
+            self._sample(parameters, step, end)
+        if closes:
             self._take_snapshot(parameters, self._live.buffers(), step)
+
+    def _sample(self, parameters: Mapping[str, Tensor], step: int, end: int) -> None:
+        self.waited_seconds += wait_for_device(next(iter(parameters.values())).device)
+        if bad := nonfinite_names(parameters):
+            more = f", and {len(bad) - 1} more parameters do" if len(bad) > 1 else ""
+            where = f" on rank {rank()}" if self.sharding.is_sharded else ""
+            self.kind.skip(step, f"{bad[0]} holds NaN or inf{more}{where}")
+        else:
+            self.kind.add(step, end, parameters)
 
     def _take_snapshot(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: int) -> None:
         assert self.ring is not None
-        self.waited_seconds += wait_for_device(next(iter(parameters.values())).device)
-        problem = None
-        if bad := nonfinite_names(parameters):
-            more = f", and {len(bad) - 1} more parameters do" if len(bad) > 1 else ""
-            problem = f"No snapshot at step {step}: {bad[0]} holds NaN or inf{more}"
-            if not self.sharding.is_sharded:
-                warnings.warn(f"{problem}. The window stays as it was, at steps {self.steps}.", stacklevel=2)
-                return
-            warnings.warn(f"{problem} on rank {rank()}.", stacklevel=2)
+        problem = self.kind.problem(step)
+        if problem is not None and not self.sharding.is_sharded:
+            warnings.warn(f"{problem}. The window stays as it was, at steps {self.steps}.", stacklevel=2)
+            self.kind.restart(step)
+            return
         if not self.window.make_room_(self.ring, step):
             return
-        if problem is not None:
-            # Other ranks may have taken this snapshot, and all rings must hold the same steps.
-            self.ring.leave_open(step, problem)
-            return
         own_buffers = local_clones(buffers)
-        self.ring.append(step, parameters)
-        self.buffers = own_buffers
+        self.kind.close(self.ring, step, parameters)
+        if problem is None:
+            self.buffers = own_buffers
+        else:
+            # Other ranks may have this snapshot, and all rings must hold the same steps.
+            warnings.warn(f"{problem}.", stacklevel=2)
 
     def _fit_to(self, module: nn.Module, parameters: Mapping[str, Tensor], step: int) -> None:
         """Allocates ring and averages for these parameters, unless the present ones fit them."""
@@ -254,6 +257,7 @@ class SnapshotCapture:
         self.averages.clear()
         # Free the old ring first, so that both never take memory at once.
         self.ring = None
+        self.kind.fit_to(None)
         self.averages.fit_to(None)
         self._allocate(module)
 
@@ -292,9 +296,3 @@ class SnapshotCapture:
         if self.layout is None:
             return {}
         return self.sharding.shapes({name: place.shape for name, place in self.layout.places.items()})
-
-    @property
-    def dtypes(self) -> list[str]:
-        """Names of the dtypes in which snapshots are kept."""
-        groups = self.layout.groups if self.layout is not None else []
-        return sorted({str(self.dtype or own) for own, _ in groups})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merge_callback.capture.layout import RowLayout
 from merge_callback.capture.memory import CaptureSizes, mebibytes, on_devices, required_bytes
-from merge_callback.capture.storage import HOST, HostStorage, host_row
+from merge_callback.capture.storage import HOST, HostStorage, average_, host_row
 from merge_callback.live.sharding import rank
 from merge_callback.merging.combine import CHUNK_NUMEL, Row
 from merge_callback.utilities.background import Background
@@ -115,6 +115,12 @@ class DirectoryStorage:
         """Copies live tensors as `HostStorage.write` does. A background thread then writes the file."""
         self._background.wait()
         self._staged.write(0, step, tensors)
+        self._background.begin(self._write_file, slot, step)
+
+    def average(self, slot: int, other: int, step: int, share: float) -> None:
+        """Calculates the mean of two rows in memory. A background thread then writes its file."""
+        self._background.wait()
+        average_(self._staged.row(0), [self.row(slot), self.row(other)], share)
         self._background.begin(self._write_file, slot, step)
 
     def finish(self) -> None:

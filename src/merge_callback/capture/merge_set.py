@@ -12,7 +12,7 @@ from merge_callback.live.batch_norm import Recalibration
 from merge_callback.live.sharding import as_in, reshard
 from merge_callback.live.swap import swapped_weights
 from merge_callback.live.weights import snapshot_buffers, tensors_by_name
-from merge_callback.merging.rules import decay_from_coefficients
+from merge_callback.merging.decays import decay_from_coefficients
 from merge_callback.utilities.messages import Messages
 
 
@@ -67,7 +67,7 @@ class MergeSet:
             ValueError: If no merge has this name.
         """
         if not (merge := self[name]).is_ready:
-            raise RuntimeError(self.capture.why_empty)
+            raise RuntimeError(self.capture.window.why_empty)
         return merge
 
     def coefficients(self, name: str | None = None) -> dict[int, float]:

@@ -9,6 +9,7 @@ from merge_callback.capture.capture import SnapshotCapture
 from merge_callback.checkpoints.write import provenance
 from merge_callback.live.sharding import rank
 from merge_callback.merging.averages import Average
+from merge_callback.merging.intervals import covered
 from merge_callback.merging.rules import Rule, merge_coefficients, rule_label
 
 
@@ -61,6 +62,10 @@ class Merge(Protocol):
     def describe(self, step: int) -> str:
         """Returns what the merge is made of, in a few words."""
 
+    @property
+    def intervals(self) -> list[list[int]]:
+        """First and last step of each snapshot in the ring; empty if the merge is not made of means."""
+
     def provenance(self) -> dict[str, Any]:
         """Returns where the merge comes from, for the files that hold it."""
 
@@ -80,6 +85,7 @@ class WindowMerge:
         self._rule = rule
         self._capture = capture
         # Coefficients of the present snapshots: the rule is called only when the snapshots change.
+        self._covered: Sequence[int] = []
         self._known: dict[int, float] = {}
 
     @property
@@ -87,10 +93,11 @@ class WindowMerge:
         return bool(self._capture.steps)
 
     def coefficients(self) -> dict[int, float]:
-        if not (steps := self._capture.steps):
-            raise RuntimeError(self._capture.why_empty)
-        if steps != list(self._known):
+        if not (steps := self._capture.covered):
+            raise RuntimeError(self._capture.window.why_empty)
+        if steps != self._covered:
             self._known = dict(zip(steps, merge_coefficients(self._rule, steps), strict=True))
+            self._covered = steps
         return dict(self._known)
 
     def ring_coefficients(self) -> dict[int, float]:
@@ -103,8 +110,8 @@ class WindowMerge:
         return self._capture.ring.combine(list(self.coefficients().values()))
 
     def span_steps(self, step: int) -> float:
-        used = self._used_steps()
-        return float(used[-1] - used[0])
+        places = [place for place, value in enumerate(self.coefficients().values()) if value != 0]
+        return float(covered(self._covered[places[0] : places[-1] + 1]).span_steps)
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:
@@ -112,18 +119,23 @@ class WindowMerge:
 
     def diagnostics(self, row: Sequence[Tensor], step: int) -> dict[str, float]:
         spread = self._capture.spread(list(self.coefficients().values()), row)
-        num_snapshots = float(len(self._used_steps()))
+        num_snapshots = float(self._num_used)
         return {"num_snapshots": num_snapshots, "span_steps": self.span_steps(step), "spread": spread}
 
     def describe(self, step: int) -> str:
-        num = len(self._used_steps())
-        return f"{num} snapshot{'s' if num > 1 else ''}, {self.span_steps(step):.0f} steps"
+        what, num = self._capture.kind.noun, self._num_used
+        return f"{num} {what}{'s' if num > 1 else ''}, {self.span_steps(step):.0f} steps"
+
+    @property
+    def intervals(self) -> list[list[int]]:
+        return covered(self._capture.covered).intervals
 
     def provenance(self) -> dict[str, Any]:
-        return provenance(self.label, self.coefficients())
+        return provenance(self.label, self.coefficients(), intervals=self.intervals)
 
-    def _used_steps(self) -> list[int]:
-        return [step for step, value in self.coefficients().items() if value != 0]
+    @property
+    def _num_used(self) -> int:
+        return sum(value != 0 for value in self.coefficients().values())
 
 
 class AverageMerge:
@@ -169,6 +181,10 @@ class AverageMerge:
 
     def describe(self, step: int) -> str:
         return f"every step, about {self.span_steps(step):.0f}"
+
+    @property
+    def intervals(self) -> list[list[int]]:
+        return []
 
     def provenance(self) -> dict[str, Any]:
         return provenance(self.label, step=self._capture.averages[self.name].step)

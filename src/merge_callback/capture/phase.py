@@ -207,10 +207,15 @@ class CaptureSchedule:
         self.next_step = newest + self.interval
 
 
-def needs_thinning(steps: Sequence[int], step: int, required_span: float) -> bool:
+def needs_thinning(begins: Sequence[int], step: int, required_span: float) -> bool:
     """Returns whether a full ring without its oldest snapshot would cover less than the required span up to ``step``.
 
     A ring of one snapshot has nothing to thin.
+
+    Args:
+        begins: The steps that the snapshots reach back to, oldest first.
+        step: The step of the next snapshot.
+        required_span: How many steps the ring must cover.
 
     Examples:
         >>> needs_thinning([10, 20, 30, 40], step=50, required_span=25)
@@ -218,4 +223,4 @@ def needs_thinning(steps: Sequence[int], step: int, required_span: float) -> boo
         >>> needs_thinning([10, 20, 30, 40], step=50, required_span=35)
         True
     """
-    return len(steps) > 1 and steps[1] > step - required_span
+    return len(begins) > 1 and begins[1] > step - required_span

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from merge_callback.capture.memory import free_bytes, required_bytes
 from merge_callback.capture.storage import SnapshotStorage
 from merge_callback.merging.combine import Row, chunks, combine_
+from merge_callback.merging.intervals import Intervals
 
 # Share of the free memory that may be used only to be faster.
 AMPLE_SHARE = 0.25
@@ -25,6 +27,8 @@ AMPLE_SHARE = 0.25
 class _Snapshot:
     step: int
     slot: int
+    # The step after which its interval begins; its own step if it is a point.
+    begin: int
     # Why its row cannot be used; None as far as no problem is known.
     problem: str | None = None
 
@@ -50,20 +54,37 @@ class SnapshotRing:
         return [taken.step for taken in self._taken]
 
     @property
+    def begins(self) -> list[int]:
+        """The steps that the snapshots reach back to, oldest first: the steps after which their intervals begin."""
+        return [taken.begin for taken in self._taken]
+
+    @property
+    def covered(self) -> Sequence[int]:
+        """The steps of the snapshots, as merge rules take them."""
+        return self.steps
+
+    @property
     def is_full(self) -> bool:
         """Whether the next snapshot replaces the oldest one."""
         return len(self._taken) == self.capacity
 
-    def append(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Stores the tensors as the snapshot of a step. If the ring is full, they replace the oldest snapshot."""
+    def append(self, step: int, tensors: Mapping[str, Tensor], begin: int | None = None) -> None:
+        """Stores the tensors as the snapshot of a step. If the ring is full, they replace the oldest snapshot.
+
+        Args:
+            step: The step of the snapshot: of a mean, the last step of its interval.
+            tensors: Name -> tensor.
+            begin: Of a mean, the step after which its interval begins. None for a point.
+        """
         slot = self._free_slot()
         self.storage.write(slot, step, tensors)
         # Only now: if the write is interrupted, the row of the slot is not that of this step.
-        self._taken = [*self._taken, _Snapshot(step, slot)]
+        self._taken = [*self._taken, _Snapshot(step, slot, step if begin is None else begin)]
 
-    def leave_open(self, step: int, problem: str) -> None:
+    def leave_open(self, step: int, problem: str, begin: int | None = None) -> None:
         """Adds a snapshot whose row cannot be used, to keep its place until all ranks drop it; see `problems`."""
-        self._taken = [*self._taken, _Snapshot(step, self._free_slot(), problem)]
+        snapshot = _Snapshot(step, self._free_slot(), step if begin is None else begin, problem)
+        self._taken = [*self._taken, snapshot]
 
     def _free_slot(self) -> int:
         if self.is_full:
@@ -206,12 +227,17 @@ class SnapshotRing:
                 yield taken.step, self.storage.layout.views([row[:] for row in self.storage.row(taken.slot)])
 
     def restore_(
-        self, steps: Sequence[int], read: Callable[[int], Mapping[str, Tensor]], problems: Mapping[int, str]
+        self,
+        steps: Sequence[int],
+        begins: Sequence[int],
+        read: Callable[[int], Mapping[str, Tensor]],
+        problems: Mapping[int, str],
     ) -> list[str]:
         """Restores the newest saved snapshots, as many as the ring can hold.
 
         Args:
             steps: Steps of the saved snapshots, oldest first.
+            begins: Their `begins`.
             read: Returns the tensors of the snapshot of a step; not called for snapshots that are dropped or unusable.
             problems: Why some could not be used when the ring was saved, by step. They keep their places.
 
@@ -220,9 +246,33 @@ class SnapshotRing:
         """
         num_dropped = max(0, len(steps) - self.capacity)
         self.clear()
-        for step in steps[num_dropped:]:
+        for step, begin in list(zip(steps, begins, strict=True))[num_dropped:]:
             if step in problems:
-                self.leave_open(step, problems[step])
+                self.leave_open(step, problems[step], begin)
             else:
-                self.append(step, read(step))
+                self.append(step, read(step), begin)
         return [f"the oldest {num_dropped} of {len(steps)} snapshots were dropped"] if num_dropped else []
+
+
+class MeanRing(SnapshotRing):
+    """A ring whose snapshots are means over intervals of steps."""
+
+    @property
+    def covered(self) -> Sequence[int]:
+        return Intervals(tuple(self.begins), tuple(self.steps))
+
+    def thin(self) -> None:
+        """Averages neighbours, weighted by their steps, so that half as many reach equally far back.
+
+        Of an odd number the oldest stays as it is. If one of two cannot be used, neither can their mean.
+        """
+        problems, first = self.problems(), len(self._taken) % 2
+        for older, newer in zip(self._taken[first::2], self._taken[first + 1 :: 2], strict=True):
+            problem = problems.get(older.step) or problems.get(newer.step)
+            # Meanwhile it is no snapshot: an interrupt may leave its row half averaged.
+            self._taken = [taken for taken in self._taken if taken not in (older, newer)]
+            if problem is None:
+                share = (newer.step - newer.begin) / (newer.step - newer.begin + older.step - older.begin)
+                self.storage.average(older.slot, newer.slot, newer.step, share)
+            joined = _Snapshot(newer.step, older.slot, older.begin, problem)
+            self._taken = sorted([*self._taken, joined], key=attrgetter("step"))

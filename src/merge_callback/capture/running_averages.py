@@ -10,21 +10,18 @@ steps that ends at step ``t``:
   `synthesis_coefficients` combines a few stored averages into one of any other width (section 3.2).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import compress
-from operator import not_
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merge_callback.capture.layout import RowLayout
-from merge_callback.capture.storage import HostStorage, host_row
+from merge_callback.capture.moving import HostUpdates, move_, shadow_like
+from merge_callback.capture.storage import host_row
 from merge_callback.live.sharding import local_clones
 from merge_callback.live.weights import nonfinite_names
 from merge_callback.merging.averages import Average
-from merge_callback.merging.combine import ScratchBuffer, flat_chunks
-from merge_callback.utilities.background import Background
 
 
 class Shadow:
@@ -56,20 +53,8 @@ class Shadow:
             share = 1 - self.average.beta(step, step - self.step)
             # Meanwhile an average of no step: one that an interrupt leaves half moved restarts.
             self.step = None
-            self._move(live, share)
+            move_(self.tensors, live, share)
         self.step = step
-
-    def _move(self, live: Mapping[str, Tensor], share: float) -> None:
-        pairs = [(shadow, live[name]) for name, shadow in self.tensors.items()]
-        alike = [shadow.dtype == now.dtype for shadow, now in pairs]
-        # Live tensors of the shadow's dtype, nearly all of them, are read in place. Others need a scratch buffer.
-        if same := list(compress(pairs, alike)):
-            torch._foreach_lerp_([shadow for shadow, _ in same], [now for _, now in same], share)
-        scratches: dict[tuple[torch.dtype, torch.device], ScratchBuffer] = {}
-        for shadow, now in compress(pairs, map(not_, alike)):
-            scratch = scratches.setdefault((shadow.dtype, shadow.device), ScratchBuffer(shadow.dtype))
-            for moved, part in flat_chunks(shadow, now):
-                moved.lerp_(scratch.like(part).copy_(part), share)
 
     def write_row_(self, out: list[Tensor], layout: RowLayout) -> list[Tensor]:
         """Writes the average into a row of the layout, in the row's dtypes, and returns the row."""
@@ -87,47 +72,6 @@ class Shadow:
         self.step, self.tensors = None, {}
 
 
-class HostShadows:
-    """Shadows in host memory, updated by a background thread.
-
-    An update copies the live weights, on a separate stream if they are on a GPU. The thread then moves the averages
-    towards the copy while training goes on. The next update waits for the thread, and so does reading an average.
-
-    Args:
-        shadows: The shadows to update.
-        layout: Row layout of the live tensors.
-    """
-
-    def __init__(self, shadows: Iterable[Shadow], layout: RowLayout) -> None:
-        self._shadows = list(shadows)
-        self._copy = HostStorage(layout, capacity=1)
-        self._background = Background("shadows")
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the copy of the live weights."""
-        return self._copy.size_bytes
-
-    def update(self, step: int, live: Mapping[str, Tensor]) -> None:
-        """Starts `Shadow.update` of each shadow. The live tensors may still be read until `finish` is called."""
-        self.wait()
-        self._copy.write(0, step, live)
-        self._background.begin(self._move, step)
-
-    def finish(self) -> None:
-        """Makes it safe to write to the live tensors; call it before any write."""
-        self._copy.finish()
-
-    def wait(self) -> None:
-        """Waits until the averages are up to date; raises the error of an update that failed."""
-        self._background.wait()
-
-    def _move(self, step: int) -> None:
-        copied = self._copy.tensors(0)
-        for shadow in self._shadows:
-            shadow.update(step, copied)
-
-
 class RunningAverages:
     """All averages over every step that the merges use, with the buffers that belong to them.
 
@@ -142,7 +86,7 @@ class RunningAverages:
         # Floating-point buffers at the latest update of the averages.
         self.buffers: dict[str, Tensor] = {}
         self._shadows = {name: Shadow(average) for name, average in averages.items()}
-        self._beside: HostShadows | None = None
+        self._beside: HostUpdates | None = None
 
     def __len__(self) -> int:
         return len(self._shadows)
@@ -163,7 +107,7 @@ class RunningAverages:
         # Free the old copy first, so that both never take memory at once.
         self._beside = None
         if layout is not None and self._shadows and self.device is not None:
-            self._beside = HostShadows(self._shadows.values(), layout)
+            self._beside = HostUpdates(self._update, layout)
 
     @property
     def copy_bytes(self) -> int:
@@ -189,11 +133,14 @@ class RunningAverages:
             buffers: Name -> live floating-point buffer.
         """
         if self._beside is not None:
-            self._beside.update(step, live)
+            self._beside.begin(live, step)
         else:
-            for shadow in self._shadows.values():
-                shadow.update(step, live)
+            self._update(live, step)
         self.buffers = local_clones(buffers)
+
+    def _update(self, live: Mapping[str, Tensor], step: int) -> None:
+        for shadow in self._shadows.values():
+            shadow.update(step, live)
 
     def clear(self) -> None:
         """Resets all averages: they restart at the next update."""
@@ -263,21 +210,3 @@ class RunningAverages:
             saved_buffers = state["buffers"].items()
             self.buffers = {name: buffer.to(buffers[name].device, copy=True) for name, buffer in saved_buffers}
         return [f"the checkpoint holds no average {name!r} with this profile: it restarts" for name in lost]
-
-
-def shadow_bytes(layout: RowLayout, device: torch.device | None = None) -> dict[torch.device, int]:
-    """Returns the bytes that one shadow of a layout's tensors takes, by device; all on ``device`` if it is given."""
-    required: dict[torch.device, int] = {}
-    for (dtype, own_device), numel in zip(layout.groups, layout.num_elements, strict=True):
-        place = device or own_device
-        required[place] = required.get(place, 0) + numel * _wide(dtype).itemsize
-    return required
-
-
-def shadow_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Allocates an uninitialised tensor for the average of this one; device None is the tensor's own."""
-    return torch.empty_like(tensor, dtype=_wide(tensor.dtype), device=device, requires_grad=False)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from merge_callback.capture.capture import SnapshotCapture
-from merge_callback.capture.running_averages import shadow_like
+from merge_callback.capture.moving import shadow_like
 from merge_callback.capture.storage import new_slots
 from merge_callback.live.sharding import Sharding, local, rank, real_tensors
 from merge_callback.live.weights import merged_parameters, snapshot_buffers
 
 # Version of the state that checkpoints hold; states of other versions are not read.
-STATE_FORMAT = 4
+STATE_FORMAT = 5
 # The tensors by key, or the name of the entry in a sharded checkpoint that holds them.
 SavedTensors: TypeAlias = str | Mapping[str, Tensor]
 
@@ -45,10 +46,13 @@ def capture_state(capture: SnapshotCapture) -> dict[str, Any]:
     is_saved = capture.storage.in_checkpoints
     return {
         "window": capture.window.state_dict(),
+        "snapshot": capture.kind.name,
         "steps": capture.steps,
+        "begins": capture.ring.begins if capture.ring is not None else [],
+        "interval": capture.kind.state_dict() if is_saved else {},
         "problems": capture.ring.problems() if capture.ring is not None else {},
         "shapes": capture.shapes,
-        "dtypes": capture.dtypes,
+        "dtypes": _dtypes(capture),
         "buffers": capture.buffers if is_saved else {},
         "averages": capture.averages.state_dict() if is_saved else None,
     }
@@ -62,6 +66,8 @@ def captured_tensors(capture: SnapshotCapture) -> Iterator[CapturedTensor]:
         for step, snapshot in capture.ring.snapshots():
             for name, tensor in snapshot.items():
                 yield CapturedTensor(f"snapshot.{step}.{name}", name, tensor)
+    for name, tensor in capture.kind.tensors().items():
+        yield CapturedTensor(f"interval.{name}", name, tensor)
     for average, name, tensor in capture.averages.tensors():
         yield CapturedTensor(f"average.{average}.{name}", name, tensor)
 
@@ -153,13 +159,26 @@ def restore_capture_(
         changes.append(f"the {num_saved} snapshots of the window are left out: no merge needs them")
     elif num_saved and not is_saved:
         changes.append(f"the {num_saved} snapshots of the window were not saved: it starts empty")
+    elif num_saved and state["snapshot"] != capture.kind.name:
+        changes.append(
+            f"its window of {num_saved} snapshots was dropped: they were taken with snapshot={state['snapshot']!r}"
+        )
     elif num_saved and problem is not None:
         changes.append(f"its window of {num_saved} snapshots was dropped: {problem}")
     elif num_saved:
         changes += _restore_ring_(capture, state, reader)
     changes += capture.window.load_state_dict(state["window"], capture.steps, num_saved)
+    is_continued = is_saved and problem is None and state["snapshot"] == capture.kind.name
+    if is_continued and bool(capture.steps) == bool(num_saved):
+        _restore_interval_(capture, state, module, reader)
     averages = state["averages"] if is_saved and problem is None else {"profiles": {}, "buffers": {}}
     return changes + _restore_averages_(capture, averages, module, reader)
+
+
+def _dtypes(capture: SnapshotCapture) -> list[str]:
+    """Returns the names of the dtypes in which snapshots are kept."""
+    groups = capture.layout.groups if capture.layout is not None else []
+    return sorted({str(capture.dtype or own) for own, _ in groups})
 
 
 def _difference(live: Mapping[str, list[int]], saved: Mapping[str, list[int]]) -> str | None:
@@ -182,14 +201,23 @@ def _restore_ring_(capture: SnapshotCapture, state: Mapping[str, Any], reader: T
         (row,) = new_slots(layout, 1, capture.dtype, capture.storage.merge_device)
         return layout.views(row)
 
-    changes = capture.ring.restore_(
-        state["steps"], lambda step: reader.read(f"snapshot.{step}", layout.places, empty), state["problems"]
-    )
+    def read(step: int) -> Mapping[str, Tensor]:
+        return reader.read(f"snapshot.{step}", layout.places, empty)
+
+    changes = capture.ring.restore_(state["steps"], state["begins"], read, state["problems"])
     device = layout.groups[0][1]
     capture.buffers = {name: buffer.to(device, copy=True) for name, buffer in state["buffers"].items()}
-    if state["dtypes"] != capture.dtypes:
-        changes.append(f"snapshots in {', '.join(state['dtypes'])} are now in {', '.join(capture.dtypes)}")
+    if state["dtypes"] != (now := _dtypes(capture)):
+        changes.append(f"snapshots in {', '.join(state['dtypes'])} are now in {', '.join(now)}")
     return changes
+
+
+def _restore_interval_(
+    capture: SnapshotCapture, state: Mapping[str, Any], module: nn.Module, reader: TensorReader
+) -> None:
+    interval, device = state["interval"], capture.storage.average_device
+    live = real_tensors(merged_parameters(module, capture.selection)) if interval.get("weight") else {}
+    capture.kind.load_state_dict(interval, _read_wide(reader, "interval", live, device))
 
 
 def _restore_averages_(
@@ -198,8 +226,14 @@ def _restore_averages_(
     live, device = real_tensors(merged_parameters(module, capture.selection)), capture.averages.device
 
     def read(name: str) -> dict[str, Tensor]:
-        empty = lambda: {key: shadow_like(tensor, device) for key, tensor in live.items()}  # noqa: E731
-        found = reader.read(f"average.{name}", live, empty)
-        return {key: tensor.to(device or live[key].device, copy=True) for key, tensor in found.items()}
+        return _read_wide(reader, f"average.{name}", live, device)
 
     return capture.averages.load_state_dict(state, read, snapshot_buffers(module))
+
+
+def _read_wide(
+    reader: TensorReader, prefix: str, live: Mapping[str, Tensor], device: torch.device | None
+) -> dict[str, Tensor]:
+    """Returns saved tensors in float32 or better, on a device or where the live ones are."""
+    found = reader.read(prefix, live, lambda: {key: shadow_like(tensor, device) for key, tensor in live.items()})
+    return {key: tensor.to(device or live[key].device, copy=True) for key, tensor in found.items()}

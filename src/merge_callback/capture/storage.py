@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge_callback.capture.layout import RowLayout
 from merge_callback.live.weights import size_bytes
-from merge_callback.merging.combine import Row
+from merge_callback.merging.combine import Row, combine_
 from merge_callback.utilities.devices import works_beside_host
 
 HOST = torch.device("cpu")
@@ -28,6 +28,16 @@ class SnapshotStorage(Protocol):
 
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Copies live tensors into a slot. The copy may still read them until `finish` is called."""
+
+    def average(self, slot: int, other: int, step: int, share: float) -> None:
+        """Replaces the row of a slot, which becomes that of a step, by its mean with the row of another slot.
+
+        Args:
+            slot: The slot whose row is replaced.
+            other: The other slot.
+            step: The step of the new row.
+            share: The other row's weight in the mean.
+        """
 
     def finish(self) -> None:
         """Makes it safe to write to the live tensors; call it before any write."""
@@ -106,6 +116,10 @@ class DeviceStorage:
     def write(self, slot: int, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Copies live tensors into a slot; each byte is read once and written once."""
         torch._foreach_copy_(self._views[slot], [tensors[name] for name in self.layout.places])
+
+    def average(self, slot: int, other: int, step: int, share: float) -> None:
+        """Replaces the row of a slot by its mean with the row of another slot, in place."""
+        average_(self.row(slot), [self.row(slot), self.row(other)], share)
 
     def finish(self) -> None:
         """Does nothing: the device makes copies in order with its other work."""
@@ -188,6 +202,10 @@ class HostStorage:
         }
         self._is_waited_for = False
 
+    def average(self, slot: int, other: int, step: int, share: float) -> None:
+        """Replaces the row of a slot by its mean with the row of another slot, in place."""
+        average_(self.row(slot), [self.row(slot), self.row(other)], share)
+
     def finish(self) -> None:
         """Makes the device's later work wait for copies under way; the host does not wait."""
         if not self._is_waited_for:
@@ -217,6 +235,12 @@ class HostStorage:
     def problem(self, slot: int) -> str | None:
         """Returns None: rows in memory can always be used."""
         return None
+
+
+def average_(out: Sequence[Tensor], rows: Sequence[Sequence[Row]], share: float) -> None:
+    """Writes the mean of two rows, of which the second has this share, into a row; it may be one of the two."""
+    for target, *pair in zip(out, *rows, strict=True):
+        combine_([target], pair, [[1 - share, share]])
 
 
 def host_row(layout: RowLayout) -> list[Tensor]:

@@ -65,7 +65,7 @@ class CaptureWindow:
         if self.is_outdated:
             ring.clear()
             self.is_outdated = False
-        elif ring.is_full and needs_thinning(ring.steps, step, self._required_span(step)):
+        elif ring.is_full and needs_thinning(ring.begins, step, self._required_span(step)):
             ring.thin()
             self.schedule.double(newest=ring.steps[-1])
             return self.schedule.take(step)
@@ -73,6 +73,17 @@ class CaptureWindow:
 
     def _required_span(self, step: int) -> float:
         return max((required_span(rule, step) for rule in self._rules), default=0.0)
+
+    @property
+    def why_empty(self) -> str:
+        """The error message for a merge that is requested before anything was captured."""
+        begins = "once the learning rate is constant" if self.start == "stable" else f"at step {self.start}"
+        return f"nothing was captured yet, so there is no merge: capturing begins {begins}"
+
+    @property
+    def during(self) -> str:
+        """When snapshots are taken, in words for the user."""
+        return "while the learning rate is constant" if self.start == "stable" else f"from step {self.start} on"
 
     @property
     def interval(self) -> str:

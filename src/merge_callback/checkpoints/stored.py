@@ -127,6 +127,8 @@ class StoredCheckpoint:
             rule, steps = origin.get("rule"), origin.get("steps")
             is_list = isinstance(steps, list) and all(isinstance(step, int) for step in steps)
             of_steps = f" of the steps {steps}" if is_list or isinstance(steps, str) else ""
+            if isinstance(means := origin.get("means_over"), list | str):
+                of_steps = f" of means over the steps {means}"
             return f"a merge by the rule {rule}{of_steps}" if isinstance(rule, str) else "a merge"
         # Lightning's `WeightAveraging`.
         return "an average over steps" if "averaging_state" in self.beside else ""

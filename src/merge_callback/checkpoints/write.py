@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,25 +19,32 @@ from torch.distributed.tensor import DTensor
 from merge_callback.checkpoints.stored import PROVENANCE_KEY
 from merge_callback.checkpoints.torch_file import BROKEN, read_entries
 from merge_callback.live.sharding import all_gather_dict, full_tensor, rank
-from merge_callback.merging.rules import decay_from_coefficients
+from merge_callback.merging.decays import decay_from_coefficients
 from merge_callback.utilities.files import atomic_write, write_safetensors
 from merge_callback.utilities.locations import Location, local_path, written_locally
 
 
-def provenance(rule: str, coefficients: Mapping[int, float] | None = None, step: int | None = None) -> dict[str, Any]:
+def provenance(
+    rule: str,
+    coefficients: Mapping[int, float] | None = None,
+    step: int | None = None,
+    intervals: Sequence[Sequence[int]] = (),
+) -> dict[str, Any]:
     """Returns the origin of a merge: package version, rule, snapshot steps, coefficients and implied decay.
 
     Args:
         rule: Name of the rule.
         coefficients: Snapshot step -> coefficient. None for an average over every step.
         step: Last step of an average over every step.
+        intervals: First and last step of each snapshot that is a mean over steps. Empty if they are points.
     """
     origin: dict[str, Any] = {"version": version("merge-callback"), "rule": rule}
     if coefficients is None:
         return {**origin, "steps": [step]}
     values = list(coefficients.values())
     decay = decay_from_coefficients(values)
-    return {**origin, "steps": list(coefficients), "coefficients": values, "implied_decay": decay}
+    found = {**origin, "steps": list(coefficients), "coefficients": values, "implied_decay": decay}
+    return found | ({"means_over": [list(interval) for interval in intervals]} if intervals else {})
 
 
 def fresh_run_entries(step: int) -> dict[str, Any]:

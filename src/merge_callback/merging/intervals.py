@@ -26,6 +26,14 @@ class Covered(Protocol):
     def edges(self) -> Sequence[float]:
         """Where the snapshots' stretches begin, and where the last one ends: one number more than snapshots."""
 
+    @property
+    def span_steps(self) -> int:
+        """Steps from the first to the last step of a snapshot."""
+
+    @property
+    def intervals(self) -> list[list[int]]:
+        """First and last step of each snapshot that is a mean; empty if they are points."""
+
 
 @dataclass(frozen=True)
 class Intervals(Sequence[int]):
@@ -70,6 +78,16 @@ class Intervals(Sequence[int]):
         between = [(end + begin) / 2 for end, begin in zip(self.ends, self.begins[1:], strict=False)]
         return [float(self.begins[0]), *between, float(self.ends[-1])]
 
+    @property
+    def span_steps(self) -> int:
+        """Steps from the beginning of the first interval to the end of the last one."""
+        return self.ends[-1] - self.begins[0]
+
+    @property
+    def intervals(self) -> list[list[int]]:
+        """First and last step of each interval."""
+        return [[begin + 1, end] for begin, end in zip(self.begins, self.ends, strict=True)]
+
 
 @dataclass(frozen=True)
 class _Points:
@@ -93,6 +111,14 @@ class _Points:
         if not between:
             return [first - 0.5, first + 0.5]
         return [first - (between[0] - first), *between, last + (last - between[-1])]
+
+    @property
+    def span_steps(self) -> int:
+        return self.steps[-1] - self.steps[0]
+
+    @property
+    def intervals(self) -> list[list[int]]:
+        return []
 
 
 def covered(steps: Sequence[int]) -> Covered:

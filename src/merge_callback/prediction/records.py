@@ -41,7 +41,7 @@ class AnnealRecord:
         start_step: Optimizer step at which the decay began.
         step: Optimizer step at which the decay ended.
         span_steps: Length of the decay in optimizer steps.
-        shape: Name of the decay's shape, as in `merge_callback.merging.rules.DECAY_SHAPES`.
+        shape: Name of the decay's shape, as in `merge_callback.merging.decays.DECAY_SHAPES`.
         annealed: Metric -> value at the end of the decay.
         forecast: The stable run at ``start_step``, before the decay. None if it was not validated there.
         matched: The stable run at ``step``, with a window that ends where the decay ends. None until the run has got

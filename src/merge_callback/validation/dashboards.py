@@ -10,7 +10,7 @@ names they all accept.
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -86,6 +86,7 @@ class Dashboards:
         logged: Mapping[LoggedName, LoggedValue],
         step: int,
         coefficients: Mapping[int, float],
+        intervals: Sequence[Sequence[int]] = (),
     ) -> None:
         """Updates the charts after a validation.
 
@@ -95,6 +96,7 @@ class Dashboards:
             step: The step under which Lightning logs them.
             coefficients: Coefficients of the primary merge by snapshot step; empty if it is not made of snapshots.
                 They are drawn at the first, second, fourth, eighth ... call.
+            intervals: First and last step of each snapshot that is a mean; empty for points.
         """
         self._num_shown += 1
         # True for powers of two.
@@ -106,7 +108,7 @@ class Dashboards:
             if "TensorBoardLogger" in kinds:
                 self._show_in_tensorboard(logger, written, step)
                 if coefficients and is_drawn:
-                    self._draw(logger, coefficients, step)
+                    self._draw(logger, coefficients, intervals, step)
             elif "WandbLogger" in kinds:
                 self._define_in_wandb(logger, written)
 
@@ -137,7 +139,9 @@ class Dashboards:
             self._runs[folder] = type(logger.experiment)(folder)
         return self._runs[folder]
 
-    def _draw(self, logger: Any, coefficients: Mapping[int, float], step: int) -> None:
+    def _draw(
+        self, logger: Any, coefficients: Mapping[int, float], intervals: Sequence[Sequence[int]], step: int
+    ) -> None:
         try:
             from merge_callback.validation.figures import pixels, plot_merge
         except ModuleNotFoundError as error:
@@ -148,7 +152,7 @@ class Dashboards:
                 )
             self._is_without_figures = True
             return
-        image = pixels(plot_merge(coefficients))
+        image = pixels(plot_merge(coefficients, intervals))
         logger.experiment.add_image(f"merge{self.label}/coefficients", image, step, dataformats="HWC")
 
     def _define_in_wandb(self, logger: Any, logged: Mapping[LoggedName, LoggedValue]) -> None:

@@ -13,12 +13,14 @@ class Evaluated:
     Args:
         merge: The merge.
         coefficients: Coefficients by snapshot step; empty for an average over every step.
+        intervals: First and last step of each snapshot that is a mean; empty for points.
         description: What the merge was made of, in a few words.
         values: Metric -> value that the validation logged.
     """
 
     merge: Merge
     coefficients: dict[int, float]
+    intervals: list[list[int]]
     description: str
     values: dict[str, LoggedValue]
 

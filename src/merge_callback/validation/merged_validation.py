@@ -132,7 +132,9 @@ class MergedValidation:
                 values = self._validated(trainer, self._limit_batches)
                 if merge.name == merges.primary:
                     choices = self._choices(trainer)
-            evaluated[merge.name] = Evaluated(merge, merge.ring_coefficients(), merge.describe(step), values)
+            evaluated[merge.name] = Evaluated(
+                merge, merge.ring_coefficients(), merge.intervals, merge.describe(step), values
+            )
             # Frees this merge's memory before the next merge is made.
             del row
         live = self._validated(trainer, self._limit_batches) if num_batches < num_live_batches else None
@@ -251,7 +253,9 @@ class MergedValidation:
         """Returns the curvature gain of the first loss; empty unless the merge's snapshots have known losses."""
         if self.merges.primary not in evaluation.merges or not (losses := self._losses(evaluation)):
             return {}
-        coefficients = evaluation.merges[self.merges.primary].coefficients
+        primary = evaluation.merges[self.merges.primary]
+        # The live model was validated at points, not at means over intervals.
+        coefficients = primary.coefficients if not primary.intervals else {}
         found = self.predictor.curvature_gain(losses[0], coefficients, evaluation.step)
         return {} if found is None else {"curvature_gain": found}
 
@@ -266,7 +270,8 @@ class MergedValidation:
         """Updates the dashboards and prepares the closing table; called on rank 0 alone."""
         began = time.perf_counter()
         primary = evaluation.merges.get(self.merges.primary)
-        self._dashboards.show(trainer.loggers, logged, step, primary.coefficients if primary is not None else {})
+        drawn = (primary.coefficients, primary.intervals) if primary is not None else ({}, [])
+        self._dashboards.show(trainer.loggers, logged, step, *drawn)
         described = {self._names.label(name): f"{name}: {each.description}" for name, each in evaluation.merges.items()}
         self._closing = partial(self._dashboards.closing_table, evaluation.step, live, logged, described)
         self.budget.spend(time.perf_counter() - began)

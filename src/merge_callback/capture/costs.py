@@ -1,0 +1,61 @@
+"""Computes and describes what a capture takes: memory by device."""
+
+from dataclasses import dataclass
+
+import torch
+
+from merge_callback.capture.kinds import PointSnapshots
+from merge_callback.capture.layout import RowLayout
+from merge_callback.capture.memory import CaptureSizes, required_bytes
+from merge_callback.capture.moving import shadow_bytes
+from merge_callback.capture.places import StoragePlace
+from merge_callback.capture.running_averages import RunningAverages
+from merge_callback.capture.storage import HOST
+
+
+@dataclass(frozen=True)
+class CaptureCosts:
+    """What a capture takes for tensors of one layout.
+
+    Args:
+        layout: Layout of the live tensors.
+        num_snapshots: Capacity of the ring.
+        dtype: Dtype in which snapshots are kept; None keeps each tensor's own.
+        kind: What a snapshot keeps.
+        averages: The averages over every step.
+        storage: Where snapshots and averages are kept.
+    """
+
+    layout: RowLayout
+    num_snapshots: int
+    dtype: torch.dtype | None
+    kind: PointSnapshots
+    averages: RunningAverages
+    storage: StoragePlace
+
+    def required_bytes(self) -> dict[torch.device, int]:
+        """Returns the bytes by device of snapshots, one merge of them, averages and the copies that averages read."""
+        place = self.storage.merge_device
+        num_rows = self.storage.num_rows_in_memory(self.num_snapshots)
+        needs = [
+            required_bytes(self.layout, num_rows, self.dtype, place),
+            required_bytes(self.layout, 1, None, place),
+            *[shadow_bytes(self.layout, self.averages.device)] * len(self.averages),
+            self._mean_bytes(),
+        ]
+        if len(self.averages) and self.averages.device is not None:
+            needs.append({HOST: sum(required_bytes(self.layout, 1, None).values())})
+        return {device: sum(need.get(device, 0) for need in needs) for need in needs for device in need}
+
+    def describe(self, ring_bytes: int) -> str:
+        """Returns where snapshots and averages are and how many bytes they take, in words for the user.
+
+        Args:
+            ring_bytes: Bytes of memory of the snapshots.
+        """
+        averages = len(self.averages) * sum(shadow_bytes(self.layout).values()) + sum(self._mean_bytes().values())
+        sizes = CaptureSizes(snapshots=ring_bytes, averages=averages, copy=self.averages.copy_bytes)
+        return self.storage.describe(self.layout, self.num_snapshots, self.dtype, sizes)
+
+    def _mean_bytes(self) -> dict[torch.device, int]:
+        return self.kind.required_bytes(self.layout) if self.num_snapshots else {}
