@@ -68,7 +68,7 @@ def grown(kind: str, folder: Path, name: str) -> list[int]:
             with swapped_weights(live, layout.views(row)):
                 assert float(live["weight0"][0]) == 1.0
 
-    mean = MeanSnapshots(None, None)
+    mean = MeanSnapshots(99, None)
     assert mean.is_due(6, 20)
     mean.add(6, 20, live)
 

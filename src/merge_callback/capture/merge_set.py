@@ -55,6 +55,11 @@ class MergeSet:
         return self._merges[name or self.primary]
 
     @property
+    def is_recalibrated(self) -> bool:
+        """Whether batch norm statistics of merges are calculated from the latest training inputs."""
+        return self._recalibration.num_batches is not None
+
+    @property
     def are_any_ready(self) -> bool:
         """Whether at least one of the merges can be made now."""
         return any(merge.is_ready for merge in self)

@@ -75,6 +75,11 @@ class CaptureWindow:
         return max((required_span(rule, step) for rule in self._rules), default=0.0)
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether nothing is captured at the present learning rate."""
+        return self.start == "stable" and not self.phase.is_stable
+
+    @property
     def why_empty(self) -> str:
         """The error message for a merge that is requested before anything was captured."""
         begins = "once the learning rate is constant" if self.start == "stable" else f"at step {self.start}"

@@ -128,6 +128,12 @@ def _begun(progress: Any) -> Iterator[None]:
     progress.load_state_dict(before)
 
 
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """Returns the loaders of the live validation, as they are given to `evaluate`."""
+    loaders = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    return list(loaders.flattened) if loaders is not None else []
+
+
 def num_limited_batches(trainer: Trainer, limit_batches: int | float | None) -> tuple[int | float, int | float]:
     """Returns the number of batches over all loaders, for `evaluate` with this limit and for the live validation."""
     max_batches = trainer.fit_loop.epoch_loop.val_loop._max_batches

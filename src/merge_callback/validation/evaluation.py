@@ -1,9 +1,10 @@
 """What a validation of the merges has found."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from merge_callback.capture.merges import Merge
 from merge_callback.live.evaluate import LoggedValue
+from merge_callback.validation.routers import Choices
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,17 @@ class Evaluated:
     intervals: list[list[int]]
     description: str
     values: dict[str, LoggedValue]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a validation found of the merges alone."""
+
+    # The primary merge comes first, if it could be made.
+    merges: dict[str, Evaluated] = field(default_factory=dict)
+    # Of the primary merge: numbers about it, and what routers choose under it.
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    choices: dict[str, Choices] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

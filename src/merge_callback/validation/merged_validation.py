@@ -21,7 +21,8 @@ from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
 from merge_callback.validation.count import ValidationCount
 from merge_callback.validation.dashboards import Dashboards
-from merge_callback.validation.evaluation import Evaluated, Evaluation
+from merge_callback.validation.evaluation import Evaluated, Evaluation, Results
+from merge_callback.validation.frozen import FrozenValues
 from merge_callback.validation.logged import LoggedName, Names, merged_and_gains, predictions_and_errors
 from merge_callback.validation.routers import Choices, Routers
 from merge_callback.validation.unmoved import UnmovedValues
@@ -58,6 +59,7 @@ class MergedValidation:
         self.budget = budget
         self.count = ValidationCount()
         self._unmoved = UnmovedValues(messages)
+        self._frozen = FrozenValues(merges)
         self._names = names
         self._messages = messages
         self._every_n_validations = every_n_validations
@@ -71,6 +73,8 @@ class MergedValidation:
     def begin(self, trainer: Trainer) -> None:
         """Starts to observe the validations of a fit, until `close`."""
         self._began, self._closing = time.perf_counter(), None
+        # Another fit may have another limit of batches.
+        self._frozen = FrozenValues(self.merges)
         if trainer.barebones:
             self._messages.say(
                 "a barebones trainer logs nothing, so merges are kept for export but not evaluated", "barebones"
@@ -101,7 +105,8 @@ class MergedValidation:
         self._dashboards.close()
         self.budget.elapsed, self._began = self._elapsed(), None
         if self._closing is not None:
-            self._messages.say(f"{self.budget.summary()}\n{self._closing()}", "closing")
+            lines = [self.budget.summary(), self._frozen.describe(), self._closing()]
+            self._messages.say("\n".join(filter(None, lines)), "closing")
             self._closing = None
 
     def evaluated_at(self, step: int, name: str) -> bool:
@@ -112,7 +117,10 @@ class MergedValidation:
         """Validates every merge. With a batch limit, also validates the live weights on the same batches."""
         self._evaluation = None
         self.count.begin(trainer)
-        if self.count.number % self._every_n_validations or not self._fits_budget(trainer):
+        if self.count.number % self._every_n_validations:
+            return
+        results = self._frozen.repeated(trainer)
+        if results is None and not self._fits_budget(trainer):
             return
         step, merges = optimizer_step(trainer), self.merges
         merges.drop_unusable()
@@ -122,28 +130,33 @@ class MergedValidation:
         device = trainer.lightning_module.device
         wait_for_device(device)
         began = time.perf_counter()
+        if is_new := results is None:
+            results = self._validate_merges(trainer, step)
+            self._frozen.keep(results, step)
         num_batches, num_live_batches = num_limited_batches(trainer, self._limit_batches)
-        evaluated, diagnostics = {}, {}
-        choices: dict[str, Choices] = {}
-        for merge, row in merges.rows(step):
-            if merge.name == merges.primary:
-                diagnostics = merge.diagnostics(row, step)
-            with merges.swapped_in(trainer.lightning_module, merge, row):
-                values = self._validated(trainer, self._limit_batches)
-                if merge.name == merges.primary:
-                    choices = self._choices(trainer)
-            evaluated[merge.name] = Evaluated(
-                merge, merge.ring_coefficients(), merge.intervals, merge.describe(step), values
-            )
-            # Frees this merge's memory before the next merge is made.
-            del row
         live = self._validated(trainer, self._limit_batches) if num_batches < num_live_batches else None
-        if self._routers is not None and choices:
-            diagnostics |= self._routers.compare(choices, self._choices(trainer))
+        diagnostics = dict(results.diagnostics)
+        if self._routers is not None and results.choices:
+            diagnostics |= self._routers.compare(results.choices, self._choices(trainer))
         wait_for_device(device)
         diagnostics["seconds"] = time.perf_counter() - began
-        self.budget.spend(diagnostics["seconds"], is_costly=True)
-        self._evaluation = Evaluation(step, evaluated, live, diagnostics)
+        self.budget.spend(diagnostics["seconds"], is_costly=is_new)
+        self._evaluation = Evaluation(step, results.merges, live, diagnostics)
+
+    def _validate_merges(self, trainer: Trainer, step: int) -> Results:
+        results = Results()
+        for merge, row in self.merges.rows(step):
+            if merge.name == self.merges.primary:
+                results.diagnostics.update(merge.diagnostics(row, step))
+            with self.merges.swapped_in(trainer.lightning_module, merge, row):
+                values = self._validated(trainer, self._limit_batches)
+                if merge.name == self.merges.primary:
+                    results.choices.update(self._choices(trainer))
+            made_of = merge.ring_coefficients(), merge.intervals, merge.describe(step)
+            results.merges[merge.name] = Evaluated(merge, *made_of, values)
+            # Frees this merge's memory before the next merge is made.
+            del row
+        return results
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """Returns what to log beside the live values: merged values, gains, predictions and diagnostics."""
