@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from merge_callback.callbacks.explanations import explain_costs, explain_phase
 from merge_callback.capture.merge_set import MergeSet
 from merge_callback.capture.phase import RateUpdates
 from merge_callback.capture.state import (
@@ -114,7 +115,8 @@ class MergeSession:
             self.capture.finish()
         waited = self.capture.waited_seconds - waited_before
         self.validation.budget.spend(time.perf_counter() - began - waited)
-        self._explain_phase(trainer)
+        explain_phase(self.merges, self._messages, self.step, trainer)
+        explain_costs(self.capture, self._messages, trainer)
 
     def _capture(self, trainer: Trainer, pl_module: LightningModule) -> None:
         is_over = not self.capture.window.phase.is_stable and are_updates_over(trainer)
@@ -124,7 +126,7 @@ class MergeSession:
     def end(self, trainer: Trainer) -> None:
         """Ends the training: tells the user what was not captured or not checked, and closes."""
         self.capture.averages.wait()
-        self._explain_phase(trainer, is_end=True)
+        explain_phase(self.merges, self._messages, self.step, trainer, is_end=True)
         window, predictor = self.capture.window, self.validation.predictor
         if not self.merges.are_any_ready and window.phase.is_stable:
             due = window.start if window.start != "stable" else window.schedule.next_step
@@ -256,27 +258,3 @@ class MergeSession:
         self.capture.finish()
         live = tensors_by_name(pl_module, [*merged, *buffers])
         overwrite_(live, as_in(live, merged) | dict(buffers), before=partial(reshard, pl_module))
-
-    def _explain_phase(self, trainer: Trainer, is_end: bool = False) -> None:
-        window, steps = self.capture.window, self.capture.steps
-        if window.phase.is_stable or window.start != "stable":
-            return
-        if self.merges.are_any_ready:
-            kept = f"the window of {len(steps)} snapshots up to step {steps[-1]}" if steps else "the average"
-            self._messages.say(
-                f"the learning rate moved at step {self.step}: {kept} stays as it is until the rate is constant again",
-                "frozen",
-            )
-        elif window.phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):
-            self._messages.warn(
-                f"the learning rate was not constant in {window.phase.num_unsettled_steps} steps (a cosine"
-                " schedule? a schedule-free optimizer?), so nothing was captured. MergeCallback(start=STEP) captures"
-                " from a step on whatever the rate does; what its merge says about annealing then is less certain",
-                "unsettled",
-            )
-        elif window.phase.num_waiting_steps and not is_end:
-            self._messages.say(
-                "the learning rate is set rarely, so capturing begins once it has been set again to the same value;"
-                " MergeCallback(start=STEP) captures from a step on whatever it does",
-                "waiting",
-            )

@@ -132,7 +132,7 @@ class SnapshotCapture:
         self.sharding = Sharding(parameters)
         self._left_out = describe_left_out(module, self.selection)
         self.layout = layout = RowLayout(real_tensors(parameters))
-        required = self._costs(layout).required_bytes()
+        required = self.costs.required_bytes() if self.costs is not None else {}
         refuse_if_too_large(required, self.num_snapshots, len(self.averages), self.num_local_processes)
         if self.num_snapshots:
             storage = self.storage.new_storage(layout, self.num_snapshots, self.dtype, self.name)
@@ -140,22 +140,24 @@ class SnapshotCapture:
             self.kind.fit_to(layout)
         self.averages.fit_to(layout)
 
-    def _costs(self, layout: RowLayout) -> CaptureCosts:
-        return CaptureCosts(layout, self.num_snapshots, self.dtype, self.kind, self.averages, self.storage)
+    @property
+    def costs(self) -> CaptureCosts | None:
+        """What the capture takes; None while the shapes of the parameters are not known."""
+        if self.layout is None:
+            return None
+        return CaptureCosts(self.layout, self.num_snapshots, self.dtype, self.kind, self.averages, self.storage)
 
     def describe(self) -> str:
         """Returns what is captured, when and where, and how many bytes it takes, in words for the user."""
-        during = self.window.during
-        parts = []
+        during, parts = self.window.during, []
         if self.num_snapshots:
             parts.append(f"up to {self.num_snapshots} {self.kind.describe(f'{self.window.interval} {during}')}")
         if num := len(self.averages):
             parts.append(f"{num} average{'s' if num > 1 else ''} over every step {during}")
         what = ", and ".join(parts) + self._left_out
-        if self.layout is None:
+        if self.costs is None:
             return f"{what}, once there are trainable parameters whose shapes are known"
-        ring_bytes = self.ring.storage.size_bytes if self.ring is not None else 0
-        return f"{what}, {self._costs(self.layout).describe(ring_bytes)}"
+        return f"{what}, {self.costs.describe()}"
 
     def finish(self) -> None:
         """Makes it safe to write to the live weights while copies are under way; call it before any write."""

@@ -47,15 +47,24 @@ class CaptureCosts:
             needs.append({HOST: sum(required_bytes(self.layout, 1, None).values())})
         return {device: sum(need.get(device, 0) for need in needs) for need in needs for device in need}
 
-    def describe(self, ring_bytes: int) -> str:
-        """Returns where snapshots and averages are and how many bytes they take, in words for the user.
-
-        Args:
-            ring_bytes: Bytes of memory of the snapshots.
-        """
+    def describe(self) -> str:
+        """Returns where snapshots and averages are and how many bytes they take, in words for the user."""
         averages = len(self.averages) * sum(shadow_bytes(self.layout).values()) + sum(self._mean_bytes().values())
-        sizes = CaptureSizes(snapshots=ring_bytes, averages=averages, copy=self.averages.copy_bytes)
+        num_rows = self.storage.num_rows_in_memory(self.num_snapshots)
+        rows = sum(required_bytes(self.layout, num_rows, self.dtype).values())
+        sizes = CaptureSizes(snapshots=rows, averages=averages, copy=self.averages.copy_bytes)
         return self.storage.describe(self.layout, self.num_snapshots, self.dtype, sizes)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of a full ring, in memory or in files."""
+        return sum(required_bytes(self.layout, self.num_snapshots, self.dtype).values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes that a checkpoint of this process holds of a full ring, the interval in progress and averages."""
+        num_wide = len(self.averages) + bool(self.num_snapshots and self.kind.required_bytes(self.layout))
+        return self.ring_bytes + num_wide * sum(shadow_bytes(self.layout).values())
 
     def _mean_bytes(self) -> dict[torch.device, int]:
         return self.kind.required_bytes(self.layout) if self.num_snapshots else {}

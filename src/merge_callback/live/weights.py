@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 
 from merge_callback.live.names import EVERYTHING, Selection, clean_name
-from merge_callback.live.sharding import is_shard, real_tensors, reshard
+from merge_callback.live.sharding import is_shard, local, real_tensors, reshard
 from merge_callback.merging.combine import is_narrow
 
 
@@ -194,6 +194,13 @@ def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
         return []
     # A norm may overflow although all elements are finite, so check each element.
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
+def training_bytes(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
+    """Returns the bytes of this process's part of a module and of the states of its optimizers."""
+    states = chain.from_iterable(state.values() for optimizer in optimizers for state in optimizer.state.values())
+    tensors = [*module.parameters(), *module.buffers(), *(each for each in states if isinstance(each, Tensor))]
+    return size_bytes(local(tensor) for tensor in tensors if not is_lazy(tensor))
 
 
 def size_bytes(tensors: Iterable[Tensor]) -> int:

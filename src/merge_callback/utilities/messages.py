@@ -18,10 +18,16 @@ class Messages:
         """Starts a new fit: every topic may be logged again."""
         self._said.clear()
 
+    def is_said(self, topic: str) -> bool:
+        """Returns whether a topic has been logged in this fit, so that its text need not be made."""
+        return topic in self._said
+
     def say(self, text: str, topic: str) -> None:
-        """Logs an info line, at most once per fit and topic."""
-        if topic not in self._said:
-            self._said.add(topic)
+        """Logs an info line, at most once per fit and topic; nothing if the text is empty."""
+        if topic in self._said:
+            return
+        self._said.add(topic)
+        if text:
             rank_zero_info(f"{self._name}: {text}")
 
     def warn(self, text: str, topic: str | None = None) -> None:

@@ -1,0 +1,72 @@
+"""Explains to the user why nothing is captured, and what a window costs."""
+
+from lightning.pytorch import Trainer
+
+from merge_callback.capture.capture import SnapshotCapture
+from merge_callback.capture.memory import mebibytes
+from merge_callback.capture.merge_set import MergeSet
+from merge_callback.live.weights import training_bytes
+from merge_callback.utilities.messages import Messages
+
+# A smaller ring is no burden, however small the model is.
+LARGE_RING_BYTES = 2**30
+
+
+def explain_phase(merges: MergeSet, messages: Messages, step: int, trainer: Trainer, *, is_end: bool = False) -> None:
+    """Says once that the window is frozen, or why there is none.
+
+    Args:
+        merges: The merges of the run.
+        messages: Where it is said.
+        step: Optimizer steps so far.
+        trainer: The Trainer of the run.
+        is_end: Whether the run is over.
+    """
+    window, steps = merges.capture.window, merges.capture.steps
+    if not window.is_frozen:
+        return
+    if merges.are_any_ready:
+        kept = f"the window of {len(steps)} snapshots up to step {steps[-1]}" if steps else "the average"
+        messages.say(
+            f"the learning rate moved at step {step}: {kept} stays as it is until the rate is constant again",
+            "frozen",
+        )
+    elif window.phase.never_settled(0 if is_end else trainer.estimated_stepping_batches):
+        messages.warn(
+            f"the learning rate was not constant in {window.phase.num_unsettled_steps} steps (a cosine"
+            " schedule? a schedule-free optimizer?), so nothing was captured. MergeCallback(start=STEP) captures"
+            " from a step on whatever the rate does; what its merge says about annealing then is less certain",
+            "unsettled",
+        )
+    elif window.phase.num_waiting_steps and not is_end:
+        messages.say(
+            "the learning rate is set rarely, so capturing begins once it has been set again to the same value;"
+            " MergeCallback(start=STEP) captures from a step on whatever it does",
+            "waiting",
+        )
+
+
+def explain_costs(capture: SnapshotCapture, messages: Messages, trainer: Trainer) -> None:
+    """Says once by how much checkpoints grow, and warns of a ring that is larger than all else that is trained.
+
+    Call it after an optimizer step, when the optimizers have their states.
+    """
+    if messages.is_said("costs") or (costs := capture.costs) is None:
+        return
+    trained = training_bytes(trainer.lightning_module, trainer.optimizers)
+    ring = costs.ring_bytes
+    text = ""
+    if capture.storage.in_checkpoints and trainer.checkpoint_callbacks:
+        sizes = f"{mebibytes(trained)} -> {mebibytes(trained + costs.checkpoint_bytes)}"
+        where = " on each rank" if capture.sharding.is_sharded else ""
+        text = f"each checkpoint {sizes}{where}, once the window is full"
+    if ring > max(trained, LARGE_RING_BYTES):
+        large = f"the window takes {mebibytes(ring)}, model and optimizer {mebibytes(trained)}"
+        messages.warn(
+            f"{large}{'; ' if text else ''}{text}. MergeCallback(num_snapshots=4, snapshot='mean', dtype='bfloat16')"
+            " takes a fifth of ten snapshots in float32 and merges about as well; storage='cpu' or a directory leaves the"
+            " device alone",
+            "costs",
+        )
+    else:
+        messages.say(text, "costs")
