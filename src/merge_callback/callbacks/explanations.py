@@ -64,8 +64,8 @@ def explain_costs(capture: SnapshotCapture, messages: Messages, trainer: Trainer
         large = f"the window takes {mebibytes(ring)}, model and optimizer {mebibytes(trained)}"
         messages.warn(
             f"{large}{'; ' if text else ''}{text}. MergeCallback(num_snapshots=4, snapshot='mean', dtype='bfloat16')"
-            " takes a fifth of ten snapshots in float32 and merges about as well; storage='cpu' or a directory leaves the"
-            " device alone",
+            " takes a fifth of ten snapshots in float32 and merges about as well; storage='cpu' or a directory leaves"
+            " the device alone",
             "costs",
         )
     else:

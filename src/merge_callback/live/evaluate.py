@@ -15,13 +15,14 @@ Lightning keeps these loops private. Only this file and `observe` use their priv
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from merge_callback.live.batch_sums import BatchRecorder, BatchSums
 from merge_callback.live.isolate import isolated_tensors
 from merge_callback.live.preserve import (
     preserved_attributes,
@@ -35,12 +36,16 @@ from merge_callback.live.silent import SilentCallback, SilentLogger
 
 @dataclass(frozen=True)
 class LoggedValue:
-    """The value of a metric at the end of a validation epoch, and the options it was logged with."""
+    """The value of a metric at the end of a validation epoch, and the options it was logged with.
+
+    ``sums`` are its running sums after the first batches, if they were recorded and the value is a mean over batches.
+    """
 
     value: Tensor
     prog_bar: bool = False
     logger: bool = True
     higher_is_better: bool | None = None
+    sums: BatchSums | None = field(default=None, compare=False, repr=False)
 
 
 def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict[str, LoggedValue]:
@@ -109,8 +114,10 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
                 save_checkpoint=save_with_live_loop,
             )
         )
+        recorder = BatchRecorder(_recorded_batches(trainer, limit_batches))
+        stack.enter_context(_recording(connector, loop, recorder))
         loop.run()
-        return _epoch_values(loop._results, connector.callback_metrics)
+        return _epoch_values(loop._results, connector.callback_metrics, recorder)
 
 
 @contextmanager
@@ -140,6 +147,12 @@ def num_limited_batches(trainer: Trainer, limit_batches: int | float | None) -> 
     return sum(_limited(num_batches, limit_batches) for num_batches in max_batches), sum(max_batches)
 
 
+def _recorded_batches(trainer: Trainer, limit_batches: int | float | None) -> list[int | float]:
+    """Returns of how many batches of each loader the sums are recorded: those within a limit, none without one."""
+    max_batches = trainer.fit_loop.epoch_loop.val_loop._max_batches
+    return [0 if limit_batches is None else _limited(num_batches, limit_batches) for num_batches in max_batches]
+
+
 def _limited(num_batches: int | float, limit_batches: int | float | None) -> int | float:
     if limit_batches is None or num_batches == 0:
         return num_batches
@@ -153,10 +166,25 @@ def _limited(num_batches: int | float, limit_batches: int | float | None) -> int
     return max(1, int(num_batches * limit_batches))
 
 
-def _epoch_values(results: Any, callback_metrics: Mapping[str, Tensor]) -> dict[str, LoggedValue]:
+@contextmanager
+def _recording(connector: Any, loop: Any, recorder: BatchRecorder) -> Iterator[None]:
+    """Shows a recorder what a validation loop has logged after each of its batches, when all hooks have run."""
+    end_batch = connector.on_batch_end
+
+    def record_and_end() -> None:
+        recorder.record(loop._results)
+        end_batch()
+
+    with _replaced(connector, on_batch_end=record_and_end):
+        yield
+
+
+def _epoch_values(
+    results: Any, callback_metrics: Mapping[str, Tensor], recorder: BatchRecorder
+) -> dict[str, LoggedValue]:
     """Returns the values that one evaluation loop logged for the epoch; ``callback_metrics`` may hold others too."""
     values = {}
-    for item in results.values():
+    for place, item in results.items():
         if not item.meta.on_epoch:
             continue
         # A value logged for step and epoch is monitored as `name` and as `name_epoch`, and written as the latter.
@@ -169,6 +197,7 @@ def _epoch_values(results: Any, callback_metrics: Mapping[str, Tensor]) -> dict[
                 prog_bar=item.meta.prog_bar and key == written_name,
                 logger=item.meta.logger and key == written_name,
                 higher_is_better=None if item.is_tensor else getattr(item.value, "higher_is_better", None),
+                sums=recorder.sums(place, item),
             )
     return values
 

@@ -3,12 +3,14 @@
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
 
-from merge_callback.live.evaluate import LoggedValue, _epoch_values, _replaced
+from merge_callback.live.batch_sums import BatchRecorder
+from merge_callback.live.evaluate import LoggedValue, _epoch_values, _recorded_batches, _recording, _replaced
 from merge_callback.live.swap import live_weights
 
 
@@ -29,13 +31,23 @@ class ValidationObserver(Protocol):
         """
 
 
-def observe_validations(trainer: Trainer, observer: ValidationObserver) -> None:
-    """Calls the observer around every validation of the running fit, until `stop_observing_validations`."""
+def observe_validations(
+    trainer: Trainer, observer: ValidationObserver, limit_batches: int | float | None = None
+) -> None:
+    """Calls the observer around every validation of the running fit, until `stop_observing_validations`.
+
+    Args:
+        trainer: The Trainer of the fit.
+        observer: The observer.
+        limit_batches: Of how many batches of each loader the live values have `LoggedValue.sums`, as a number or as a
+            share; None for none.
+    """
     loop = trainer.fit_loop.epoch_loop.val_loop
     if loop not in _observed:
         _observed[loop] = run = _ObservedRun(trainer, vars(loop).get("run"))
         loop.run = run  # type: ignore[method-assign]
     _observed[loop].observers.append(observer)
+    _observed[loop].limits.append(limit_batches)
 
 
 def stop_observing_validations(trainer: Trainer, observer: ValidationObserver) -> None:
@@ -44,6 +56,7 @@ def stop_observing_validations(trainer: Trainer, observer: ValidationObserver) -
     run = _observed.get(loop)
     if run is None or observer not in run.observers:
         return
+    del run.limits[run.observers.index(observer)]
     run.observers.remove(observer)
     if run.observers:
         return
@@ -73,6 +86,8 @@ class _ObservedRun:
         self.trainer = trainer
         self.replaced = replaced
         self.observers: list[ValidationObserver] = []
+        # For each of them, of how many batches it wants the sums.
+        self.limits: list[int | float | None] = []
         # Names that observers logged. Lightning's results keep them, and they are not live values in later validations.
         self.published: set[str] = set()
 
@@ -87,12 +102,16 @@ class _ObservedRun:
         with _saving_live_weights(self.trainer):
             for observer in self.observers:
                 observer.before_validation(self.trainer)
-        with _called_before_epoch_ends(self.trainer, self._publish):
+        wanted = [_recorded_batches(self.trainer, limit) for limit in self.limits]
+        recorder = BatchRecorder([max(of_loader) for of_loader in zip(*wanted, strict=True)])
+        publish = partial(self._publish, recorder)
+        connector = self.trainer._logger_connector
+        with _recording(connector, loop, recorder), _called_before_epoch_ends(self.trainer, publish):
             return run()
 
-    def _publish(self) -> None:
+    def _publish(self, recorder: BatchRecorder) -> None:
         results = self.trainer.fit_loop.epoch_loop.val_loop._results
-        logged = _epoch_values(results, self.trainer.callback_metrics)
+        logged = _epoch_values(results, self.trainer.callback_metrics, recorder)
         live = {name: value for name, value in logged.items() if name not in self.published}
         now: set[str] = set()
         for observer in self.observers:

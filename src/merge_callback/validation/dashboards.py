@@ -40,7 +40,8 @@ def scalar_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str
         f"Live, merged, annealed{label}": {metric: ["Multiline", [f"^{re.escape(metric)}$"]] for metric in metrics},
         # The pattern fits all merges, including those that are logged later.
         f"Gain of the merge{label}": {
-            metric: ["Multiline", [f"^merge_gain{label}(_[^/]*)?/{re.escape(metric)}$"]] for metric in metrics
+            metric: ["Multiline", [f"^merge_gain(?!_stderr){label}(_[^/]*)?/{re.escape(metric)}$"]]
+            for metric in metrics
         },
         f"Merge{label}": {name: ["Multiline", [f"^merge{label}/{name}$"]] for name in DIAGNOSTICS},
     }

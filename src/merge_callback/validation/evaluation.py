@@ -44,9 +44,11 @@ class Evaluation:
     step: int
     # The primary merge comes first, if it could be made.
     merges: dict[str, Evaluated]
-    # Live values on the batches of the merges, if these are fewer than those of the live validation.
+    # Live values on the batches of the merges, if these are fewer and the live validation will not tell them.
     live: dict[str, LoggedValue] | None
     diagnostics: dict[str, float]
+    # Whether the merges had fewer batches than the live validation has.
+    is_limited: bool
 
     @property
     def values(self) -> dict[str, dict[str, LoggedValue]]:

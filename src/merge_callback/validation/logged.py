@@ -8,7 +8,7 @@ import torch
 
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.names import fits
-from merge_callback.prediction.bias import Prediction, gain
+from merge_callback.prediction.bias import Prediction
 
 
 def safe_name(name: str) -> str:
@@ -30,7 +30,8 @@ class LoggedName:
     """The name of one value that the callback logs.
 
     Args:
-        kind: ``"merged"``, ``"merge_gain"``, ``"annealed"``, ``"annealed_error"``, or ``"merge"`` for a diagnostic.
+        kind: ``"merged"``, ``"merge_gain"``, ``"merge_gain_stderr"``, ``"annealed"``, ``"annealed_error"``, or
+            ``"merge"`` for a diagnostic.
         label: Distinguishes callbacks and further merges; begins with ``_``, or is empty.
         metric: The live metric, or the diagnostic.
         end: One of ``BOUNDS`` for an end of a prediction's interval; otherwise empty.
@@ -91,30 +92,6 @@ class Names:
         """
         plain = metric.partition("/dataloader_idx_")[0].removesuffix("_epoch")
         return any(fits(name, patterns) for name in (metric, plain))
-
-
-def merged_and_gains(
-    names: Names, merged: Mapping[str, Mapping[str, LoggedValue]], live: Mapping[str, LoggedValue]
-) -> dict[LoggedName, LoggedValue]:
-    """Returns the values of merges and their gains over the live values, to log.
-
-    Args:
-        names: The callback's names for them.
-        merged: Merge -> metric -> value.
-        live: Metric -> live value, on the same batches.
-    """
-    logged = {}
-    in_bar = next((metric for metric, value in live.items() if value.prog_bar), None)
-    for merge, values in merged.items():
-        for metric, value in values.items():
-            is_better_higher = names.is_higher_better(metric, value)
-            logged[names("merged", metric, merge)] = replace(
-                value, prog_bar=merge == names.primary and metric == in_bar, higher_is_better=is_better_higher
-            )
-            if metric in live:
-                better = gain(live[metric].value, value.value, is_better_higher)
-                logged[names("merge_gain", metric, merge)] = LoggedValue(better, logger=value.logger)
-    return logged
 
 
 def predictions_and_errors(

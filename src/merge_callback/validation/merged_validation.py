@@ -13,17 +13,17 @@ from merge_callback.capture.merge_set import MergeSet
 from merge_callback.live.evaluate import LoggedValue, evaluate, num_limited_batches
 from merge_callback.live.learning_rates import optimizer_step
 from merge_callback.live.observe import is_last_validation, logged_step, observe_validations, stop_observing_validations
-from merge_callback.prediction.bias import gain
 from merge_callback.prediction.predictor import AnnealPredictor
 from merge_callback.prediction.records import StableValidation
 from merge_callback.utilities.devices import wait_for_device
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
+from merge_callback.validation.comparison import Comparison, are_sums_known, compare, merged_and_gains
 from merge_callback.validation.count import ValidationCount
 from merge_callback.validation.dashboards import Dashboards
 from merge_callback.validation.evaluation import Evaluated, Evaluation, Results
 from merge_callback.validation.frozen import FrozenValues
-from merge_callback.validation.logged import LoggedName, Names, merged_and_gains, predictions_and_errors
+from merge_callback.validation.logged import LoggedName, Names, predictions_and_errors
 from merge_callback.validation.routers import Choices, Routers
 from merge_callback.validation.unmoved import UnmovedValues
 
@@ -81,7 +81,7 @@ class MergedValidation:
             )
         elif trainer.enable_validation:
             num_limited_batches(trainer, self._limit_batches)  # raises now rather than at the first merge
-            observe_validations(trainer, self)
+            observe_validations(trainer, self, self._limit_batches)
             self._warn_of_early_stops(trainer)
         else:
             self._messages.say(
@@ -134,14 +134,17 @@ class MergedValidation:
             results = self._validate_merges(trainer, step)
             self._frozen.keep(results, step)
         num_batches, num_live_batches = num_limited_batches(trainer, self._limit_batches)
-        live = self._validated(trainer, self._limit_batches) if num_batches < num_live_batches else None
+        is_limited = num_batches < num_live_batches
+        live = None
+        if is_limited and not are_sums_known(results.merges.values()):
+            live = self._validated(trainer, self._limit_batches)
         diagnostics = dict(results.diagnostics)
         if self._routers is not None and results.choices:
             diagnostics |= self._routers.compare(results.choices, self._choices(trainer))
         wait_for_device(device)
         diagnostics["seconds"] = time.perf_counter() - began
         self.budget.spend(diagnostics["seconds"], is_costly=is_new)
-        self._evaluation = Evaluation(step, results.merges, live, diagnostics)
+        self._evaluation = Evaluation(step, results.merges, live, diagnostics, is_limited=is_limited)
 
     def _validate_merges(self, trainer: Trainer, step: int) -> Results:
         results = Results()
@@ -160,15 +163,17 @@ class MergedValidation:
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """Returns what to log beside the live values: merged values, gains, predictions and diagnostics."""
-        logged = self._predicted(trainer, live)
+        comparison = Comparison(live)
+        if self._evaluation is not None:
+            comparison = compare(self._evaluation, live, self._names)
+        logged = self._predicted(trainer, live, comparison)
         if self.budget.share is not None:
             logged[self._names("merge", "num_skipped")] = LoggedValue(torch.tensor(float(self.budget.num_skipped)))
         if (evaluation := self._evaluation) is not None:
             step = logged_step(trainer, live)
-            live = evaluation.live or live
-            logged |= merged_and_gains(self._names, evaluation.values, live)
+            logged |= merged_and_gains(self._names, comparison, live)
             primary = evaluation.values.get(self.merges.primary, {})
-            self._unmoved.look(primary, live, evaluation.diagnostics.get("spread", 0.0))
+            self._unmoved.look(primary, comparison.live, evaluation.diagnostics.get("spread", 0.0))
             self._check_names(live)
             device = trainer.lightning_module.device
             for key, diagnostic in (evaluation.diagnostics | self._curvature_gain(evaluation)).items():
@@ -221,14 +226,16 @@ class MergedValidation:
         self.budget.validating += time.perf_counter() - began
         return values
 
-    def _predicted(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[LoggedName, LoggedValue]:
+    def _predicted(
+        self, trainer: Trainer, live: Mapping[str, LoggedValue], comparison: Comparison
+    ) -> dict[LoggedName, LoggedValue]:
         """Learns from this validation, if merge and live model can be compared; returns the predictions to log."""
         capture, predictor = self.merges.capture, self.predictor
         is_decaying = not capture.window.phase.is_stable
         predictor.is_checked = is_decaying and is_last_validation(trainer)
         if self.evaluated_at(optimizer_step(trainer), self.merges.primary) and capture.is_comparable:
             assert self._evaluation is not None
-            self._learn(self._evaluation, live, trainer)
+            self._learn(self._stable_validation(self._evaluation, live, comparison), trainer)
         if not is_decaying and (self._evaluation is None or not capture.is_comparable):
             return {}
         logged = predictions_and_errors(self._names, predictor.predictions, live, is_end_of_decay=predictor.is_checked)
@@ -236,8 +243,9 @@ class MergedValidation:
             logged[self._names("merge", "is_prior")] = LoggedValue(torch.tensor(1.0))
         return logged
 
-    def _learn(self, evaluation: Evaluation, live: Mapping[str, LoggedValue], trainer: Trainer) -> None:
-        validation, losses = self._stable_validation(evaluation, live), self._losses(evaluation)
+    def _learn(self, validation: StableValidation, trainer: Trainer) -> None:
+        assert self._evaluation is not None
+        losses = self._losses(self._evaluation)
         for problem in self.predictor.learn(validation, losses, may_write=trainer.is_global_zero):
             self._messages.warn(f"left out of the records: {problem}", problem)
         for metric, fit in self.predictor.fits.items():
@@ -246,14 +254,12 @@ class MergedValidation:
         if calibration is not None and not self.predictor.is_prior and not self.predictor.fits:
             self._messages.say(f"uncalibrated until {calibration} holds two real anneals of a kind", "uncalibrated")
 
-    def _stable_validation(self, evaluation: Evaluation, live: Mapping[str, LoggedValue]) -> StableValidation:
-        primary = evaluation.merges[self.merges.primary]
-        values = {name: float(live[name].value) for name in primary.values if name in live}
-        merged = {name: float(primary.values[name].value) for name in values}
-        if evaluation.live is not None:
-            # The merge was evaluated on fewer batches, so only its gain over the live model there is meaningful.
-            gains = {name: gain(float(evaluation.live[name].value), merged[name]) for name in values}
-            merged = {name: values[name] - gains[name] for name in values}
+    def _stable_validation(
+        self, evaluation: Evaluation, live: Mapping[str, LoggedValue], comparison: Comparison
+    ) -> StableValidation:
+        primary, found = evaluation.merges[self.merges.primary], comparison.merged[self.merges.primary]
+        values = {name: float(live[name].value) for name in found if name in live}
+        merged = {name: float(found[name].value) for name in values}
         span_steps = round(evaluation.diagnostics["span_steps"])
         return StableValidation(evaluation.step, span_steps, values, merged, primary.merge.label)
 

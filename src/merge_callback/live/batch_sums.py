@@ -1,0 +1,109 @@
+"""Running sums of what a validation logs, after each of its first batches.
+
+Lightning keeps only the sums over all batches so far. From the sums after each batch follow the value over the first
+batches, exactly as Lightning would calculate it, and the value of every single batch.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BatchSums:
+    """Running sums of one metric whose value is the mean over batches, weighted by their size.
+
+    Args:
+        batches: Numbers of the batches in which it was logged, from zero.
+        totals: After each of them, the sum of values times batch sizes.
+        sizes: After each of them, the sum of batch sizes.
+        sync: Reduces a tensor over ranks, as the metric was logged; changes nothing if it is not to be reduced.
+        is_synced: Whether it is reduced.
+    """
+
+    batches: Sequence[int]
+    totals: Sequence[Tensor]
+    sizes: Sequence[Tensor]
+    sync: Callable[[Tensor], Tensor]
+    is_synced: bool
+
+    def until(self, batch: int) -> "BatchSums | None":
+        """Returns the sums up to a batch; None if no batch up to there logged the metric."""
+        num = sum(each <= batch for each in self.batches)
+        return (
+            replace(self, batches=self.batches[:num], totals=self.totals[:num], sizes=self.sizes[:num]) if num else None
+        )
+
+    def mean(self) -> Tensor:
+        """Returns the value over these batches. If the metric is reduced over ranks, all must call it together."""
+        # Copies, since Lightning reduces in place.
+        mean: Tensor = self.sync(self.totals[-1].clone()) / self.sync(self.sizes[-1].clone())
+        return mean
+
+    def by_batch(self) -> tuple[Tensor, Tensor]:
+        """Returns the value of each batch of this rank and its size, ``[num_batches]`` each, in float64 on the CPU."""
+        totals, sizes = (torch.stack(list(each)).double().cpu() for each in (self.totals, self.sizes))
+        zero = torch.zeros(1, dtype=torch.float64)
+        totals, sizes = torch.diff(totals, prepend=zero), torch.diff(sizes, prepend=zero)
+        return totals / sizes, sizes
+
+
+class BatchRecorder:
+    """Records the running sums of one validation after each of its first batches.
+
+    Args:
+        limits: Number of batches to record, for each loader.
+    """
+
+    def __init__(self, limits: Sequence[int | float]) -> None:
+        self._limits = limits
+        self._num_seen: Counter[int] = Counter()
+        self._sums: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+
+    def record(self, results: Any) -> None:
+        """Records the sums after a batch. ``results`` is Lightning's collection of what was logged."""
+        loader = results.dataloader_idx or 0
+        number = self._num_seen[loader]
+        self._num_seen[loader] += 1
+        if number >= self._limits[loader]:
+            return
+        for key, item in results.items():
+            # What was logged in an earlier validation has been reset.
+            if not _is_mean(item) or item.has_reset:
+                continue
+            found = self._sums.setdefault(key, [])
+            # An update makes new tensors.
+            if not found or found[-1][1] is not item.value:
+                found.append((number, item.value, item.cumulated_batch_size))
+
+    def sums(self, key: str, item: Any) -> BatchSums | None:
+        """Returns the sums of a logged item; None if it is no mean over batches, or no batch has logged it."""
+        if not (found := self._sums.get(key)):
+            return None
+        batches, totals, sizes = zip(*found, strict=True)
+        return BatchSums(batches, totals, sizes, item.meta.sync, item.meta.sync.should)
+
+
+def _is_mean(item: Any) -> bool:
+    return bool(item.is_tensor and item.meta.on_epoch and item.meta.is_mean_reduction)
+
+
+def standard_error(
+    differences: Tensor, sizes: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> float | None:
+    """Returns the standard error of the mean of values by batch, weighted by batch size; None for a single batch.
+
+    Args:
+        differences: One value a batch, ``[num_batches]``.
+        sizes: Size of each batch, ``[num_batches]``.
+        add_up: Sums a tensor over ranks; the default is for a single process.
+    """
+    count = torch.ones_like(sizes)
+    mean_sums = add_up(torch.stack([(sizes * differences).sum(), sizes.sum(), count.sum()]))
+    total, size, num = mean_sums.tolist()
+    squares = add_up(((sizes * (differences - total / size)) ** 2).sum().reshape(1))
+    return float((squares[0] * num / (num - 1)) ** 0.5 / size) if num > 1 else None

@@ -1,0 +1,156 @@
+"""With a limit of batches: the gain is that on the same batches, and the live model is not validated twice for it."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from merge_callback import MergeCallback
+from merge_callback.live.batch_sums import standard_error
+from tests.helpers.toys import Toy, assert_same_training, batches, fit, make
+
+# Of each validation batch: step, loader, loss and size. Outside of the module, whose attributes are restored.
+SEEN: list[tuple[int, int, float, int]] = []
+
+
+class LossAlone(Toy):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("val_loss", loss, batch_size=len(batch[0]))
+        SEEN.append((self.global_step, dataloader_idx, float(loss), len(batch[0])))
+
+
+class AndAccuracy(LossAlone):
+    """A metric object has no values of single batches."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        super().validation_step(batch, batch_idx, dataloader_idx)
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("val_accuracy", self.accuracy)
+
+
+def run(folder, module_class, *callbacks, sizes=(44,), **arguments):
+    """Batches of eight, so that the last one may be smaller."""
+    SEEN.clear()
+    loaders = [batches(size, 8, shuffle=False, seed=seed) for seed, size in enumerate(sizes)]
+    validation = loaders if len(loaders) > 1 else loaders[0]
+    return fit(make(module_class), folder, *callbacks, validation=validation, num_sanity_val_steps=0, **arguments)
+
+
+def by_hand(step, num_merged, num_live, num_skipped=0):
+    """Gain and standard error, from the losses of the batches of both validations at a step."""
+    seen = [(loss, size) for at, _, loss, size in SEEN if at == step]
+    merged, live = seen[:num_merged], seen[num_skipped + num_merged :]
+    assert len(live) == num_live
+    gains = np.array([theirs - ours for (ours, _), (theirs, _) in zip(merged, live, strict=False)])
+    weights = np.array([size for _, size in merged])
+    gain = (weights * gains).sum() / weights.sum()
+    squares = (weights**2 * (gains - gain) ** 2).sum() * len(gains) / (len(gains) - 1)
+    return gain, squares**0.5 / weights.sum()
+
+
+def test_the_live_model_is_validated_once_and_the_gain_is_that_on_the_same_batches(tmp_path):
+    without = run(tmp_path / "without", LossAlone)
+    limited = run(tmp_path / "limited", LossAlone, MergeCallback(2, 3, limit_batches=3))
+    assert_same_training(without, limited)
+    assert [at for at, *_ in SEEN].count(24) == 3 + 6
+    gains, errors = (dict(limited.logged(f"{name}/val_loss")) for name in ("merge_gain", "merge_gain_stderr"))
+    for step in (4, 12, 24):
+        gain, error = by_hand(step, 3, 6)
+        assert gains[step - 1] == pytest.approx(gain, abs=1e-6)
+        assert errors[step - 1] == pytest.approx(error, rel=1e-3)
+    # To the bit the gain that a second live validation would give.
+    twice = run(tmp_path / "twice", AndAccuracy, MergeCallback(2, 3, limit_batches=3))
+    assert [at for at, *_ in SEEN].count(24) == 3 + 3 + 6
+    for name in ("merge_gain/val_loss", "merged/val_loss", "merge_gain_stderr/val_loss"):
+        assert limited.logged(name) == twice.logged(name)
+    assert twice.logged("merge_gain/val_accuracy")
+    assert not twice.logged("merge_gain_stderr/val_accuracy")
+
+
+def test_the_merged_value_is_the_live_one_of_the_whole_validation_less_the_gain(tmp_path):
+    limited = run(tmp_path, AndAccuracy, MergeCallback(2, 3, limit_batches=0.4))
+    for metrics in limited.epoch_metrics:
+        assert metrics["merged/val_loss"] == metrics["val_loss"] - metrics["merge_gain/val_loss"]
+        assert metrics["merged/val_accuracy"] == metrics["val_accuracy"] + metrics["merge_gain/val_accuracy"]
+
+
+def test_a_smaller_last_batch_and_several_loaders_keep_their_weights(tmp_path):
+    limited = run(tmp_path, LossAlone, MergeCallback(2, 3, limit_batches=2), sizes=(12, 40))
+    metrics = limited.epoch_metrics[-1]
+    for loader, num_live in ((0, 2), (1, 5)):
+        of_loader = [each for each in SEEN if each[1] == loader and each[0] == 24]
+        merged, live = of_loader[:2], of_loader[2:]
+        assert len(live) == num_live
+        weights = [size for *_, size in merged]
+        gains = [theirs[2] - ours[2] for ours, theirs in zip(merged, live, strict=False)]
+        expected = np.average(gains, weights=weights)
+        assert float(metrics[f"merge_gain/val_loss/dataloader_idx_{loader}"]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["sometimes", "at the end", "largest", "one batch"])
+def test_what_has_no_values_of_single_batches_has_a_gain_all_the_same(tmp_path, form):
+    class Other(LossAlone):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if form == "sometimes" and batch_idx % 2:
+                self.log("other", SEEN[-1][2], batch_size=1)
+            if form == "largest":
+                self.log("other", SEEN[-1][2], reduce_fx="max")
+
+        def on_validation_epoch_end(self):
+            if form == "at the end":
+                self.log("other", self.out.bias.sum())
+
+    limit = 1 if form == "one batch" else 4
+    limited = run(tmp_path, Other, MergeCallback(2, 3, limit_batches=limit))
+    is_twice = form in ("at the end", "largest")
+    assert [at for at, *_ in SEEN].count(24) == limit * (1 + is_twice) + 6
+    if form == "one batch":
+        assert limited.logged("merge_gain/val_loss")
+        assert not limited.logged("merge_gain_stderr/val_loss")
+        return
+    live, merged = SEEN[-6:], SEEN[-6 - limit * (1 + is_twice) :][:limit]
+    gains = [theirs[2] - ours[2] for ours, theirs in zip(merged, live, strict=False)]
+    gain = float(limited.epoch_metrics[-1]["merge_gain/other"])
+    if form == "sometimes":
+        assert gain == pytest.approx(np.mean(gains[1::2]), abs=1e-6)
+        assert len(limited.logged("merge_gain_stderr/other")) == 6
+    if form == "largest":
+        assert gain == pytest.approx(max(each[2] for each in live[:4]) - max(each[2] for each in merged), abs=1e-6)
+
+
+def test_without_a_limit_or_with_a_large_one_nothing_changes(tmp_path):
+    whole = run(tmp_path / "whole", LossAlone, MergeCallback(2, 3))
+    large = run(tmp_path / "large", LossAlone, MergeCallback(2, 3, limit_batches=6))
+    for name in ("merge_gain/val_loss", "merged/val_loss"):
+        assert whole.logged(name) == large.logged(name)
+    assert not large.logged("merge_gain_stderr/val_loss")
+
+
+def test_two_callbacks_with_other_limits_each_have_their_own_batches(tmp_path):
+    both = run(tmp_path / "both", LossAlone, *(MergeCallback(2, 3, limit_batches=n, name=f"n{n}") for n in (2, 4)))
+    for limit in (2, 4):
+        alone = run(tmp_path / str(limit), LossAlone, MergeCallback(2, 3, limit_batches=limit))
+        assert both.logged(f"merge_gain_n{limit}/val_loss") == alone.logged("merge_gain/val_loss")
+
+
+def test_the_error_of_several_ranks_is_that_of_all_their_batches():
+    values, sizes = torch.tensor([0.1, 0.3, 0.2, 0.5]).double(), torch.tensor([8.0, 8, 8, 4]).double()
+    gathered: list[torch.Tensor] = []
+
+    def with_the_other(place):
+        # Each rank has two batches; the sums of the other one are added.
+        def add_up(own):
+            other = values[2 - place : 4 - place], sizes[2 - place : 4 - place]
+            if own.numel() == 3:
+                return own + torch.stack([(other[0] * other[1]).sum(), other[1].sum(), torch.tensor(2.0)])
+            mean = (values * sizes).sum() / sizes.sum()
+            gathered.append(own)
+            return own + ((other[1] * (other[0] - mean)) ** 2).sum()
+
+        return standard_error(values[place : place + 2], sizes[place : place + 2], add_up)
+
+    assert with_the_other(0) == pytest.approx(with_the_other(2)) == pytest.approx(standard_error(values, sizes))
+    assert len(gathered) == 2
+    assert standard_error(values[:1], sizes[:1]) is None
