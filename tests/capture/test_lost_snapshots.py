@@ -157,10 +157,15 @@ def test_a_wait_that_is_interrupted_is_not_over():
         release.wait()
         done.set()
 
+    # A process that was started in the background ignores this signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     background.begin(work)
-    with pytest.raises(KeyboardInterrupt):
-        go.set()
-        background.wait()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go.set()
+            background.wait()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert not done.is_set()
     release.set()
     background.wait()

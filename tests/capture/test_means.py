@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -306,3 +307,32 @@ def test_wrong_arguments_are_named(arguments, message):
 def test_points_stand_for_the_steps_that_are_nearest_to_them():
     points = covered([10, 20, 40])
     assert (points.counts, points.edges, points.span_steps) == ([1, 1, 1], [5, 15, 30, 50], 30)
+
+
+def test_the_samples_of_an_interval_that_doubles_stand_for_equal_stretches():
+    """Of 16 steps: those of the first eight have every second one, those of the last eight every fourth."""
+    capture = capturing(8, 2, 4, [Window(span_steps=30)])
+    values = [0.0] * 16 + [1.0] * 8 + [3.0] * 8
+    walk(capture, values)
+    # Full at step 16; at step 24 it is thinned, and the interval that began at step 16 lasts until step 32.
+    assert intervals(capture) == [(0, 16), (16, 32)]
+    assert means(capture) == [0.0, 2.0]
+
+
+def test_parameters_that_change_in_the_middle_of_an_interval_begin_a_new_one():
+    class Growing(Wandering):
+        def __init__(self):
+            super().__init__()
+            self.late = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    module, capture = Growing(), capturing(4)
+    capture.prepare(module)
+    for step in range(1, 13):
+        if step == 7:
+            module.late.requires_grad_(True)
+        module.weight.data.fill_(step)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The trainable parameters changed before step 7")
+            capture.after_step(module, step, [0.1], [0.1])
+    assert intervals(capture) == [(6, 8), (8, 12)]
+    assert means(capture) == [7.5, 10.5]

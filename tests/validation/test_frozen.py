@@ -131,6 +131,14 @@ def test_it_is_validated_again_after_the_loaders_were_loaded_again(tmp_path):
     assert found == [[6, 3, 3, 3], [6, 3, 6, 3]]
 
 
+def test_a_merge_that_does_not_change_is_validated_again_while_the_rate_is_constant(tmp_path):
+    """A validation that draws random numbers then sees the same ones for live and merged weights."""
+    _, found = counted(tmp_path, MergeCallback(4, 4), val_check_interval=2)
+    assert found[8] == found[4]
+    counts = [VALIDATED.count(step) for step in range(4, 13, 2)]
+    assert len(set(counts)) == 1
+
+
 def test_with_a_limit_the_live_model_is_still_validated_on_the_same_batches(tmp_path):
     run, found = counted(tmp_path, MergeCallback(2, 4, limit_batches=1))
     assert found[12] == found[16] + 1
@@ -139,8 +147,9 @@ def test_with_a_limit_the_live_model_is_still_validated_on_the_same_batches(tmp_
     assert len({gains[step] for step in (15, 19, 23)}) == 3
 
 
-def test_skipped_validations_of_a_budget_do_not_concern_what_costs_nothing(tmp_path):
-    callback = MergeCallback(2, 4, max_overhead=0.999)
+def test_a_budget_does_not_skip_what_costs_nothing(tmp_path):
+    # The first merged validation is that of step 12, and by then the budget is spent.
+    callback = MergeCallback(12, 4, max_overhead=1e-9)
     run, _ = counted(tmp_path, callback)
     assert callback.session.validation.budget.num_skipped == 0
-    assert len(run.logged("merged/val_loss")) == 6
+    assert [step for step, _ in run.logged("merged/val_loss")] == [11, 15, 19, 23]

@@ -71,7 +71,7 @@ class SnapshotCapture:
         self.num_snapshots = num_snapshots if rules or not averages else 0
         # Processes on this host that allocate as much as this one.
         self.num_local_processes = 1
-        # Seconds spent waiting for queued training work; not counted as cost.
+        # Seconds of waiting for queued training work, which are no cost.
         self.waited_seconds = 0.0
         self.window = CaptureWindow(every_n_train_steps, rules, start)
         self.averages = RunningAverages(averages or {}, storage.average_device)
@@ -108,8 +108,7 @@ class SnapshotCapture:
     def prepare(self, module: nn.Module) -> None:
         """Allocates ring and averages, unless that has to wait for the first steps.
 
-        It waits if all parameters are frozen, which a fine-tuning callback may thaw later, and for lazy parameters,
-        which get their shapes in the first forward pass.
+        It waits for frozen models, which a callback may thaw later, and for lazy parameters, which have no shapes yet.
 
         Raises:
             ValueError: If there are no floating-point parameters, none is selected, or one has too few bits for sums.
@@ -262,6 +261,7 @@ class SnapshotCapture:
         self.kind.fit_to(None)
         self.averages.fit_to(None)
         self._allocate(module)
+        self.kind.restart(step - 1)
 
     def leave_out_unusable(self) -> dict[int, str]:
         """Marks snapshots that some rank cannot use; returns the reasons by step. All ranks must call it together."""
