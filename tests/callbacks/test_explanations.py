@@ -76,5 +76,5 @@ def test_a_ring_that_is_larger_than_model_and_optimizer_is_warned_of_once(tmp_pa
         warned.append([str(each.message) for each in recwarn if "the window takes" in str(each.message)])
     assert warned[0] == []
     (text,) = warned[1]
-    assert "the window takes 7.6 MiB, model and optimizer 5.7 MiB; each checkpoint 5.7 MiB -> 13.4 MiB" in text
-    assert "MergeCallback(num_snapshots=4, snapshot='mean', dtype='bfloat16')" in text
+    assert "the window takes 7.6 MiB, and model and optimizer 5.7 MiB; each checkpoint 5.7 MiB -> 13.4 MiB" in text
+    assert "(num_snapshots=4, snapshot='mean', dtype='bfloat16')" in text

@@ -22,7 +22,7 @@ from merge_callback.live.sharding import local
 from tests.helpers import reference
 from tests.helpers.ranks import Ranks
 from tests.helpers.sharded_toys import FullTracker, Sharded, fit_sharded, full, merge_by_hand, weights
-from tests.helpers.toys import batches, make, same
+from tests.helpers.toys import ResumableBatches, batches, make, same
 
 pytestmark = pytest.mark.slow
 
@@ -206,8 +206,33 @@ def test_a_nan_in_every_sample_of_one_rank_refuses_the_mean_on_all(tmp_path, two
     arguments = {"every_n_train_steps": 2, "num_snapshots": 4, "snapshot": "mean", "mean_samples": 1}
     first, second = two_ranks.run(poisoned, tmp_path, arguments, 6)
     assert first["steps"] == second["steps"] == [2, 4]
-    assert any("No sample at step 6: up.weight holds NaN or inf on rank 1" in text for text in second["said"])
-    assert any("left out of merges and checkpoints: No snapshot at step 6: no step" in text for text in first["said"])
+    said = "No sample at step 6: up.weight holds NaN or inf on rank 1. Its interval has no snapshot"
+    assert any(said in text for text in second["said"])
+    assert any(
+        "No snapshot at step 6: at step 6, up.weight holds NaN or inf on rank 1" in text for text in first["said"]
+    )
+
+
+def poisoned_and_resumed(folder: Path, path: str | None, max_steps: int) -> dict[str, Any]:
+    """Intervals of four steps. One rank alone cannot use step 6; after step 7 there may be a checkpoint."""
+    callback = MergeCallback(4, 3, snapshot="mean")
+    options: dict[str, Any] = {"max_steps": max_steps, "val_check_interval": 32, "ckpt_path": path}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = make(Unharmed, form="fsdp")
+        run = fit_sharded(folder, "fsdp", PoisonOneRank(), callback, module=module, train=ResumableBatches(), **options)
+        if path is None:
+            run.trainer.save_checkpoint(folder.parent / f"at-{max_steps}.ckpt")
+        merged = callback.merged_state_dict()
+    return {"steps": callback.snapshot_steps, "merged": {name: full(value) for name, value in merged.items()}}
+
+
+def test_a_run_that_is_interrupted_in_an_interval_that_one_rank_has_spoilt_goes_on_alike(tmp_path, two_ranks):
+    whole = two_ranks.run(poisoned_and_resumed, tmp_path / "whole", None, 16)
+    two_ranks.run(poisoned_and_resumed, tmp_path / "first", None, 7)
+    again = two_ranks.run(poisoned_and_resumed, tmp_path / "again", str(tmp_path / "at-7.ckpt"), 16)
+    assert whole[0]["steps"] == whole[1]["steps"] == [4, 12, 16]
+    assert same(again, whole)
 
 
 def test_an_average_with_nan_on_one_rank_begins_anew_on_all(tmp_path, two_ranks):

@@ -1,12 +1,15 @@
 """With a limit of batches: the gain is that on the same batches, and the live model is not validated twice for it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from merge_callback import MergeCallback
-from merge_callback.live.batch_sums import standard_error
+from merge_callback.live.batch_sums import BatchSums, standard_error
 from tests.helpers.toys import Toy, assert_same_training, batches, fit, make
 
 # Of each validation batch: step, loader, loss and size. Outside of the module, whose attributes are restored.
@@ -135,22 +138,35 @@ def test_two_callbacks_with_other_limits_each_have_their_own_batches(tmp_path):
         assert both.logged(f"merge_gain_n{limit}/val_loss") == alone.logged("merge_gain/val_loss")
 
 
+def sums(values, sizes, batches=None):
+    totals = torch.cumsum(torch.tensor(values) * torch.tensor(sizes), 0)
+    return BatchSums(
+        batches or range(len(values)), list(totals), list(torch.cumsum(torch.tensor(sizes), 0)), None, True
+    )
+
+
 def test_the_error_of_several_ranks_is_that_of_all_their_batches():
-    values, sizes = torch.tensor([0.1, 0.3, 0.2, 0.5]).double(), torch.tensor([8.0, 8, 8, 4]).double()
-    gathered: list[torch.Tensor] = []
+    values, sizes = [0.1, 0.3, 0.2, 0.5], [8.0, 8.0, 8.0, 4.0]
+    told: list[list[torch.Tensor]] = [[], []]
+    barrier = threading.Barrier(2)
 
-    def with_the_other(place):
-        # Each rank has two batches; the sums of the other one are added.
+    def error_on(rank):
         def add_up(own):
-            other = values[2 - place : 4 - place], sizes[2 - place : 4 - place]
-            if own.numel() == 3:
-                return own + torch.stack([(other[0] * other[1]).sum(), other[1].sum(), torch.tensor(2.0)])
-            mean = (values * sizes).sum() / sizes.sum()
-            gathered.append(own)
-            return own + ((other[1] * (other[0] - mean)) ** 2).sum()
+            told[rank].append(own)
+            place = len(told[rank]) - 1
+            barrier.wait()
+            return told[0][place] + told[1][place]
 
-        return standard_error(values[place : place + 2], sizes[place : place + 2], add_up)
+        here = slice(2 * rank, 2 * rank + 2)
+        return standard_error(sums(values[here], sizes[here]), sums([0.0, 0.0], sizes[here]), add_up)
 
-    assert with_the_other(0) == pytest.approx(with_the_other(2)) == pytest.approx(standard_error(values, sizes))
-    assert len(gathered) == 2
-    assert standard_error(values[:1], sizes[:1]) is None
+    with ThreadPoolExecutor(2) as ranks:
+        first, second = ranks.map(error_on, range(2))
+    assert first == second == pytest.approx(standard_error(sums(values, sizes), sums([0.0] * 4, sizes)))
+
+
+def test_a_single_batch_and_other_batches_have_no_error():
+    assert standard_error(sums([0.5], [8.0]), sums([0.1], [8.0])) is None
+    assert standard_error(sums([0.5, 0.4], [8.0, 8.0]), sums([0.1, 0.2], [8.0, 4.0])) is None
+    assert standard_error(sums([0.5, 0.4], [8.0, 8.0], [0, 2]), sums([0.1, 0.2], [8.0, 8.0], [0, 1])) is None
+    assert standard_error(sums([0.5, 0.4], [8.0, 8.0]), sums([0.1, 0.2], [8.0, 8.0])) == pytest.approx(0.1)

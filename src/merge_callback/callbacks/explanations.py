@@ -60,13 +60,11 @@ def explain_costs(capture: SnapshotCapture, messages: Messages, trainer: Trainer
         sizes = f"{mebibytes(trained)} -> {mebibytes(trained + costs.checkpoint_bytes)}"
         where = " on each rank" if capture.sharding.is_sharded else ""
         text = f"each checkpoint {sizes}{where}, once the window is full"
-    if ring > max(trained, LARGE_RING_BYTES):
-        large = f"the window takes {mebibytes(ring)}, model and optimizer {mebibytes(trained)}"
-        messages.warn(
-            f"{large}{'; ' if text else ''}{text}. MergeCallback(num_snapshots=4, snapshot='mean', dtype='bfloat16')"
-            " takes a fifth of ten snapshots in float32 and merges about as well; storage='cpu' or a directory leaves"
-            " the device alone",
-            "costs",
-        )
-    else:
+    if ring <= max(trained, LARGE_RING_BYTES):
         messages.say(text, "costs")
+        return
+    large = f"the window takes {mebibytes(ring)}, and model and optimizer {mebibytes(trained)}"
+    advice = "four means in bfloat16 (num_snapshots=4, snapshot='mean', dtype='bfloat16') merge about as well"
+    if capture.storage.merge_device is None:
+        advice += "; storage='cpu' or a directory leaves the device alone"
+    messages.warn(f"{'; '.join(filter(None, (large, text)))}. For less, {advice}", "costs")

@@ -21,10 +21,10 @@ from merge_callback.live.sharding import Sharding, all_gather_dict, local_clones
 from merge_callback.live.weights import (
     LiveTensors,
     describe_left_out,
+    describe_nonfinite,
     has_lazy_parameters,
     is_number,
     merged_parameters,
-    nonfinite_names,
     refuse_narrow,
 )
 from merge_callback.merging.averages import Average
@@ -219,12 +219,13 @@ class SnapshotCapture:
 
     def _sample(self, parameters: Mapping[str, Tensor], step: int, end: int) -> None:
         self.waited_seconds += wait_for_device(next(iter(parameters.values())).device)
-        if bad := nonfinite_names(parameters):
-            more = f", and {len(bad) - 1} more parameters do" if len(bad) > 1 else ""
-            where = f" on rank {rank()}" if self.sharding.is_sharded else ""
-            self.kind.skip(step, f"{bad[0]} holds NaN or inf{more}{where}")
-        else:
+        if not (reason := describe_nonfinite(parameters)):
             self.kind.add(step, end, parameters)
+            return
+        if self.sharding.is_sharded:
+            reason += f" on rank {rank()}"
+            self.kind.spoil(f"at step {step}, {reason}")
+        self.kind.skip(step, reason)
 
     def _take_snapshot(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: int) -> None:
         assert self.ring is not None
@@ -267,6 +268,8 @@ class SnapshotCapture:
         """Marks snapshots that some rank cannot use; returns the reasons by step. All ranks must call it together."""
         if self.ring is None:
             return {}
+        for reason in self.sharding.gather({rank(): self.kind.spoilt} if self.kind.spoilt else {}).values():
+            self.kind.spoil(reason)
         gather = all_gather_dict if self.storage.is_shared_by_ranks else self.sharding.gather
         problems = dict(gather(self.ring.problems()))
         self.ring.leave_out(problems)
@@ -291,10 +294,3 @@ class SnapshotCapture:
         assert self.layout is not None
         replicas = self.sharding.num_replicas(self.layout.places)
         return self.ring.spread(coefficients, row, replicas, self.sharding.reduce_sum)
-
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        """Full shapes of the captured tensors by name; empty while they are not known."""
-        if self.layout is None:
-            return {}
-        return self.sharding.shapes({name: place.shape for name, place in self.layout.places.items()})

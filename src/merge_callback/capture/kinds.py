@@ -57,6 +57,14 @@ class PointSnapshots:
         """Returns why there is no snapshot of the interval that ends at this step; None if there is one."""
         return self._problem
 
+    @property
+    def spoilt(self) -> str | None:
+        """Why the interval in progress will have no snapshot, whatever comes; None if it may have one."""
+        return None
+
+    def spoil(self, reason: str) -> None:
+        """Gives up the interval in progress, since some rank cannot use a step of it."""
+
     def close(self, ring: SnapshotRing, step: int, live: Mapping[str, Tensor]) -> None:
         """Puts the snapshot of the interval that ends at this step into the ring, or an open place for it."""
         if self._problem is not None:
@@ -87,7 +95,7 @@ class MeanSnapshots(PointSnapshots):
 
     Each interval has evenly spaced samples, of which the last one is at its end. They have equal weights; if the
     interval doubles in its course, the later ones stand for twice as many steps. A sample with NaN or inf is left out.
-    In a sharded run each rank leaves out the samples in which its own shard has them.
+    In a sharded run it costs the interval, since ranks do not communicate at each sample.
 
     Args:
         num_samples: Samples of an interval; None is every step up to 8, else 8.
@@ -109,6 +117,7 @@ class MeanSnapshots(PointSnapshots):
         # The step after which the interval begins, the latest step that was due, and how many steps the samples so far
         # stand for.
         self._begin, self._latest, self._weight = step, step, 0.0
+        self._problem: str | None = None
 
     def new_ring(self, storage: SnapshotStorage, capacity: int) -> SnapshotRing:
         return MeanRing(storage, capacity)
@@ -171,9 +180,19 @@ class MeanSnapshots(PointSnapshots):
 
     def skip(self, step: int, reason: str) -> None:
         self._latest = step
-        warnings.warn(f"No sample at step {step}: {reason}. The mean of its interval goes without it.", stacklevel=2)
+        then = "The mean of its interval goes without it" if self._problem is None else "Its interval has no snapshot"
+        warnings.warn(f"No sample at step {step}: {reason}. {then}.", stacklevel=2)
+
+    @property
+    def spoilt(self) -> str | None:
+        return self._problem
+
+    def spoil(self, reason: str) -> None:
+        self._problem = reason
 
     def problem(self, step: int) -> str | None:
+        if self._problem is not None:
+            return f"No snapshot at step {step}: {self._problem}"
         if self._weight:
             return None
         return f"No snapshot at step {step}: no step of its interval has weights that can be used"
@@ -197,14 +216,16 @@ class MeanSnapshots(PointSnapshots):
 
     def tensors(self) -> Mapping[str, Tensor]:
         self._wait()
-        return self._mean if self._weight else {}
+        return self._mean if self._weight and self._problem is None else {}
 
     def state_dict(self) -> dict[str, Any]:
         self._wait()
-        return {"begin": self._begin, "latest": self._latest, "weight": self._weight}
+        weight = self._weight if self._problem is None else 0.0
+        return {"begin": self._begin, "latest": self._latest, "weight": weight, "problem": self._problem}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self._begin, self._latest, self._weight = state["begin"], state["latest"], state["weight"]
+        self._problem = state["problem"]
         self._mean = dict(tensors)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def capture_state(capture: SnapshotCapture) -> dict[str, Any]:
         "begins": capture.ring.begins if capture.ring is not None else [],
         "interval": capture.kind.state_dict() if is_saved else {},
         "problems": capture.ring.problems() if capture.ring is not None else {},
-        "shapes": capture.shapes,
+        "shapes": _shapes(capture),
         "dtypes": _dtypes(capture),
         "buffers": capture.buffers if is_saved else {},
         "averages": capture.averages.state_dict() if is_saved else None,
@@ -153,7 +153,7 @@ def restore_capture_(
         A clause for the user about each thing that was dropped or changed; empty if the window continues exactly.
     """
     num_saved, is_saved = len(state["steps"]), state["averages"] is not None
-    problem = _difference(capture.shapes, state["shapes"])
+    problem = _difference(_shapes(capture), state["shapes"])
     changes = []
     if num_saved and capture.ring is None:
         changes.append(f"the {num_saved} snapshots of the window are left out: no merge needs them")
@@ -173,6 +173,13 @@ def restore_capture_(
         _restore_interval_(capture, state, module, reader)
     averages = state["averages"] if is_saved and problem is None else {"profiles": {}, "buffers": {}}
     return changes + _restore_averages_(capture, averages, module, reader)
+
+
+def _shapes(capture: SnapshotCapture) -> dict[str, list[int]]:
+    """Returns the full shapes of the captured tensors by name; empty while they are not known."""
+    if capture.layout is None:
+        return {}
+    return capture.sharding.shapes({name: place.shape for name, place in capture.layout.places.items()})
 
 
 def _dtypes(capture: SnapshotCapture) -> list[str]:

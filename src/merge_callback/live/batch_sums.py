@@ -93,17 +93,22 @@ def _is_mean(item: Any) -> bool:
 
 
 def standard_error(
-    differences: Tensor, sizes: Tensor, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
+    first: BatchSums, second: BatchSums, add_up: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> float | None:
-    """Returns the standard error of the mean of values by batch, weighted by batch size; None for a single batch.
+    """Returns the standard error of the difference of two means over the same batches, from its values by batch.
 
     Args:
-        differences: One value a batch, ``[num_batches]``.
-        sizes: Size of each batch, ``[num_batches]``.
-        add_up: Sums a tensor over ranks; the default is for a single process.
+        first: Sums of one of them.
+        second: Sums of the other.
+        add_up: Sums a tensor over ranks; the default is for a single process. All ranks must call it together.
+
+    Returns:
+        The error. None for a single batch, or if the batches are not the same: a module may log a metric now and then.
     """
-    count = torch.ones_like(sizes)
-    mean_sums = add_up(torch.stack([(sizes * differences).sum(), sizes.sum(), count.sum()]))
-    total, size, num = mean_sums.tolist()
-    squares = add_up(((sizes * (differences - total / size)) ** 2).sum().reshape(1))
-    return float((squares[0] * num / (num - 1)) ** 0.5 / size) if num > 1 else None
+    (ours, sizes), (theirs, other_sizes) = first.by_batch(), second.by_batch()
+    is_same = first.batches == second.batches and torch.equal(sizes, other_sizes)
+    differences = ours - theirs if is_same else torch.zeros_like(sizes)
+    parts = [(sizes * differences).sum(), sizes.sum(), torch.ones_like(sizes).sum(), torch.tensor(float(not is_same))]
+    total, size, num, num_others = add_up(torch.stack([part.double() for part in parts])).tolist()
+    (squares,) = add_up(((sizes * (differences - total / size)) ** 2).sum().reshape(1)).tolist()
+    return (squares * num / (num - 1)) ** 0.5 / size if num > 1 and not num_others else None

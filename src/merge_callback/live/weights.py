@@ -196,6 +196,13 @@ def nonfinite_names(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
+def describe_nonfinite(tensors: Mapping[str, Tensor]) -> str:
+    """Returns which of the parameters hold NaN or inf, in words for the user; empty if none does."""
+    if not (bad := nonfinite_names(tensors)):
+        return ""
+    return f"{bad[0]} holds NaN or inf" + (f", and {len(bad) - 1} more parameters do" if len(bad) > 1 else "")
+
+
 def training_bytes(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
     """Returns the bytes of this process's part of a module and of the states of its optimizers."""
     states = chain.from_iterable(state.values() for optimizer in optimizers for state in optimizer.state.values())

@@ -82,11 +82,7 @@ def _on_same_batches(evaluation: Evaluation, live: Mapping[str, LoggedValue]) ->
 def _error(live: BatchSums | None, merged: BatchSums | None) -> float | None:
     if live is None or merged is None:
         return None
-    (ours, sizes), (theirs, other_sizes) = live.by_batch(), merged.by_batch()
-    # A metric that the module logs only now and then may have been logged in other batches.
-    if live.batches != merged.batches or not torch.equal(sizes, other_sizes):
-        return None
-    return standard_error(ours - theirs, sizes, all_reduce_sum if merged.is_synced else lambda sums: sums)
+    return standard_error(live, merged, all_reduce_sum if merged.is_synced else lambda sums: sums)
 
 
 def merged_and_gains(
