@@ -52,9 +52,10 @@ def by_hand(step, num_merged, num_live, num_skipped=0):
     return gain, squares**0.5 / weights.sum()
 
 
-def test_the_live_model_is_validated_once_and_the_gain_is_that_on_the_same_batches(tmp_path):
+@pytest.mark.parametrize("limit", [3, 0.5])
+def test_the_live_model_is_validated_once_and_the_gain_is_that_on_the_same_batches(tmp_path, limit):
     without = run(tmp_path / "without", LossAlone)
-    limited = run(tmp_path / "limited", LossAlone, MergeCallback(2, 3, limit_batches=3))
+    limited = run(tmp_path / "limited", LossAlone, MergeCallback(2, 3, limit_batches=limit))
     assert_same_training(without, limited)
     assert [at for at, *_ in SEEN].count(24) == 3 + 6
     gains, errors = (dict(limited.logged(f"{name}/val_loss")) for name in ("merge_gain", "merge_gain_stderr"))
@@ -63,7 +64,7 @@ def test_the_live_model_is_validated_once_and_the_gain_is_that_on_the_same_batch
         assert gains[step - 1] == pytest.approx(gain, abs=1e-6)
         assert errors[step - 1] == pytest.approx(error, rel=1e-3)
     # To the bit the gain that a second live validation would give.
-    twice = run(tmp_path / "twice", AndAccuracy, MergeCallback(2, 3, limit_batches=3))
+    twice = run(tmp_path / "twice", AndAccuracy, MergeCallback(2, 3, limit_batches=limit))
     assert [at for at, *_ in SEEN].count(24) == 3 + 3 + 6
     for name in ("merge_gain/val_loss", "merged/val_loss", "merge_gain_stderr/val_loss"):
         assert limited.logged(name) == twice.logged(name)

@@ -114,7 +114,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
                 save_checkpoint=save_with_live_loop,
             )
         )
-        recorder = BatchRecorder(_recorded_batches(trainer, limit_batches))
+        recorder = BatchRecorder(loop._max_batches if limit_batches is not None else [0] * len(loop._max_batches))
         stack.enter_context(_recording(connector, loop, recorder))
         loop.run()
         return _epoch_values(loop._results, connector.callback_metrics, recorder)
