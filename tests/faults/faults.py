@@ -1311,4 +1311,10 @@ FAULTS = [
         "        return self.ring_bytes\n",
         "test_the_size_of_checkpoints_is_said_as_it_will_be",
     ),
+    (
+        "a share of the batches is taken of the limited ones",
+        "        recorder = BatchRecorder(loop._max_batches if limit_batches is not None else [0] * len(loop._max_batches))\n",
+        "        recorder = BatchRecorder(_recorded_batches(trainer, limit_batches))\n",
+        "test_the_live_model_is_validated_once_and_the_gain_is_that_on_the_same_batches",
+    ),
 ]
