@@ -299,3 +299,41 @@ def test_strategies_whose_merges_would_be_wrong_are_refused_with_what_to_use(nam
 
     with pytest.raises(NotImplementedError, match=f"does not work under {name}, .*; use ModelParallelStrategy"):
         refuse_strategy(Here())
+
+
+class Losses(Sharded):
+    """Logs a loss by batch, each rank with sizes of its own, and what only some ranks know.
+
+    Args:
+        kind: "plain", "rank zero at the end", "rank zero by batch" or "tokens".
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        size = 4 + batch_idx + self.trainer.global_rank if self.kind == "tokens" else 4
+        self.log("val_loss", loss, sync_dist=True, batch_size=size)
+        if self.kind == "rank zero by batch" and self.trainer.is_global_zero:
+            self.log("best", loss, rank_zero_only=True, sync_dist=True, batch_size=4)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.kind == "rank zero at the end" and self.trainer.is_global_zero:
+            self.log("best", 1.0, rank_zero_only=True)
+
+
+def compared(folder: Path, kind: str) -> dict[str, Any]:
+    callback = MergeCallback(2, 3, limit_batches=4)
+    run = fit_sharded(folder / kind, "ddp", callback, module=make(Losses, kind=kind))
+    names = ("val_loss", "merged/val_loss", "merge_gain/val_loss", "merge_gain_stderr/val_loss")
+    return {name: float(run.epoch_metrics[-1][name]) for name in names}
+
+
+@pytest.mark.parametrize("kind", ["plain", "rank zero at the end", "rank zero by batch", "tokens"])
+def test_ranks_agree_on_gains_from_few_batches_whatever_each_of_them_logs(tmp_path, two_ranks, kind):
+    first, second = two_ranks.run(compared, tmp_path, kind)
+    assert first == second
+    assert first["merge_gain_stderr/val_loss"] > 0
+    assert first["merged/val_loss"] == pytest.approx(first["val_loss"] - first["merge_gain/val_loss"], abs=1e-6)

@@ -1,5 +1,7 @@
 """While the rate decays the merge is frozen: it is validated once, and its values are repeated while they hold."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -7,10 +9,11 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from merge_callback import Ema, MergeCallback, Parts
-from tests.helpers.toys import Toy, assert_same_training, batches, fit, lightning, make
+from merge_callback.live.checksums import checksums_without
+from tests.helpers.toys import ResumableBatches, Toy, assert_same_training, batches, fit, lightning, make
 
 pytestmark = pytest.mark.usefixtures("both_lightnings")
-STABLE_STEPS, NUM_STEPS = 12, 24
+STABLE_STEPS, NUM_STEPS = 12, 28
 # The step of each validation batch. Outside of the module, whose attributes a merged validation restores.
 VALIDATED: list[int] = []
 
@@ -43,22 +46,22 @@ def test_the_frozen_merge_is_validated_once_and_its_values_are_logged_at_each_va
     with caplog.at_level("INFO"):
         run, found = counted(tmp_path / "with", callback)
     assert_same_training(without, run)
-    # Step 12 is the last with the full rate. The averages had seen it too.
-    assert found == {4: 3 * once, 8: 3 * once, 12: 3 * once, 16: once, 20: once, 24: once}
+    # Step 12 is the last with the full rate. The averages had seen it too. That of step 16 finds the same values again.
+    assert found == {4: 3 * once, 8: 3 * once, 12: 3 * once, 16: 3 * once, 20: once, 24: once, 28: once}
     for name in ("merged/val_loss", "merged_ema/val_loss", "merged/val_accuracy"):
         values = dict(run.logged(name))
-        assert values[15] == values[19] == values[23] == values[11]
+        assert values[15] == values[19] == values[23] == values[27] == values[11]
         assert values[11] != values[7]
     live, gains = (dict(run.logged(name)) for name in ("val_loss", "merge_gain/val_loss"))
-    for step in (15, 19, 23):
+    for step in (15, 19, 23, 27):
         assert gains[step] == pytest.approx(live[step] - dict(run.logged("merged/val_loss"))[step], abs=1e-6)
     said = [record.getMessage() for record in caplog.records]
-    assert any("its values of step 12 were repeated 3 times" in each for each in said)
+    assert any("its values of step 16 were repeated 3 times" in each for each in said)
     # They are what the merge has now.
     with callback.merged_weights(run.module), torch.no_grad():
         run.module.eval()
         losses = [F.cross_entropy(run.module(x), y) for x, y in batches(24, 8, shuffle=False, seed=1)]
-    assert float(torch.stack(losses).mean()) == pytest.approx(dict(run.logged("merged/val_loss"))[23], abs=1e-5)
+    assert float(torch.stack(losses).mean()) == pytest.approx(dict(run.logged("merged/val_loss"))[27], abs=1e-5)
 
 
 class Teaching(Callback):
@@ -74,6 +77,34 @@ class Reading(Decaying):
         return super().forward(self.frozen(x))
 
 
+class Moving(Decaying):
+    """A one that moves through a buffer, whose sum stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("stage", torch.eye(64, dtype=torch.int64)[0])
+
+    def training_step(self, batch, batch_idx):
+        self.stage = self.stage.roll(1)
+        return super().training_step(batch, batch_idx)
+
+
+class Noisy(Decaying):
+    def forward(self, x):
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+class ByStep(Decaying):
+    def on_validation_epoch_end(self):
+        self.log("weighted", float(self.global_step))
+
+
+class NowAndThen(Decaying):
+    def on_validation_epoch_end(self):
+        if self.global_step % 8 == 0:
+            self.log("rare", 1.0)
+
+
 class Counter(Decaying):
     def __init__(self):
         super().__init__()
@@ -87,22 +118,26 @@ class Counter(Decaying):
 @pytest.mark.parametrize(
     ("changed", "again"),
     [
-        ((Reading, {}, [Teaching], {}), [20]),
-        ((Decaying, {"parts": Parts(exclude="out.*")}, [], {}), [16, 20, 24]),
-        ((Decaying, {"recalibrate_batches": 2}, [], {}), [16, 20, 24]),
-        ((Counter, {}, [], {}), [16, 20, 24]),
+        ((Reading, {}, [Teaching], {}), [20, 24]),
+        ((Decaying, {"parts": Parts(exclude="out.*")}, [], {}), [20, 24, 28]),
+        ((Decaying, {"recalibrate_batches": 2}, [], {}), [20, 24, 28]),
+        ((Counter, {}, [], {}), [20, 24, 28]),
+        ((Moving, {}, [], {}), [20, 24, 28]),
+        ((Noisy, {}, [], {}), [20, 24, 28]),
+        ((ByStep, {}, [], {}), [20, 24, 28]),
+        # Two validations have other metrics than the one before.
+        ((NowAndThen, {}, [], {}), [20, 24, 28]),
         ((Decaying, {}, [], {}), []),
     ],
-    ids=["frozen", "excluded", "recalibrated", "counters", "nothing"],
+    ids=["frozen", "excluded", "recalibrated", "counters", "moving", "random", "by step", "now and then", "nothing"],
 )
 def test_it_is_validated_again_when_anything_else_has_changed(tmp_path, changed, again):
     toy_class, arguments, callbacks, options = changed
     callback = MergeCallback(**({"every_n_train_steps": 2, "num_snapshots": 4} | arguments))
     _, found = counted(tmp_path, callback, *(each() for each in callbacks), toy_class=toy_class, **options)
-    assert [step for step in (16, 20, 24) if found[step] == found[12]] == again
-    assert [step for step in (16, 20, 24) if 2 * found[step] == found[12]] == [
-        s for s in (16, 20, 24) if s not in again
-    ]
+    late = (20, 24, 28)
+    assert [step for step in late if found[step] == found[12]] == again
+    assert [step for step in late if 2 * found[step] == found[12]] == [step for step in late if step not in again]
 
 
 def test_it_is_validated_again_after_the_loaders_were_loaded_again(tmp_path):
@@ -126,9 +161,9 @@ def test_it_is_validated_again_after_the_loaders_were_loaded_again(tmp_path):
             enable_checkpointing=False,
         )
         trainer.fit(make(Loading), batches())
-        found.append([VALIDATED.count(step) for step in (12, 16, 20, 24)])
+        found.append([VALIDATED.count(step) for step in (12, 16, 20, 24, 28)])
     # Epochs of eight steps.
-    assert found == [[6, 3, 3, 3], [6, 3, 6, 3]]
+    assert found == [[6, 6, 3, 3, 3], [6, 6, 6, 6, 6]]
 
 
 def test_a_merge_that_does_not_change_is_validated_again_while_the_rate_is_constant(tmp_path):
@@ -139,17 +174,65 @@ def test_a_merge_that_does_not_change_is_validated_again_while_the_rate_is_const
     assert len(set(counts)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using:UserWarning")
+def test_a_run_resumed_in_its_decay_logs_what_the_uninterrupted_one_repeats(tmp_path):
+    def run(folder, *callbacks, **arguments):
+        module = make(Decaying)
+        module.dropout.p = 0.0
+        options = {"train": ResumableBatches(), "max_steps": NUM_STEPS, "num_sanity_val_steps": 0} | arguments
+        return fit(module, folder, MergeCallback(2, 4), *callbacks, **options)
+
+    saving = lightning(".callbacks").ModelCheckpoint(tmp_path / "saved", every_n_train_steps=22, filename="{step}")
+    whole = run(tmp_path / "whole", saving, enable_checkpointing=True)
+    (path,) = (tmp_path / "saved").glob("*.ckpt")
+    resumed = run(tmp_path / "resumed", ckpt_path=str(path))
+    for name in ("merged/val_loss", "merge_gain/val_loss", "merged/val_accuracy"):
+        assert resumed.logged(name) == [(step, value) for step, value in whole.logged(name) if step > 22]
+        assert len(resumed.logged(name)) == 2
+
+
+def test_parameters_that_never_get_a_shape_do_not_end_the_run(tmp_path):
+    class Unshaped(Decaying):
+        def __init__(self):
+            super().__init__()
+            self.never = torch.nn.LazyLinear(3)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Lazy modules are a new feature")
+        run, _ = counted(tmp_path, MergeCallback(2, 4), toy_class=Unshaped)
+    assert len(run.logged("merged/val_loss")) == 7
+
+
+def test_a_checksum_needs_little_memory_and_sees_every_move():
+    module = torch.nn.Module()
+    module.register_buffer("large", torch.arange(3_000_000, dtype=torch.int32))
+    before = checksums_without(module, [])
+    assert checksums_without(module, []) == before
+    module.large[[5, 2_500_000]] = module.large[[2_500_000, 5]]
+    assert checksums_without(module, []) != before
+    module.large[[5, 2_500_000]] = module.large[[2_500_000, 5]]
+    assert checksums_without(module, []) == before
+    assert checksums_without(module, ["large"]) == []
+
+
 def test_with_a_limit_the_live_model_is_still_validated_on_the_same_batches(tmp_path):
     run, found = counted(tmp_path, MergeCallback(2, 4, limit_batches=1))
-    assert found[12] == found[16] + 1
+    assert found[12] == found[20] + 1
     live, merged, gains = (dict(run.logged(name)) for name in ("val_loss", "merged/val_loss", "merge_gain/val_loss"))
     assert all(merged[step] == pytest.approx(live[step] - gains[step], abs=1e-6) for step in merged)
     assert len({gains[step] for step in (15, 19, 23)}) == 3
 
 
 def test_a_budget_does_not_skip_what_costs_nothing(tmp_path):
-    # The first merged validation is that of step 12, and by then the budget is spent.
-    callback = MergeCallback(12, 4, max_overhead=1e-9)
-    run, _ = counted(tmp_path, callback)
+    callback = MergeCallback(12, 4, max_overhead=0.999)
+
+    class Poor(Callback):
+        """After step 16 the budget is spent."""
+
+        def on_train_batch_end(self, trainer, pl_module, *arguments):
+            if trainer.global_step == 17:
+                callback.session.validation.budget.spend(1e6)
+
+    run, _ = counted(tmp_path, callback, Poor())
     assert callback.session.validation.budget.num_skipped == 0
-    assert [step for step, _ in run.logged("merged/val_loss")] == [11, 15, 19, 23]
+    assert [step for step, _ in run.logged("merged/val_loss")] == [11, 15, 19, 23, 27]

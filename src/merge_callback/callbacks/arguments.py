@@ -53,6 +53,12 @@ def check_name(name: Any) -> None:
     """Raises ValueError unless ``name`` is a non-empty string."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"name must be a non-empty string, got {name!r}")
+    _refuse_taken("name", name)
+
+
+def _refuse_taken(what: str, name: str) -> None:
+    if f"{safe_name(name)}_".startswith("stderr_"):
+        raise ValueError(f"{what} must not begin with 'stderr', which is the name of a gain's error, got {name!r}")
 
 
 def snapshot_place(storage: Any) -> StoragePlace:
@@ -132,6 +138,8 @@ def named_merges(merges: Any) -> dict[str, Rule | Average]:
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(f"merges must be named by non-empty strings without a slash, got {name!r}")
     _, *further = merges
+    for name in further:
+        _refuse_taken("names of merges", name)
     logged = [safe_name(name) for name in further]
     if twice := next((name for name, safe in zip(further, logged, strict=True) if logged.count(safe) > 1), None):
         raise ValueError(

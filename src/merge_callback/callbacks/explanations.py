@@ -56,7 +56,8 @@ def explain_costs(capture: SnapshotCapture, messages: Messages, trainer: Trainer
     trained = training_bytes(trainer.lightning_module, trainer.optimizers)
     ring = costs.ring_bytes
     text = ""
-    if capture.storage.in_checkpoints and trainer.checkpoint_callbacks:
+    is_saved = any(not getattr(each, "save_weights_only", False) for each in trainer.checkpoint_callbacks)
+    if capture.storage.in_checkpoints and is_saved:
         sizes = f"{mebibytes(trained)} -> {mebibytes(trained + costs.checkpoint_bytes)}"
         where = " on each rank" if capture.sharding.is_sharded else ""
         text = f"each checkpoint {sizes}{where}, once the window is full"

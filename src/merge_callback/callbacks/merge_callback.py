@@ -50,7 +50,8 @@ class MergeCallback(PickledWithoutItsRun):
         dtype: Dtype of the snapshots, such as ``"bfloat16"``; None keeps each parameter's own.
         evaluate_every_n_validations: Evaluates the merges at every n-th validation.
         limit_batches: How much of each validation loader a merged validation uses: a number of batches, a share, or
-            None for as much as the live one. With a limit, the live model is validated again on the same batches.
+            None for as much as the live one. With a limit, the gain is that on the same batches: for means over batches
+            they are taken from the live validation, for other metrics the live model is validated on them again.
         max_overhead: Largest share of the run's wall time that the callback may take, such as 0.02. Merged validations
             that would exceed it are skipped, except the first, and ``merge/num_skipped`` counts them. None: no limit.
         calibration: The file to which `AnnealBranch` appends its records, also while this run goes on; or ``"prior"``

@@ -126,6 +126,7 @@ class MergeSession:
     def end(self, trainer: Trainer) -> None:
         """Ends the training: tells the user what was not captured or not checked, and closes."""
         self.capture.averages.wait()
+        self.capture.kind.wait()
         explain_phase(self.merges, self._messages, self.step, trainer, is_end=True)
         window, predictor = self.capture.window, self.validation.predictor
         if not self.merges.are_any_ready and window.phase.is_stable:

@@ -78,6 +78,9 @@ class PointSnapshots:
     def finish(self) -> None:
         """Makes it safe to write to the live tensors; call it before any write."""
 
+    def wait(self) -> None:
+        """Waits until all samples are taken; raises the error of one that failed."""
+
     def tensors(self) -> Mapping[str, Tensor]:
         """Returns the tensors of the interval in progress, by name of the live tensor and by reference."""
         return {}
@@ -126,6 +129,7 @@ class MeanSnapshots(PointSnapshots):
         return f"snapshots, {when}, each the mean of up to {self.num_samples} steps since the one before"
 
     def fit_to(self, layout: RowLayout | None) -> None:
+        self.wait()
         # Free the old memory first, so that both never take memory at once.
         self._mean, self._beside = {}, None
         self.restart()
@@ -202,7 +206,7 @@ class MeanSnapshots(PointSnapshots):
         if (problem := self.problem(step)) is not None:
             ring.leave_open(step, problem, self._begin)
         else:
-            self._wait()
+            self.wait()
             ring.append(step, self._mean, self._begin)
         self.restart(step)
 
@@ -210,16 +214,16 @@ class MeanSnapshots(PointSnapshots):
         if self._beside is not None:
             self._beside.finish()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         if self._beside is not None:
             self._beside.wait()
 
     def tensors(self) -> Mapping[str, Tensor]:
-        self._wait()
+        self.wait()
         return self._mean if self._weight and self._problem is None else {}
 
     def state_dict(self) -> dict[str, Any]:
-        self._wait()
+        self.wait()
         weight = self._weight if self._problem is None else 0.0
         return {"begin": self._begin, "latest": self._latest, "weight": weight, "problem": self._problem}
 
@@ -230,5 +234,5 @@ class MeanSnapshots(PointSnapshots):
 
     def __getstate__(self) -> dict[str, Any]:
         """Waits for the sample under way."""
-        self._wait()
+        self.wait()
         return self.__dict__.copy()

@@ -168,6 +168,10 @@ class MergeSet:
                     f"buffer {name}",
                 )
 
+    def buffers_of_snapshots(self, module: nn.Module) -> set[str]:
+        """Returns the clean names of the buffers that merges take from snapshots and averages, not from the module."""
+        return {name for merge in self for name, *_ in self._fitting_buffers(module, merge)}
+
     def drop_unusable(self) -> None:
         """Drops snapshots that some rank cannot use, with a warning for each. All ranks must call it together.
 

@@ -168,7 +168,7 @@ def restore_capture_(
     elif num_saved:
         changes += _restore_ring_(capture, state, reader)
     changes += capture.window.load_state_dict(state["window"], capture.steps, num_saved)
-    is_continued = is_saved and problem is None and state["snapshot"] == capture.kind.name
+    is_continued = is_saved and problem is None and capture.ring is not None and state["snapshot"] == capture.kind.name
     if is_continued and bool(capture.steps) == bool(num_saved):
         _restore_interval_(capture, state, module, reader)
     averages = state["averages"] if is_saved and problem is None else {"profiles": {}, "buffers": {}}

@@ -21,6 +21,7 @@ class BatchSums:
         batches: Numbers of the batches in which it was logged, from zero.
         totals: After each of them, the sum of values times batch sizes.
         sizes: After each of them, the sum of batch sizes.
+        num_batches: How many batches were recorded, whether or not they logged the metric.
         sync: Reduces a tensor over ranks, as the metric was logged; changes nothing if it is not to be reduced.
         is_synced: Whether it is reduced.
     """
@@ -28,6 +29,7 @@ class BatchSums:
     batches: Sequence[int]
     totals: Sequence[Tensor]
     sizes: Sequence[Tensor]
+    num_batches: int
     sync: Callable[[Tensor], Tensor]
     is_synced: bool
 
@@ -44,12 +46,21 @@ class BatchSums:
         mean: Tensor = self.sync(self.totals[-1].clone()) / self.sync(self.sizes[-1].clone())
         return mean
 
+    @property
+    def last(self) -> int:
+        """Number of the last batch that was recorded, whether or not it logged the metric."""
+        return self.num_batches - 1
+
     def by_batch(self) -> tuple[Tensor, Tensor]:
-        """Returns the value of each batch of this rank and its size, ``[num_batches]`` each, in float64 on the CPU."""
-        totals, sizes = (torch.stack(list(each)).double().cpu() for each in (self.totals, self.sizes))
+        """Returns value times size of each batch of this rank, and its size, ``[num_batches]`` each.
+
+        Both are in float64 on the CPU.
+        """
         zero = torch.zeros(1, dtype=torch.float64)
-        totals, sizes = torch.diff(totals, prepend=zero), torch.diff(sizes, prepend=zero)
-        return totals / sizes, sizes
+        device = self.totals[-1].device
+        running = [torch.stack([one.to(device) for one in each]).double().cpu() for each in (self.totals, self.sizes)]
+        totals, sizes = (torch.diff(each, prepend=zero) for each in running)
+        return totals, sizes
 
 
 class BatchRecorder:
@@ -62,30 +73,37 @@ class BatchRecorder:
     def __init__(self, limits: Sequence[int | float]) -> None:
         self._limits = limits
         self._num_seen: Counter[int] = Counter()
+        # Key -> number of the batch, Lightning's sum, and a copy of the sum of sizes, which Lightning reduces in place.
         self._sums: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
 
     def record(self, results: Any) -> None:
         """Records the sums after a batch. ``results`` is Lightning's collection of what was logged."""
-        loader = results.dataloader_idx or 0
-        number = self._num_seen[loader]
-        self._num_seen[loader] += 1
-        if number >= self._limits[loader]:
+        loader = results.dataloader_idx
+        # Batches of several loaders at once have no number of a loader.
+        limit = max(self._limits) if loader is None else self._limits[loader]
+        number = self._num_seen[loader or 0]
+        self._num_seen[loader or 0] += 1
+        if number >= limit:
             return
         for key, item in results.items():
             # What was logged in an earlier validation has been reset.
             if not _is_mean(item) or item.has_reset:
                 continue
             found = self._sums.setdefault(key, [])
-            # An update makes new tensors.
+            # An update makes a new tensor.
             if not found or found[-1][1] is not item.value:
-                found.append((number, item.value, item.cumulated_batch_size))
+                found.append((number, item.value, item.cumulated_batch_size.clone()))
 
     def sums(self, key: str, item: Any) -> BatchSums | None:
-        """Returns the sums of a logged item; None if it is no mean over batches, or no batch has logged it."""
+        """Returns the sums of a logged item; None if it is no mean over the recorded batches."""
         if not (found := self._sums.get(key)):
             return None
         batches, totals, sizes = zip(*found, strict=True)
-        return BatchSums(batches, totals, sizes, item.meta.sync, item.meta.sync.should)
+        loader = item.meta.dataloader_idx or 0
+        limit = max(self._limits) if item.meta.dataloader_idx is None else self._limits[loader]
+        num_batches = int(min(self._num_seen[loader], limit))
+        is_synced = item.meta.sync.should and not item.meta.sync.rank_zero_only
+        return BatchSums(batches, totals, sizes, num_batches, item.meta.sync, is_synced)
 
 
 def _is_mean(item: Any) -> bool:
@@ -108,7 +126,7 @@ def standard_error(
     (ours, sizes), (theirs, other_sizes) = first.by_batch(), second.by_batch()
     is_same = first.batches == second.batches and torch.equal(sizes, other_sizes)
     differences = ours - theirs if is_same else torch.zeros_like(sizes)
-    parts = [(sizes * differences).sum(), sizes.sum(), torch.ones_like(sizes).sum(), torch.tensor(float(not is_same))]
+    parts = [differences.sum(), sizes.sum(), torch.ones_like(sizes).sum(), torch.tensor(float(not is_same))]
     total, size, num, num_others = add_up(torch.stack([part.double() for part in parts])).tolist()
-    (squares,) = add_up(((sizes * (differences - total / size)) ** 2).sum().reshape(1)).tolist()
+    (squares,) = add_up(((differences - sizes * total / size) ** 2).sum().reshape(1)).tolist()
     return (squares * num / (num - 1)) ** 0.5 / size if num > 1 and not num_others else None

@@ -4,27 +4,42 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from merge_callback.live.names import clean_name
 from merge_callback.live.sharding import local, reshard
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Elements that are read at once, so that little memory is needed beside the tensor.
+_CHUNK_NUMEL = 2**20
 
 
 def checksums_without(module: nn.Module, names: Collection[str]) -> list[object]:
     """Returns a checksum of each parameter and buffer of a module, except those with these clean names.
 
-    Two results are equal only if the tensors have the same names, shapes and bits, except by a coincidence of sums. A
-    tensor whose bits cannot be read, such as a sparse one, always counts as changed.
+    Two results are equal only if the tensors have the same names, shapes and bits, but for a rare coincidence. A tensor
+    whose bits cannot be read, such as a sparse one, always counts as changed.
     """
     reshard(module)
-    own = [(clean_name(name), local(t)) for name, t in (*module.named_parameters(), *module.named_buffers())]
-    return [(name, tensor.shape, _checksum(tensor)) for name, tensor in own if name not in names]
+    every = ((clean_name(name), t) for name, t in (*module.named_parameters(), *module.named_buffers()))
+    own = {name: local(tensor) for name, tensor in every if name not in names and not is_lazy(tensor)}
+    sums = [_checksum(tensor) for tensor in own.values()]
+    # Read from the device at once.
+    known = [each.cpu() if isinstance(each, Tensor) else each for each in sums]
+    found = [int(each) if isinstance(each, Tensor) else each for each in known]
+    return [(name, tensor.shape, each) for (name, tensor), each in zip(own.items(), found, strict=True)]
 
 
 @torch.no_grad()
-def _checksum(tensor: Tensor) -> object:
+def _checksum(tensor: Tensor) -> Tensor | object:
+    """Returns the sum of the elements' bits, each times a number that depends on its place."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
         return object()
     numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return int(numbers.contiguous().view(_INTEGERS[numbers.element_size()]).sum(dtype=torch.int64))
+    bits = numbers.contiguous().view(_INTEGERS[numbers.element_size()]).view(-1)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for begin in range(0, bits.numel(), _CHUNK_NUMEL):
+        chunk = bits[begin : begin + _CHUNK_NUMEL].to(torch.int64)
+        places = torch.arange(begin, begin + chunk.numel(), device=tensor.device)
+        total += (chunk * (2 * places + 1)).sum()
+    return total

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import MetricTracker
@@ -170,7 +171,7 @@ class Memory:
             self.remember(item, depth - 1)
 
     def _remember_tensor(self, tensor: Tensor) -> None:
-        if tensor.nbytes > MAX_TENSOR_BYTES or tensor.grad_fn is not None:
+        if is_lazy(tensor) or tensor.nbytes > MAX_TENSOR_BYTES or tensor.grad_fn is not None:
             return
         if tensor.is_inference():
             # Validations may write to what earlier ones have made. torch does not count such writes.

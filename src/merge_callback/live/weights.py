@@ -205,7 +205,9 @@ def describe_nonfinite(tensors: Mapping[str, Tensor]) -> str:
 
 def training_bytes(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
     """Returns the bytes of this process's part of a module and of the states of its optimizers."""
-    states = chain.from_iterable(state.values() for optimizer in optimizers for state in optimizer.state.values())
+    # Some optimizers keep more in there than a dictionary for each parameter.
+    kept = [state for optimizer in optimizers for state in optimizer.state.values() if isinstance(state, dict)]
+    states = chain.from_iterable(state.values() for state in kept)
     tensors = [*module.parameters(), *module.buffers(), *(each for each in states if isinstance(each, Tensor))]
     return size_bytes(local(tensor) for tensor in tensors if not is_lazy(tensor))
 

@@ -1,66 +1,63 @@
 """Compares merges with the live model: on the same batches, also if the merges had fewer of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from merge_callback.live.batch_sums import BatchSums, standard_error
+from merge_callback.live.batch_sums import standard_error
 from merge_callback.live.evaluate import LoggedValue
-from merge_callback.live.sharding import all_reduce_sum
-from merge_callback.prediction.bias import gain
+from merge_callback.live.sharding import all_gather_dict, all_reduce_sum, rank
+from merge_callback.prediction.records import StableValidation
 from merge_callback.validation.evaluation import Evaluated, Evaluation
 from merge_callback.validation.logged import LoggedName, Names
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Values of merges that can be compared with a live validation, with what they gain over it.
+    """Values of merges beside those of a live validation, with what the merges gain.
 
     Args:
         live: Metric -> live value, on the batches of the merges.
-        merged: Merge -> metric -> merged value. If the merges had fewer batches than the live model, this is the live
-            value of the whole validation less the gain on those batches, so that the two can be set side by side.
-        gains: Merge -> metric -> gain, on the same batches.
-        errors: Merge -> metric -> standard error of that gain; only where the merges had fewer batches and the values
-            of single batches are known.
+        merged: Merge -> metric -> merged value. If the merges had fewer batches than the live model, means over batches
+            are the live value of the whole validation less the difference on those batches, so that the two can be set
+            side by side.
+        differences: Merge -> metric -> live minus merged value, on the same batches.
+        errors: Merge -> metric -> standard error of that difference; only where the merges had fewer batches and the
+            values of single batches are known.
     """
 
     live: Mapping[str, LoggedValue]
     merged: dict[str, dict[str, LoggedValue]] = field(default_factory=dict)
-    gains: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    differences: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def are_sums_known(merges: Iterable[Evaluated]) -> bool:
-    """Returns whether a live validation tells all that these merges are compared with, also on its first batches."""
-    return all(value.sums is not None for merge in merges for value in merge.values.values())
+def are_sums_known(merges: Mapping[str, Evaluated]) -> bool:
+    """Returns whether a live validation tells all that these merges are compared with, also on its first batches.
 
-
-def compare(evaluation: Evaluation, live: Mapping[str, LoggedValue], names: Names) -> Comparison:
-    """Compares the merges of an evaluation with the live validation that followed. All ranks must call it together.
-
-    Args:
-        evaluation: What the validation of the merges found.
-        live: Metric -> value of the whole live validation.
-        names: Tell in which metrics more is better.
+    All ranks must call it together: a module may log a metric on one of them alone.
     """
+    sums = {(name, metric): value.sums for name, each in merges.items() for metric, value in each.values.items()}
+    told = [(key, known is not None and known.is_synced) for key, known in sums.items()]
+    by_rank = all_gather_dict({rank(): (told, all(known is not None for known in sums.values()))})
+    return all(are_known and theirs == told for theirs, are_known in by_rank.values())
+
+
+def compare(evaluation: Evaluation, live: Mapping[str, LoggedValue]) -> Comparison:
+    """Compares the merges of an evaluation with the live validation that followed. All ranks must call it together."""
     found = Comparison(_on_same_batches(evaluation, live))
     for merge, values in evaluation.values.items():
-        merged, gains, errors = dict(values), {}, {}
+        merged, differences = dict(values), {}
         for metric, value in values.items():
             if metric not in live or metric not in found.live:
                 continue
-            is_better_higher = names.is_higher_better(metric, value)
-            gains[metric] = better = gain(found.live[metric].value, value.value, is_better_higher)
-            if not evaluation.is_limited:
-                continue
-            whole = live[metric].value
-            merged[metric] = replace(value, value=whole + better if is_better_higher else whole - better)
-            if (error := _error(found.live[metric].sums, value.sums)) is not None:
-                errors[metric] = error
-        found.merged[merge], found.gains[merge], found.errors[merge] = merged, gains, errors
+            differences[metric] = difference = found.live[metric].value - value.value
+            if evaluation.is_limited and value.sums is not None:
+                merged[metric] = replace(value, value=live[metric].value - difference)
+        found.merged[merge], found.differences[merge] = merged, differences
+        found.errors[merge] = _errors(found.live, values) if evaluation.is_limited else {}
     return found
 
 
@@ -69,20 +66,37 @@ def _on_same_batches(evaluation: Evaluation, live: Mapping[str, LoggedValue]) ->
         return live
     if evaluation.live is not None:
         return evaluation.live
-    found = {}
+    firsts = {}
     # All merges had the same batches.
     for metric, value in next(iter(evaluation.values.values()), {}).items():
         known = live[metric].sums if metric in live else None
-        first = known.until(value.sums.batches[-1]) if known is not None and value.sums is not None else None
+        first = known.until(value.sums.last) if known is not None and value.sums is not None else None
         if first is not None:
-            found[metric] = replace(live[metric], value=first.mean(), sums=first)
+            firsts[metric] = first
+    return {
+        metric: replace(live[metric], value=firsts[metric].mean(), sums=firsts[metric]) for metric in _on_all(firsts)
+    }
+
+
+def _errors(live: Mapping[str, LoggedValue], merged: Mapping[str, LoggedValue]) -> dict[str, float]:
+    pairs = {
+        metric: (ours, theirs)
+        for metric, value in merged.items()
+        if (theirs := value.sums) is not None and metric in live and (ours := live[metric].sums) is not None
+    }
+    found = {}
+    for metric in _on_all(pairs):
+        ours, theirs = pairs[metric]
+        error = standard_error(ours, theirs, all_reduce_sum if theirs.is_synced else lambda sums: sums)
+        if error is not None:
+            found[metric] = error
     return found
 
 
-def _error(live: BatchSums | None, merged: BatchSums | None) -> float | None:
-    if live is None or merged is None:
-        return None
-    return standard_error(live, merged, all_reduce_sum if merged.is_synced else lambda sums: sums)
+def _on_all(found: Mapping[str, object]) -> list[str]:
+    """Returns the names that are there on all ranks, in an order that is the same on all of them."""
+    by_rank = all_gather_dict({rank(): list(found)})
+    return [name for name in found if all(name in names for names in by_rank.values())]
 
 
 def merged_and_gains(
@@ -103,9 +117,30 @@ def merged_and_gains(
             logged[names("merged", metric, merge)] = replace(
                 value, prog_bar=merge == names.primary and metric == in_bar, higher_is_better=is_better_higher
             )
-            if (better := comparison.gains[merge].get(metric)) is not None:
+            if (difference := comparison.differences[merge].get(metric)) is not None:
+                better = -difference if is_better_higher else difference
                 logged[names("merge_gain", metric, merge)] = LoggedValue(better, logger=value.logger)
             if (error := comparison.errors[merge].get(metric)) is not None:
                 known = torch.tensor(error, device=value.value.device)
                 logged[names("merge_gain_stderr", metric, merge)] = LoggedValue(known, logger=value.logger)
     return logged
+
+
+def stable_values(
+    evaluation: Evaluation, live: Mapping[str, LoggedValue], comparison: Comparison, merge: str
+) -> StableValidation:
+    """Returns what a validation in the stable phase teaches about predictions by a merge.
+
+    If the merge had fewer batches, its values are the live ones of the whole validation less the differences.
+    """
+    evaluated, found = evaluation.merges[merge], comparison.merged[merge]
+    values = {name: float(live[name].value) for name in comparison.differences[merge]}
+    merged = {name: float(found[name].value) for name in values}
+    if evaluation.is_limited:
+        merged |= {
+            name: values[name] - float(difference)
+            for name, difference in comparison.differences[merge].items()
+            if found[name].sums is None
+        }
+    span_steps = round(evaluation.diagnostics["span_steps"])
+    return StableValidation(evaluation.step, span_steps, values, merged, evaluated.merge.label)

@@ -1,6 +1,6 @@
 """What a validation of the merges has found."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from merge_callback.capture.merges import Merge
 from merge_callback.live.evaluate import LoggedValue
@@ -50,7 +50,16 @@ class Evaluation:
     # Whether the merges had fewer batches than the live validation has.
     is_limited: bool
 
+    def without_sums(self) -> "Evaluation":
+        """Returns the same without the running sums, which refer to the trainer's strategy."""
+        merges = {name: replace(each, values=_without_sums(each.values)) for name, each in self.merges.items()}
+        return replace(self, merges=merges, live=None if self.live is None else _without_sums(self.live))
+
     @property
     def values(self) -> dict[str, dict[str, LoggedValue]]:
         """Merge -> metric -> merged value."""
         return {name: each.values for name, each in self.merges.items()}
+
+
+def _without_sums(values: dict[str, LoggedValue]) -> dict[str, LoggedValue]:
+    return {name: replace(value, sums=None) for name, value in values.items()}

@@ -18,7 +18,7 @@ from merge_callback.prediction.records import StableValidation
 from merge_callback.utilities.devices import wait_for_device
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
-from merge_callback.validation.comparison import Comparison, are_sums_known, compare, merged_and_gains
+from merge_callback.validation.comparison import Comparison, are_sums_known, compare, merged_and_gains, stable_values
 from merge_callback.validation.count import ValidationCount
 from merge_callback.validation.dashboards import Dashboards
 from merge_callback.validation.evaluation import Evaluated, Evaluation, Results
@@ -38,7 +38,8 @@ class MergedValidation:
         budget: Limits the wall time.
         messages: Logs infos and warnings for the user.
         every_n_validations: Validates the merges at every n-th validation.
-        limit_batches: As for `evaluate.evaluate`; with a limit the live model is evaluated on the same batches again.
+        limit_batches: As for `evaluate.evaluate`. Where the live validation does not tell the live values on the same
+            batches, the live model is evaluated on them again.
         routers: The routers to compare between merge and live model; None compares none.
     """
 
@@ -108,19 +109,22 @@ class MergedValidation:
             lines = [self.budget.summary(), self._frozen.describe(), self._closing()]
             self._messages.say("\n".join(filter(None, lines)), "closing")
             self._closing = None
+        # Its results refer to the fit.
+        self._frozen = FrozenValues(self.merges)
 
     def evaluated_at(self, step: int, name: str) -> bool:
         """Returns whether the latest validation was at this step and evaluated the merge of this name."""
         return self._evaluation is not None and self._evaluation.step == step and name in self._evaluation.merges
 
     def before_validation(self, trainer: Trainer) -> None:
-        """Validates every merge. With a batch limit, also validates the live weights on the same batches."""
+        """Validates every merge, or takes its known results. May also validate the live weights on the same batches."""
         self._evaluation = None
         self.count.begin(trainer)
         if self.count.number % self._every_n_validations:
             return
-        results = self._frozen.repeated(trainer)
-        if results is None and not self._fits_budget(trainer):
+        results = self._frozen.repeat(trainer)
+        is_free = results is not None and self._routers is None and not self._needs_live(trainer, results)
+        if not is_free and not self._fits_budget(trainer):
             return
         step, merges = optimizer_step(trainer), self.merges
         merges.drop_unusable()
@@ -130,21 +134,26 @@ class MergedValidation:
         device = trainer.lightning_module.device
         wait_for_device(device)
         began = time.perf_counter()
-        if is_new := results is None:
+        if results is None:
             results = self._validate_merges(trainer, step)
             self._frozen.keep(results, step)
-        num_batches, num_live_batches = num_limited_batches(trainer, self._limit_batches)
-        is_limited = num_batches < num_live_batches
-        live = None
-        if is_limited and not are_sums_known(results.merges.values()):
-            live = self._validated(trainer, self._limit_batches)
+        live = self._validated(trainer, self._limit_batches) if self._needs_live(trainer, results) else None
         diagnostics = dict(results.diagnostics)
         if self._routers is not None and results.choices:
             diagnostics |= self._routers.compare(results.choices, self._choices(trainer))
         wait_for_device(device)
         diagnostics["seconds"] = time.perf_counter() - began
-        self.budget.spend(diagnostics["seconds"], is_costly=is_new)
+        self.budget.spend(diagnostics["seconds"], is_costly=not is_free)
+        is_limited = self._is_limited(trainer)
         self._evaluation = Evaluation(step, results.merges, live, diagnostics, is_limited=is_limited)
+
+    def _is_limited(self, trainer: Trainer) -> bool:
+        num_batches, num_live_batches = num_limited_batches(trainer, self._limit_batches)
+        return num_batches < num_live_batches
+
+    def _needs_live(self, trainer: Trainer, results: Results) -> bool:
+        """Whether the live validation will not tell all that the merges are compared with."""
+        return self._is_limited(trainer) and not are_sums_known(results.merges)
 
     def _validate_merges(self, trainer: Trainer, step: int) -> Results:
         results = Results()
@@ -163,9 +172,10 @@ class MergedValidation:
 
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """Returns what to log beside the live values: merged values, gains, predictions and diagnostics."""
+        self._frozen.see(live.keys())
         comparison = Comparison(live)
         if self._evaluation is not None:
-            comparison = compare(self._evaluation, live, self._names)
+            comparison = compare(self._evaluation, live)
         logged = self._predicted(trainer, live, comparison)
         if self.budget.share is not None:
             logged[self._names("merge", "num_skipped")] = LoggedValue(torch.tensor(float(self.budget.num_skipped)))
@@ -180,6 +190,7 @@ class MergedValidation:
                 logged[self._names("merge", key)] = LoggedValue(torch.tensor(diagnostic, device=device))
             if trainer.is_global_zero:
                 self._show(trainer, evaluation, live, logged, step)
+            self._evaluation = evaluation.without_sums()
         return {str(name): value for name, value in logged.items()}
 
     def _check_names(self, live: Mapping[str, LoggedValue]) -> None:
@@ -235,7 +246,7 @@ class MergedValidation:
         predictor.is_checked = is_decaying and is_last_validation(trainer)
         if self.evaluated_at(optimizer_step(trainer), self.merges.primary) and capture.is_comparable:
             assert self._evaluation is not None
-            self._learn(self._stable_validation(self._evaluation, live, comparison), trainer)
+            self._learn(stable_values(self._evaluation, live, comparison, self.merges.primary), trainer)
         if not is_decaying and (self._evaluation is None or not capture.is_comparable):
             return {}
         logged = predictions_and_errors(self._names, predictor.predictions, live, is_end_of_decay=predictor.is_checked)
@@ -253,15 +264,6 @@ class MergedValidation:
         calibration = self.predictor.calibration
         if calibration is not None and not self.predictor.is_prior and not self.predictor.fits:
             self._messages.say(f"uncalibrated until {calibration} holds two real anneals of a kind", "uncalibrated")
-
-    def _stable_validation(
-        self, evaluation: Evaluation, live: Mapping[str, LoggedValue], comparison: Comparison
-    ) -> StableValidation:
-        primary, found = evaluation.merges[self.merges.primary], comparison.merged[self.merges.primary]
-        values = {name: float(live[name].value) for name in found if name in live}
-        merged = {name: float(found[name].value) for name in values}
-        span_steps = round(evaluation.diagnostics["span_steps"])
-        return StableValidation(evaluation.step, span_steps, values, merged, primary.merge.label)
 
     def _losses(self, evaluation: Evaluation) -> list[str]:
         """Returns the metrics of the primary merge where less is better, in the order in which they are logged."""
