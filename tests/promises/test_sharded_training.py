@@ -325,8 +325,10 @@ class Losses(Sharded):
 
 
 def compared(folder: Path, kind: str) -> dict[str, Any]:
-    callback = MergeCallback(2, 3, limit_batches=4)
-    run = fit_sharded(folder / kind, "ddp", callback, module=make(Losses, kind=kind))
+    callback = MergeCallback(2, 3, limit_batches=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
+        run = fit_sharded(folder / kind, "ddp", callback, module=make(Losses, kind=kind))
     names = ("val_loss", "merged/val_loss", "merge_gain/val_loss", "merge_gain_stderr/val_loss")
     return {name: float(run.epoch_metrics[-1][name]) for name in names}
 
