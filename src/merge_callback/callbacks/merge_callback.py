@@ -38,8 +38,8 @@ class MergeCallback(PickledWithoutItsRun):
             ``"cosine"``, ``"qam"``), a `Window`, an `Extrapolate`, a function of the snapshots' steps, or an `Ema` or
             `PowerEma` over every step. For several, a mapping of names to any of these; the first is the primary one.
         snapshot: ``"point"`` keeps the weights at the end of each interval, as the paper does. ``"mean"`` keeps their
-            mean over the interval, so that four means do what ten points do. `merge_callback.merging.rules` says what
-            each rule makes of means.
+            mean over the interval, so that in windows of a tenth of training four means do what ten points do.
+            `merge_callback.merging.rules` says what each rule makes of means.
         mean_samples: How many steps of an interval a mean takes, evenly and with the last one; None is every step up to
             8, else 8. Each costs a pass over the weights.
         start: ``"stable"`` captures while the learning rate is constant, and begins a new window when it is constant
