@@ -1265,7 +1265,7 @@ FAULTS = [
     ),
     (
         "the frozen merge is validated again and again in a decay",
-        "        self.num_repeated += self._known is not None\n        return self._known\n",
+        "        self.num_repeated += 1\n        return self._known\n",
         "        return None\n",
         "test_the_frozen_merge_is_validated_once_and_its_values_are_logged_at_each_validation",
     ),
@@ -1283,20 +1283,20 @@ FAULTS = [
     ),
     (
         "a merge that is not frozen has the values of the validation before",
-        "        if not self._merges.capture.window.is_frozen:\n            self._known = None\n",
-        "",
+        "        is_known = is_same and self._is_proven and window.is_frozen\n",
+        "        is_known = is_same and self._is_proven\n",
         "test_a_merge_that_does_not_change_is_validated_again_while_the_rate_is_constant",
     ),
     (
         "the live model is validated twice where once is enough",
-        "        if is_limited and not are_sums_known(results.merges.values()):\n",
-        "        if is_limited:\n",
+        "        return self._is_limited(trainer) and not are_sums_known(results.merges)\n",
+        "        return self._is_limited(trainer)\n",
         "test_the_live_model_is_validated_once_and_the_gain_is_that_on_the_same_batches",
     ),
     (
         "batches of different sizes count alike in the error of a gain",
-        "    (squares,) = add_up(((sizes * (differences - total / size)) ** 2).sum().reshape(1)).tolist()\n",
-        "    (squares,) = add_up(((differences - total / size) ** 2).sum().reshape(1)).tolist()\n",
+        "    (squares,) = add_up(((differences - sizes * total / size) ** 2).sum().reshape(1)).tolist()\n",
+        "    (squares,) = add_up(((differences / sizes - total / size) ** 2).sum().reshape(1)).tolist()\n",
         "test_the_live_model_is_validated_once_and_the_gain_is_that_on_the_same_batches",
     ),
     (
@@ -1316,5 +1316,23 @@ FAULTS = [
         "        recorder = BatchRecorder(loop._max_batches if limit_batches is not None else [0] * len(loop._max_batches))\n",
         "        recorder = BatchRecorder(_recorded_batches(trainer, limit_batches))\n",
         "test_the_live_model_is_validated_once_and_the_gain_is_that_on_the_same_batches",
+    ),
+    (
+        "values that were random are repeated in a decay",
+        "        self._is_proven = self._known is not None and _are_same(self._known, results)\n",
+        "        self._is_proven = self._known is not None\n",
+        "test_it_is_validated_again_when_anything_else_has_changed",
+    ),
+    (
+        "what moves within a buffer goes unseen",
+        "            total += (chunk * (2 * places + 1)).sum()\n",
+        "            total += chunk.sum()\n",
+        "test_a_checksum_needs_little_memory_and_sees_every_move",
+    ),
+    (
+        "sums of sizes are kept that Lightning reduces later",
+        "item.cumulated_batch_size.clone()",
+        "item.cumulated_batch_size",
+        "test_ranks_agree_on_gains_from_few_batches_whatever_each_of_them_logs",
     ),
 ]

@@ -168,10 +168,9 @@ def test_it_is_validated_again_after_the_loaders_were_loaded_again(tmp_path):
 
 def test_a_merge_that_does_not_change_is_validated_again_while_the_rate_is_constant(tmp_path):
     """A validation that draws random numbers then sees the same ones for live and merged weights."""
-    _, found = counted(tmp_path, MergeCallback(4, 4), val_check_interval=2)
-    assert found[8] == found[4]
-    counts = [VALIDATED.count(step) for step in range(4, 13, 2)]
-    assert len(set(counts)) == 1
+    _, found = counted(tmp_path, MergeCallback(6, 4), val_check_interval=1)
+    assert found[8] == found[12] == 2 * found[4]
+    assert [VALIDATED.count(step) for step in range(6, 12)] == [found[8]] * 6
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using:UserWarning")
