@@ -1325,8 +1325,8 @@ FAULTS = [
     ),
     (
         "what moves within a buffer goes unseen",
-        "            total += (chunk * (2 * places + 1)).sum()\n",
-        "            total += chunk.sum()\n",
+        "        total += (chunk * (2 * places + 1)).sum()\n",
+        "        total += chunk.sum()\n",
         "test_a_checksum_needs_little_memory_and_sees_every_move",
     ),
     (
