@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from merge_callback import MergeCallback, SpikeDetector, SpikeRecovery, Window
+from merge_callback.callbacks.arguments import snapshot_place
 from merge_callback.capture.capture import SnapshotCapture
 from merge_callback.capture.kinds import MeanSnapshots
+from merge_callback.capture.layout import RowLayout
+from merge_callback.capture.ring import MeanRing
 from merge_callback.checkpoints.merge import merge_checkpoints
 from merge_callback.checkpoints.write import read_provenance
 from merge_callback.merging.intervals import Intervals, covered
@@ -260,8 +263,9 @@ def test_what_is_said_and_saved_of_means_says_which_steps_they_are_over(tmp_path
 
 @pytest.mark.filterwarnings("ignore:SpikeRecovery:UserWarning", "ignore:No sample at step 33:UserWarning")
 def test_a_recovery_weights_means_by_their_steps_and_the_interval_in_progress_restarts(tmp_path):
-    merge, tracker = MergeCallback(5, 8, snapshot="mean", mean_samples=99), Tracker()
-    recovery = SpikeRecovery(merge, detector=SpikeDetector(threshold=8, patience=2, window=20))
+    merge, tracker = MergeCallback(5, 8, snapshot="mean", mean_samples=99, start=3), Tracker()
+    detector = SpikeDetector(threshold=8, patience=2, window=20)
+    recovery = SpikeRecovery(merge, detector=detector, num_snapshots=6)
     module = make(Toy)
 
     class Accident(lightning(".callbacks").Callback):
@@ -272,7 +276,8 @@ def test_a_recovery_weights_means_by_their_steps_and_the_interval_in_progress_re
 
     fit(module, tmp_path, merge, recovery, tracker, Accident(), max_steps=44, train=batches(512))
     assert recovery.recoveries == [33]
-    expected = reference.merge([tracker.parameters[step] for step in range(16, 31)], [1 / 15] * 15)
+    # The first of six intervals has three steps, the others five.
+    expected = reference.merge([tracker.parameters[step] for step in range(3, 31)], [1 / 28] * 28)
     for key, tensor in expected.items():
         torch.testing.assert_close(tracker.parameters[33][key].double(), tensor, rtol=1e-6, atol=1e-7)
     steps = merge.session.capture.covered
@@ -336,3 +341,15 @@ def test_parameters_that_change_in_the_middle_of_an_interval_begin_a_new_one():
             capture.after_step(module, step, [0.1], [0.1])
     assert intervals(capture) == [(6, 8), (8, 12)]
     assert means(capture) == [7.5, 10.5]
+
+
+@pytest.mark.parametrize("place", ["device", "cpu", "files"])
+def test_neighbours_are_averaged_by_their_steps_in_every_storage(tmp_path, place):
+    live = {"weight": torch.zeros(40)}
+    storage = snapshot_place(tmp_path if place == "files" else place).new_storage(RowLayout(live), 5, None, "merge")
+    ring = MeanRing(storage, 5)
+    for begin, end, value in ((0, 2, 5.0), (2, 3, 1.0), (3, 6, 9.0), (6, 10, 0.0), (10, 20, 7.0)):
+        ring.append(end, {"weight": torch.full((40,), value)}, begin)
+    ring.thin()
+    assert ring.covered == Intervals((0, 2, 6), (2, 6, 20))
+    assert [float(tensors["weight"][39]) for _, tensors in ring.snapshots()] == [5.0, 7.0, 5.0]

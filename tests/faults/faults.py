@@ -1201,7 +1201,7 @@ FAULTS = [
         "neighbours of unequal length are averaged evenly",
         "            share = (newer.step - newer.begin) / (newer.step - newer.begin + older.step - older.begin)\n",
         "            share = 0.5\n",
-        "test_however_a_ring_was_thinned_its_means_are_those_of_all_their_steps",
+        "test_neighbours_are_averaged_by_their_steps_in_every_storage",
     ),
     (
         "the later samples of a doubled interval count as little as the first ones",
