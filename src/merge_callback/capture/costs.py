@@ -1,4 +1,4 @@
-"""Computes and describes what a capture takes: memory by device."""
+"""Computes and describes what a capture takes: memory by device, and bytes in checkpoints."""
 
 from dataclasses import dataclass
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merge_callback.capture.layout import RowLayout
 from merge_callback.capture.memory import required_bytes
-from merge_callback.capture.moving import HostUpdates, move_, shadow_bytes, shadow_like
+from merge_callback.capture.moving import DirectUpdates, HostUpdates, move_, shadow_bytes, shadow_like
 from merge_callback.capture.ring import MeanRing, SnapshotRing
 from merge_callback.capture.storage import SnapshotStorage
 
@@ -113,7 +113,7 @@ class MeanSnapshots(PointSnapshots):
         self.num_samples = num_samples or DEFAULT_SAMPLES
         self.device = device
         self._mean: dict[str, Tensor] = {}
-        self._beside: HostUpdates | None = None
+        self._updates: DirectUpdates | HostUpdates = DirectUpdates(self._move)
         self.restart()
 
     def restart(self, step: int | None = None) -> None:
@@ -131,10 +131,10 @@ class MeanSnapshots(PointSnapshots):
     def fit_to(self, layout: RowLayout | None) -> None:
         self.wait()
         # Free the old memory first, so that both never take memory at once.
-        self._mean, self._beside = {}, None
+        self._mean, self._updates = {}, DirectUpdates(self._move)
         self.restart()
         if layout is not None and self._is_elsewhere(layout):
-            self._beside = HostUpdates(self._move, layout)
+            self._updates = HostUpdates(self._move, layout)
 
     def required_bytes(self, layout: RowLayout) -> dict[torch.device, int]:
         required = shadow_bytes(layout, self.device)
@@ -166,10 +166,7 @@ class MeanSnapshots(PointSnapshots):
         weight = self._weight + stands_for
         # Meanwhile a mean of nothing: an interrupt may leave it half moved.
         self._weight = 0.0
-        if self._beside is not None:
-            self._beside.begin(live, stands_for / weight)
-        else:
-            self._move(live, stands_for / weight)
+        self._updates.begin(live, stands_for / weight)
         self._latest, self._weight = step, weight
 
     @torch.no_grad()
@@ -211,12 +208,10 @@ class MeanSnapshots(PointSnapshots):
         self.restart(step)
 
     def finish(self) -> None:
-        if self._beside is not None:
-            self._beside.finish()
+        self._updates.finish()
 
     def wait(self) -> None:
-        if self._beside is not None:
-            self._beside.wait()
+        self._updates.wait()
 
     def tensors(self) -> Mapping[str, Tensor]:
         self.wait()

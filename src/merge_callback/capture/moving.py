@@ -28,6 +28,29 @@ def move_(tensors: Mapping[str, Tensor], live: Mapping[str, Tensor], share: floa
             moved.lerp_(scratch.like(part).copy_(part), share)
 
 
+class DirectUpdates:
+    """Updates of tensors that are made at once, from the live weights themselves.
+
+    Args:
+        update: Makes an update. It gets the live weights by name, and the arguments of `begin`.
+    """
+
+    size_bytes = 0
+
+    def __init__(self, update: Callable[..., None]) -> None:
+        self._update = update
+
+    def begin(self, live: Mapping[str, Tensor], *arguments: Any) -> None:
+        """Makes an update."""
+        self._update(live, *arguments)
+
+    def finish(self) -> None:
+        """Does nothing: the live tensors are not read any more."""
+
+    def wait(self) -> None:
+        """Does nothing: updates are done."""
+
+
 class HostUpdates:
     """Updates of tensors in host memory, which a background thread makes from a copy of the live weights.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.capture.layout import RowLayout
-from merge_callback.capture.moving import HostUpdates, move_, shadow_like
+from merge_callback.capture.moving import DirectUpdates, HostUpdates, move_, shadow_like
 from merge_callback.capture.storage import host_row
 from merge_callback.live.sharding import local_clones
 from merge_callback.live.weights import nonfinite_names
@@ -86,7 +86,7 @@ class RunningAverages:
         # Floating-point buffers at the latest update of the averages.
         self.buffers: dict[str, Tensor] = {}
         self._shadows = {name: Shadow(average) for name, average in averages.items()}
-        self._beside: HostUpdates | None = None
+        self._updates: DirectUpdates | HostUpdates = DirectUpdates(self._update)
 
     def __len__(self) -> int:
         return len(self._shadows)
@@ -105,24 +105,22 @@ class RunningAverages:
         """Prepares for live tensors of this layout; None frees the memory that an earlier layout took."""
         self.layout = layout
         # Free the old copy first, so that both never take memory at once.
-        self._beside = None
+        self._updates = DirectUpdates(self._update)
         if layout is not None and self._shadows and self.device is not None:
-            self._beside = HostUpdates(self._update, layout)
+            self._updates = HostUpdates(self._update, layout)
 
     @property
     def copy_bytes(self) -> int:
         """Bytes of the copy of the live weights that a background update reads; zero without such updates."""
-        return self._beside.size_bytes if self._beside is not None else 0
+        return self._updates.size_bytes
 
     def wait(self) -> None:
         """Waits until background updates are done; raises the error of one that failed."""
-        if self._beside is not None:
-            self._beside.wait()
+        self._updates.wait()
 
     def finish(self) -> None:
         """Makes it safe to write to the live tensors; call it before any write."""
-        if self._beside is not None:
-            self._beside.finish()
+        self._updates.finish()
 
     def update(self, step: int, live: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Moves all averages towards the live weights.
@@ -132,10 +130,7 @@ class RunningAverages:
             live: Name -> live tensor.
             buffers: Name -> live floating-point buffer.
         """
-        if self._beside is not None:
-            self._beside.begin(live, step)
-        else:
-            self._update(live, step)
+        self._updates.begin(live, step)
         self.buffers = local_clones(buffers)
 
     def _update(self, live: Mapping[str, Tensor], step: int) -> None:
