@@ -1283,8 +1283,8 @@ FAULTS = [
     ),
     (
         "a merge that is not frozen has the values of the validation before",
-        "        is_known = is_same and self._is_proven and window.is_frozen\n",
-        "        is_known = is_same and self._is_proven\n",
+        "        if not window.is_frozen:\n            return None\n        is_known",
+        "        is_known",
         "test_a_merge_that_does_not_change_is_validated_again_while_the_rate_is_constant",
     ),
     (

@@ -23,18 +23,23 @@ def checksums_without(module: nn.Module, names: Collection[str]) -> list[object]
     reshard(module)
     every = ((clean_name(name), t) for name, t in (*module.named_parameters(), *module.named_buffers()))
     own = {name: local(tensor) for name, tensor in every if name not in names and not is_lazy(tensor)}
-    sums = [_checksum(tensor) for tensor in own.values()]
-    # Read from the device at once.
-    known = [each.cpu() if isinstance(each, Tensor) else each for each in sums]
-    found = [int(each) if isinstance(each, Tensor) else each for each in known]
-    return [(name, tensor.shape, each) for (name, tensor), each in zip(own.items(), found, strict=True)]
+    readable = {name: tensor for name, tensor in own.items() if _is_readable(tensor)}
+    sums: dict[str, object] = {}
+    for device in {tensor.device for tensor in readable.values()}:
+        names_there = [name for name, tensor in readable.items() if tensor.device == device]
+        # One wait for each device.
+        numbers = torch.stack([_checksum(readable[name]) for name in names_there]).tolist()
+        sums |= dict(zip(names_there, numbers, strict=True))
+    return [(name, tensor.shape, sums.get(name, object())) for name, tensor in own.items()]
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 @torch.no_grad()
-def _checksum(tensor: Tensor) -> Tensor | object:
+def _checksum(tensor: Tensor) -> Tensor:
     """Returns the sum of the elements' bits, each times a number that depends on its place."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-        return object()
     numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = numbers.contiguous().view(_INTEGERS[numbers.element_size()]).view(-1)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)

@@ -63,9 +63,11 @@ class FrozenValues:
             return None
         before, self._basis = self._basis, self._present(trainer)
         is_same = before is not None and self._basis is not None and before.is_same(self._basis)
-        is_known = is_same and self._is_proven and window.is_frozen
         if not is_same:
             self._known, self._is_proven = None, False
+        if not window.is_frozen:
+            return None
+        is_known = is_same and self._is_proven
         if not trainer.strategy.reduce_boolean_decision(is_known, all=True):
             return None
         self.num_repeated += 1
