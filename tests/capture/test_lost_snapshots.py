@@ -19,7 +19,16 @@ from merge_callback.capture.running_averages import Shadow
 from merge_callback.capture.storage import HostStorage
 from merge_callback.utilities.background import Background
 from tests.capture.test_ring import merged, tensors
-from tests.helpers.toys import ResumableBatches, Toy, Tracker, assert_same_training, fit, make, same
+from tests.helpers.toys import (
+    ResumableBatches,
+    Toy,
+    Tracker,
+    assert_same_training,
+    fit,
+    interrupted_between_tensors,
+    make,
+    same,
+)
 
 
 class At(Callback):
@@ -196,19 +205,12 @@ def test_a_snapshot_whose_write_is_interrupted_is_none():
         assert same(found, tensors(step))
 
 
-def test_an_average_that_an_interrupt_leaves_half_moved_restarts(monkeypatch):
+def test_an_average_that_an_interrupt_leaves_half_moved_restarts():
     shadow, live = Shadow(Ema(half_life_steps=1)), {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.bfloat16)}
     shadow.update(1, live)
     later = {name: tensor + 1 for name, tensor in live.items()}
-
-    def interrupted(*arguments):
-        # Between the tensors that are read in place and those that are not.
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("merge_callback.capture.moving.flat_chunks", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            shadow.update(2, later)
+    with interrupted_between_tensors():
+        shadow.update(2, later)
     assert shadow.tensors["a"][0] == 0.5
     assert shadow.step is None
     shadow.update(3, later)

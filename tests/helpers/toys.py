@@ -5,11 +5,13 @@ import importlib
 import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
@@ -242,6 +244,18 @@ def fit(
     metrics_file = Path(str(trainer.logger.log_dir)) / "metrics.csv"
     rows = list(csv.DictReader(metrics_file.read_text().splitlines())) if metrics_file.exists() else []
     return Run(module, trainer, rows, rng, recorder.metrics)
+
+
+@contextmanager
+def interrupted_between_tensors() -> Iterator[None]:
+    """An average is interrupted in here when those tensors have moved that are read in place, and no others."""
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("merge_callback.capture.moving.flat_chunks", interrupted)
+        yield
 
 
 def same(left: Any, right: Any) -> bool:
