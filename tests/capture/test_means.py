@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -120,6 +120,8 @@ def test_however_a_ring_was_thinned_its_means_are_those_of_all_their_steps(value
 
 
 @given(weights, many_weights, st.integers(1, 9), st.integers(1, 4))
+# The first phase ends in the middle of an interval.
+@example([0.5] * 3, [-0.5] * 18, 2, 4)
 @settings(max_examples=50)
 def test_a_new_phase_begins_a_new_interval_and_nothing_of_the_old_one_is_in_it(first, second, every, capacity):
     rates = [0.1] * len(first) + [0.09, 0.08, 0.07, 0.06, 0.05] + [0.05] * (len(second) + 1)
