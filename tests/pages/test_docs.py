@@ -77,6 +77,14 @@ def test_every_block_of_the_readme_runs(tmp_path, monkeypatch):
     assert (tmp_path / "merged.ckpt").exists()
 
 
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert (tmp_path / "site" / "window" / "index.html").exists()
+
+
 def test_every_titled_block_is_used_and_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in PAGES:
