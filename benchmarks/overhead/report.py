@@ -49,6 +49,7 @@ PARTS = {
     "several": "Four merges of one ring: milliseconds",
     "swap": "Other weights in and the live ones back: milliseconds",
     "step": "A training step of the demo: milliseconds",
+    "hooks": "The callback's hooks in a step between captures: milliseconds",
     "in_flight": "A training step of the demo while captures go to host memory: milliseconds",
     "memory": "Peaks of a GPU's memory beyond model and ring: MiB",
     "waits": "Calls by which the host waits for the GPU, between captures",
@@ -169,6 +170,27 @@ def step_verdicts(measured: Measured) -> list[Verdict]:
     return [Verdict(rule, setting(measured), paired_ratio(samples(measured, WITH), samples(measured, WITHOUT)))]
 
 
+IN_HOOKS = "in the callback's hooks"
+
+
+def hooks_verdicts(measured: Measured) -> list[Verdict]:
+    """Hooks against the step, or the end of a long run against its beginning."""
+    where = setting(measured)
+    if measured["model"] == "large":
+        return [Verdict("hooks", where, paired_ratio(samples(measured, IN_HOOKS), samples(measured, WITH)))]
+    return [
+        Verdict(rule, where, ends_ratio(measured["seconds"], kind))
+        for rule, kind in (("growth", IN_HOOKS), ("growth of validations", "learning from a validation"))
+    ]
+
+
+def ends_ratio(seconds: Measured, kind: str) -> Median:
+    """The last tenth of a run over the second one; its interval is that of both medians."""
+    last, second = (seconds[f"{kind}, {when} tenth"] for when in ("last", "second"))
+    low, high = last["interval"][0] / second["interval"][1], last["interval"][1] / second["interval"][0]
+    return Median(last["median"] / second["median"], low, high)
+
+
 def in_flight_verdicts(measured: Measured) -> list[Verdict]:
     """Blocks with captures against their neighbours without the callback; a rule for GPUs."""
     return [
@@ -201,6 +223,7 @@ VERDICTS: dict[str, Callable[[Measured], list[Verdict]]] = {
     "several": several_verdicts,
     "swap": swap_verdicts,
     "step": step_verdicts,
+    "hooks": hooks_verdicts,
     "in_flight": in_flight_verdicts,
     "memory": memory_verdicts,
     "waits": waits_verdicts,
@@ -246,6 +269,16 @@ def step_table(record: Measured) -> str:
         for name, each in measured["seconds"].items()
     ]
     return table(["", setting(measured), "of a step without", "samples"], rows)
+
+
+def hooks_table(record: Measured) -> str:
+    """A row for each kind of time, of the large model and of the long run."""
+    rows = []
+    for measured in record["measured"]:
+        for name, seconds in measured["seconds"].items():
+            number = seconds.get("num_samples") or len(seconds["samples"])
+            rows.append([setting(measured), name, f"{seconds['median'] * 1000:.3f}", f"{number:,}"])
+    return table(["model", "what", "median", "samples"], rows)
 
 
 def memory_table(record: Measured) -> str:
@@ -323,6 +356,7 @@ def ranks_table(record: Measured) -> str:
 TABLES = {
     "ranks": ranks_table,
     "step": step_table,
+    "hooks": hooks_table,
     "in_flight": step_table,
     "memory": memory_table,
     "waits": waits_table,

@@ -73,7 +73,16 @@ from protocol import (
     median,
 )
 from ranks import Job, sharded_seconds
-from trainings import WITH, WITHOUT, ProfiledWaits, Training, paired_blocks, paired_runs
+from trainings import (
+    WITH,
+    WITHOUT,
+    ProfiledWaits,
+    Training,
+    hooks_in_large_steps,
+    long_run,
+    paired_blocks,
+    paired_runs,
+)
 
 Record = dict[str, Any]
 HALF_LIFE_STEPS = math.log(0.5) / math.log(DECAY)
@@ -288,6 +297,32 @@ def step(amount: Amount) -> list[Record]:
     return [{**about, "seconds": summary(found)}]
 
 
+def hooks(amount: Amount) -> list[Record]:
+    """What hooks take in a step of a large model, and in a long run of a small one."""
+    training = trained(amount)
+    large = replace(training, overrides=amount.large)
+    found = hooks_in_large_steps(large, amount.num_large_steps)
+    measured = [{"model": "large", **where(amount), "seconds": summary(found)}]
+    torch.set_num_threads(1)
+    steps = amount.num_long_steps, amount.num_long_validations
+    found = long_run(Training(amount.device), *steps, amount.num_old_records)
+    about = {"model": "tiny", **where(amount), "num_steps": steps[0], "num_records": amount.num_old_records}
+    # The second tenth and the last one.
+    ends = {
+        f"{kind}, {when} tenth": seconds[tenth * len(seconds) // 10 : (tenth + 1) * len(seconds) // 10]
+        for kind, seconds in found.items()
+        for when, tenth in (("second", 1), ("last", 9))
+    }
+    return [*measured, {**about, "seconds": {name: _spread(seconds) for name, seconds in ends.items()}}]
+
+
+def _spread(seconds: list[float]) -> Record:
+    """Median and interval of many samples, which are not kept."""
+    found = median(seconds)
+    interval = [_rounded(found.low), _rounded(found.high)]
+    return {"median": _rounded(found.value), "interval": interval, "num_samples": len(seconds)}
+
+
 def in_flight(amount: Amount) -> list[Record]:
     """A training step of the demo while captures are on their way to host memory."""
     how = {"every_n_train_steps": 1, "num_snapshots": 2, "start": 0, "storage": "cpu"}
@@ -395,6 +430,7 @@ PARTS: dict[str, Callable[[Amount], list[Record]]] = {
     "several": several,
     "swap": swap,
     "step": step,
+    "hooks": hooks,
     "in_flight": in_flight,
     "memory": memory,
     "waits": host_waits,

@@ -1,12 +1,14 @@
 """The demo with and without the callback, in turns."""
 
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from contest import wait_for_device
 from hydra import compose, initialize_config_module
@@ -16,6 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from merge_callback import MergeCallback
 from merge_callback.apps.train import prepare
+from merge_callback.prediction.predictor import AnnealPredictor
+from merge_callback.prediction.records import AnnealRecord, StableValidation
 
 WITHOUT, WITH = "without the callback", "with the callback"
 NUM_HOOK_STEPS = 50
@@ -121,6 +125,51 @@ def paired_blocks(training: Training, block_steps: int, num_pairs: int, **argume
     clock = HookClock(callback)
     training.fit(NUM_HOOK_STEPS, callback)
     return {**blocks.counted, "in the callback's hooks": clock.seconds_of_steps}
+
+
+def hooks_in_large_steps(training: Training, num_steps: int) -> dict[str, list[float]]:
+    """Seconds of training steps, and of the callback's hooks in them, between captures."""
+    callback = MergeCallback(every_n_train_steps=10**9)
+    clock, steps = HookClock(callback), AlternatingBlocks(callback, 1, 0)
+    steps.blocks = [WITH] * num_steps
+    training.fit(num_steps, callback, steps)
+    return {WITH: steps.seconds[1:], "in the callback's hooks": clock.seconds_of_steps[1:]}
+
+
+def long_run(training: Training, num_steps: int, num_validations: int, num_records: int) -> dict[str, list[float]]:
+    """Seconds of the callback's hooks in each step of a long fit of a tiny model, and of learning from validations.
+
+    Args:
+        training: What trains.
+        num_steps: Of the fit.
+        num_validations: Live and merged ones.
+        num_records: Real anneals of other runs in the file that the callback predicts from.
+    """
+    tiny = ("model.width=8", "model.num_heads=1", "model.num_layers=1", "demo.context=16", "data.batch_size=1")
+    callback = MergeCallback()
+    clock, learning = HookClock(callback), []
+    learn = AnnealPredictor.learn
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        problems = learn(*arguments, **named)
+        learning.append(time.perf_counter() - began)
+        return problems
+
+    with tempfile.TemporaryDirectory() as folder, patch.object(AnnealPredictor, "learn", timed):
+        callback.calibration = str(Path(folder) / "anneals.jsonl")
+        callback.begin_anew()
+        with Path(callback.calibration).open("w") as file:
+            file.writelines(f"{json.dumps(asdict(_old_record(index)))}\n" for index in range(num_records))
+        config = training.config(*tiny, "callbacks/merge=none", "data.num_validation_blocks=8")
+        options = {"max_steps": num_steps, "val_check_interval": num_steps // num_validations}
+        prepare(config, [callback], loggers=[], num_sanity_val_steps=0, **options).fit()
+    return {"in the callback's hooks": clock.seconds_of_steps, "learning from a validation": learning}
+
+
+def _old_record(index: int) -> AnnealRecord:
+    matched = StableValidation(1000, 90, {"val_loss": 1.5}, {"val_loss": 1.4 - index % 7 / 1000}, "sma")
+    return AnnealRecord(f"run {index}", 900, 1000, 100, "linear", {"val_loss": 1.39}, matched=matched)
 
 
 class ProfiledWaits(Callback):

@@ -31,9 +31,12 @@ class Row(Protocol):
     def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
-def chunks(start: int, stop: int, device: torch.device) -> Iterator[slice]:
-    """Yields consecutive slices that cover ``start`` to ``stop``, of a size that suits the device."""
-    on_cpu = min(CHUNK_NUMEL * torch.get_num_threads(), MAX_CHUNK_NUMEL)
+def chunks(start: int, stop: int, device: torch.device, num_sums: int = 1) -> Iterator[slice]:
+    """Yields consecutive slices that cover ``start`` to ``stop``, of a size that suits the device.
+
+    On a CPU, a chunk of a row and those of so many sums fit the cache together.
+    """
+    on_cpu = min(CHUNK_NUMEL * torch.get_num_threads(), MAX_CHUNK_NUMEL) // max(1, num_sums // 2)
     numel = on_cpu if device.type == "cpu" else GPU_CHUNK_NUMEL
     for first in range(start, stop, numel):
         yield slice(first, min(first + numel, stop))
@@ -69,7 +72,7 @@ def combine_(outs: Sequence[Tensor], rows: Sequence[Row], coefficients: Sequence
         used = [position for position in order if any(values[position] for _, values in pairs)]
         sums = [_Sum(out, _shares(values, order)) for out, values in pairs]
         cast = ScratchBuffer(sums[0].dtype)
-        for chunk in chunks(0, outs[0].numel(), outs[0].device):
+        for chunk in chunks(0, outs[0].numel(), outs[0].device, len(sums)):
             for each in sums:
                 each.begin(chunk)
             for position in used:
