@@ -85,7 +85,7 @@ TRUNKS = {
     "sgd_double": Trunk(
         overrides=("model.optimizer=sgd", "model.learning_rate=0.6", "model.weight_decay=0.0", "demo.seed=6")
     ),
-    "long": Trunk(6000, ("demo.seed=7",), {span: ("linear", "1-sqrt") for span in (0.05, 0.1, 0.2)}, long_starts=()),
+    "long": Trunk(6000, ("demo.seed=7",), dict.fromkeys((0.05, 0.1, 0.2), ("linear", "1-sqrt")), long_starts=()),
     "large": Trunk(
         1500,
         ("model.width=256", "model.num_heads=8", "model.num_layers=5", "demo.seed=8"),
