@@ -27,7 +27,9 @@ from merge_callback.merging.rules import sma, wma
 from merge_callback.prediction.records import read_records
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "annealing"), str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent / "annealing"))
 from run import Evaluator, WeightsAt, write
 from shared import about
 from trunks import NUM_SNAPSHOTS, NUM_STORED, NUM_VALIDATION_BLOCKS, NUM_VALIDATIONS, TRUNKS, WINDOWS, Trunk
@@ -107,7 +109,7 @@ def run_trunk(trunk: Trunk, folder: Path) -> dict[str, Any]:
     }
 
 
-def run_branch(trunk: Trunk, folder: Path, record: Path, start: int, span_steps: int, shape: str) -> None:
+def run_branch(trunk: Trunk, folder: Path, record: Path, *, start: int, span_steps: int, shape: str) -> None:
     """Anneals from the trunk's checkpoint; the branch writes its own record."""
     options = {
         "anneal.from": folder / f"step-{start}.ckpt",
@@ -156,7 +158,7 @@ def run(name: str) -> str:
         for span, span_steps, shape in trunk.branches(start):
             done = {(r.start_step, r.span_steps, r.shape) for r in read_records(records / "anneals.jsonl")}
             if (start, span_steps, shape) not in done:
-                run_branch(trunk, folder, records / "anneals.jsonl", start, span_steps, shape)
+                run_branch(trunk, folder, records / "anneals.jsonl", start=start, span_steps=span_steps, shape=shape)
                 print(f"{name}: {shape} decay over {span:.0%} from step {start}", flush=True)
     return name
 

@@ -23,8 +23,8 @@ the first quarter is reported apart. Against: today's `bias.forecast` with the o
 live loss less a constant that is fitted on the annealing benchmark; ``a + b log(step)`` through the merges of the last
 50 and 25 % of the steps, less the fitted offset; a power law through all merges, less the fitted offset. Which of two
 shapes is better: share of pairs whose sign the forecast has right. Matched predictions (window and decay end together)
-beside them, as in the annealing benchmark. The standard deviation of the annealed loss over its three seeds is the
-noise floor: .0014 at 10 %.
+beside them, as in the annealing benchmark. The standard deviation of the annealed loss over the annealing benchmark's
+three seeds is the noise floor.
 
 **Pass rules.** For AdamW and Muon: forecast MAE <= 0.006 nats at 5 and at 10 %, <= 0.012 at 20 %, and intervals of
 nine in ten hold the annealed loss in 85 to 97 % of the decays. For SGD: intervals hold it in 80 %; errors are reported.

@@ -187,7 +187,7 @@ class River:
             width: Half of the interval, in what the river falls until then; see `Fitted`.
         """
         value = self.annealed(decay)
-        half = math.hypot(width * self.fall(decay), fitted().floor * self.noise)
+        half = width * max(self.fall(decay), fitted().floor * self.noise)
         return Prediction(value, value - half, value + half)
 
 
@@ -261,7 +261,7 @@ class Fitted:
         ring: Half of an interval of nine in ten, in what the river falls over the decay, if two merges of a ring tell
             the slope.
         history: The same if only the history of one merge does.
-        floor: The same for a river that does not fall, in the noise: what anneals of other seeds differ by.
+        floor: The least fall that was measured, in the noise of one step. Intervals of flatter rivers are no narrower.
     """
 
     kappa: float
