@@ -26,14 +26,14 @@ from merge_callback.apps.train import Run, prepare
 from merge_callback.merging.rules import sma, wma
 from merge_callback.prediction.records import read_records
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent / "annealing"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "annealing"))
 from run import Evaluator, WeightsAt, write
 from shared import about
 from trunks import NUM_SNAPSHOTS, NUM_STORED, NUM_VALIDATION_BLOCKS, NUM_VALIDATIONS, TRUNKS, WINDOWS, Trunk
 
+HERE = Path(__file__).parent
 RECORDS = HERE / "records"
 WORK = HERE.parents[1] / "outputs" / "forecast"
 RULES = {"sma": sma, "wma": wma}

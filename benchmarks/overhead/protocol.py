@@ -36,8 +36,8 @@ the model's tensors. Rings and copies are in memory before the clock starts; wha
   hooks.
 - *Hooks*: what the callback's hooks take in a step between captures, of the step of a model of a hundred million
   parameters: at most 0.001. In 60,000 steps of one fit, with 100 merged validations and a file of 20,000 records, hooks
-  take no more time in the last tenth of the steps than in the second tenth, within 5 %; and a merged validation takes no
-  more beyond its batches in the last tenth than in the second, within 20 %.
+  take no more time in the last tenth of the steps than in the second tenth, within 5 %; and to learn from a merged
+  validation takes no more in the last tenth than in the second, within 20 %.
 - *Whole run* at the demo's settings with a merged validation at each live one: (seconds with the callback - seconds
   without - what the live validation of as many batches takes) / seconds without, at most 0.01; the median of pairs of
   runs. The runs are shorter than the demo, with validations as often. Beside it the same from clocks inside the run:

@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from merge_callback import MergeCallback
 from merge_callback.apps.train import prepare
 from merge_callback.prediction.predictor import AnnealPredictor
-from merge_callback.prediction.records import AnnealRecord, StableValidation
+from merge_callback.prediction.records import AnnealRecord
+from merge_callback.prediction.validations import StableValidation
 
 WITHOUT, WITH = "without the callback", "with the callback"
 NUM_HOOK_STEPS = 50

@@ -20,7 +20,8 @@ from merge_callback.prediction.assessment import (
     summarise,
 )
 from merge_callback.prediction.bias import BranchOutcome, Prediction
-from merge_callback.prediction.records import AnnealRecord, StableValidation, append_record
+from merge_callback.prediction.records import AnnealRecord, append_record
+from merge_callback.prediction.validations import StableValidation
 from tests.helpers.commands import merge_callback
 
 PREDICTED = Prediction(2.0, 1.875, 2.25)

@@ -26,7 +26,7 @@ from tests.helpers import reference
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
 NUM_CLASSES = 3
 # What the callback logs begins so.
-OWN_NAMES = ("merge", "annealed")
+OWN_NAMES = ("merge", "annealed", "forecast")
 
 # Lightning lives under two names whose classes know nothing of each other. Toys are written without a base class and
 # get the one of the name in use.

@@ -1,16 +1,15 @@
-"""Bias fits, predictions and forecasts against hand-worked numbers and against simulated errors."""
+"""Bias fits, and predictions against hand-worked numbers and against simulated errors."""
 
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_callback.prediction.bias import (
     BranchOutcome,
     calibrate,
-    forecast,
     gain,
     gain_ratio,
     pooled_branches,
@@ -106,38 +105,6 @@ def test_a_wider_level_gives_a_wider_interval():
     )
     narrow, wide = (calibration.predict(1.0, 0.9, level) for level in (0.5, 0.99))
     assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
-
-
-@settings(deadline=None)
-@given(st.floats(1, 3), st.floats(-0.5, -0.01), st.integers(1, 500))
-def test_a_curve_of_the_stated_form_is_forecast_exactly(a, b, span_steps):
-    steps = list(range(100, 1100, 100))
-    merged = [a + b * math.log(step) for step in steps]
-    bias = calibrate([BranchOutcome(2.0, 1.5, 1.49)] * 2, "offset")
-    prediction = forecast(steps, merged, bias, 1000 + span_steps)
-    assert prediction.value == pytest.approx(a + b * math.log(1000 + span_steps) - 0.01)
-
-
-def test_a_forecast_looks_at_the_last_half_of_the_steps_only():
-    steps = list(range(100, 1100, 100))
-    merged = [99.0 if step < 500 else 2 - 0.1 * math.log(step) for step in steps]
-    bias = calibrate([BranchOutcome(2.0, 1.5, 1.5)] * 2, "offset")
-    assert forecast(steps, merged, bias, 1100).value == pytest.approx(2 - 0.1 * math.log(1100))
-    assert forecast(steps[:5], merged[:5], bias, 600) is None
-
-
-def test_a_forecast_further_ahead_is_less_certain():
-    random = np.random.default_rng(0)
-    steps = list(range(100, 2100, 100))
-    merged = [2 - 0.1 * math.log(step) + random.normal(0, 0.01) for step in steps]
-    bias = calibrate([BranchOutcome(2.0, 1.5, 1.49), BranchOutcome(2.0, 1.5, 1.48)], "offset")
-    near, far = (forecast(steps, merged, bias, step) for step in (2100, 4000))
-    assert far.high - far.low > near.high - near.low > 0
-
-
-def test_a_forecast_takes_off_an_offset_and_nothing_else():
-    with pytest.raises(ValueError, match="form 'offset', got 'ratio'"):
-        forecast([1, 2], [1.0, 1.0], calibrate([BranchOutcome(2.0, 1.5, 1.4)] * 2), 3)
 
 
 def test_a_branch_that_counts_twice_is_one_that_is_there_twice_but_for_the_number_of_branches():

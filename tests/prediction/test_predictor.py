@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch import Callback
 
 from merge_callback import AnnealBranch, Ema, MergeCallback, Window
-from merge_callback.prediction.bias import BranchOutcome, calibrate, forecast
+from merge_callback.prediction.bias import BranchOutcome, calibrate
 from merge_callback.prediction.predictor import AnnealPredictor
-from merge_callback.prediction.records import AnnealRecord, StableValidation, append_record, read_records, run_identity
+from merge_callback.prediction.records import AnnealRecord, append_record, read_records
+from merge_callback.prediction.validations import StableValidation, run_identity
 from tests.helpers.toys import ResumableBatches, Toy, fit, make
 
 METRIC = "val_loss"
@@ -111,9 +112,6 @@ def test_the_prior_predicts_from_the_first_validation_with_its_spread_as_interva
     wide = predicted(anneals, [values(1000, span_steps=200)])
     assert wide.value < far.value
     assert "by the prior" in str(fitted(anneals, [values(1000)]))
-    anneals.history = [values(step) for step in range(100, 1100, 100)]
-    with pytest.raises(RuntimeError, match="no forecast of 'val_loss' after 100 steps"):
-        anneals.forecast(METRIC, 100)
 
 
 def prefilled(path, rule="sma"):
@@ -279,20 +277,6 @@ def test_no_odd_line_of_another_writer_ends_a_run_or_changes_a_prediction(tmp_pa
 def test_a_calibration_of_another_type_is_named(wrong):
     with pytest.raises(TypeError, match=r"calibration must be a file of records, 'prior' or None, got"):
         MergeCallback(calibration=wrong)
-
-
-def test_a_forecast_extrapolates_the_merges_and_takes_off_the_offset(tmp_path):
-    path = prefilled(tmp_path / "anneals.jsonl")
-    callback = MergeCallback(1, 4, calibration=path)
-    with pytest.raises(RuntimeError, match="no forecast of 'val_loss' after 10 steps: it needs two real anneals"):
-        callback.forecast(METRIC, 10)
-    fit(make(Toy), tmp_path, callback)
-    history = callback.state_dict()["history"]
-    offset = calibrate([BranchOutcome(1.5, 1.4, 1.375), BranchOutcome(1.5, 1.4, 1.370)], "offset")
-    steps, merged = [known["step"] for known in history], [known["merged"][METRIC] for known in history]
-    assert callback.forecast(METRIC, 10) == forecast(steps, merged, offset, 34)
-    with pytest.raises(RuntimeError, match="no forecast of 'other'"):
-        callback.forecast("other", 10)
 
 
 def test_branches_of_a_real_trunk_calibrate_the_rest_of_it(tmp_path):

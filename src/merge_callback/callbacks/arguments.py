@@ -16,7 +16,9 @@ from merge_callback.capture.merges import AverageMerge, Merge, WindowMerge
 from merge_callback.capture.places import SnapshotMemory, StoragePlace
 from merge_callback.live.batch_norm import Recalibration
 from merge_callback.merging.averages import Average, is_average
+from merge_callback.merging.decays import DECAY_SHAPES
 from merge_callback.merging.rules import Rule, resolve_rule
+from merge_callback.prediction.forecasts import Forecaster
 from merge_callback.prediction.predictor import AnnealPredictor
 from merge_callback.utilities.checks import check_count, check_optional_count, patterns
 from merge_callback.utilities.locations import local_path
@@ -24,6 +26,7 @@ from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
 from merge_callback.validation.logged import Names, safe_name
 from merge_callback.validation.merged_validation import MergedValidation
+from merge_callback.validation.predictions import LoggedPredictions
 
 # Values of ``storage`` that are more likely meant as a kind of memory than as the name of a folder.
 _NO_FOLDERS = ("device", "cpu", "gpu", "cuda", "mps", "host", "ram", "memory", "pinned", "disk", "none")
@@ -108,6 +111,39 @@ def check_calibration(calibration: Any) -> None:
         raise ValueError(f"calibration must be a file of records, not a folder, or 'prior', got {str(calibration)!r}")
 
 
+def check_length(what: str, length: Any) -> None:
+    """Raises TypeError or ValueError unless ``length`` is that of a decay: a share of all steps, or steps, or None."""
+    if length is None:
+        return
+    if isinstance(length, float):
+        if not 0 < length < 1:
+            raise ValueError(f"{what} must be a share of the steps in (0, 1), or a number of steps, got {length!r}")
+    else:
+        check_count(what, length)
+
+
+def decay_length(span_steps: Any, span: Any, default: float | int | None) -> float | int:
+    """Returns the length of a decay from one of ``span_steps`` and ``span``, or the default if both are None."""
+    if span_steps is not None and span is not None:
+        raise ValueError(f"forecast takes span_steps or span, not both, got {span_steps} and {span}")
+    if span is not None and not (isinstance(span, float) and 0 < span < 1):
+        raise ValueError(f"span must be a share of the steps in (0, 1), got {span!r}")
+    if span_steps is not None:
+        check_count("span_steps", span_steps)
+    length = span if span is not None else span_steps
+    if length is None and default is None:
+        raise ValueError("forecast needs span_steps or span, since the callback has no forecast=")
+    return length if length is not None else default  # type: ignore[return-value]
+
+
+def check_shape(shape: Any, final_rate: Any) -> None:
+    """Raises ValueError unless these describe a decay of the rate."""
+    if not isinstance(shape, str) or shape not in DECAY_SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(DECAY_SHAPES)}, got {shape!r}")
+    if isinstance(final_rate, bool) or not isinstance(final_rate, int | float) or not 0 <= final_rate <= 1:
+        raise ValueError(f"final_rate must be a share of the rate in [0, 1], got {final_rate!r}")
+
+
 def parts_to_merge(parts: Any) -> Parts:
     """Returns the parts to merge, from `Parts` or from one or several name patterns."""
     if isinstance(parts, Parts):
@@ -170,6 +206,7 @@ class MergeSettings(Protocol):
     limit_batches: int | float | None
     max_overhead: float | None
     calibration: str | os.PathLike[str] | None
+    forecast_length: float | int | None
     higher_is_better: tuple[str, ...]
     parts: Parts
     recalibrate_batches: int | None
@@ -197,10 +234,12 @@ def new_session(settings: MergeSettings) -> MergeSession:
     messages = Messages(f"MergeCallback({settings.name!r})")
     recalibration = Recalibration(settings.recalibrate_batches, messages)
     merges = MergeSet([made[name] for name in settings.merges], capture, recalibration, messages)
+    names = Names(settings.name, merges.primary, settings.higher_is_better)
+    predictor, forecaster = AnnealPredictor(settings.calibration), Forecaster(settings.forecast_length)
     validation = MergedValidation(
         merges,
-        Names(settings.name, merges.primary, settings.higher_is_better),
-        AnnealPredictor(settings.calibration),
+        names,
+        LoggedPredictions(merges, names, predictor, forecaster, messages),
         Budget(settings.max_overhead),
         messages,
         every_n_validations=settings.evaluate_every_n_validations,

@@ -57,6 +57,9 @@ class MergeCallback(PickledWithoutItsRun):
         calibration: The file to which `AnnealBranch` appends its records, also while this run goes on; or ``"prior"``
             for the values that this project's benchmark found in runs with AdamW. From two branches on,
             ``annealed/m`` is predicted and logged with its interval. None predicts nothing.
+        forecast: Logs ``forecast/m`` of every loss with its interval: its value after a linear decay that begins now
+            and takes this share of all steps at its end, or this many steps if it is an int. Needs no real anneal. With
+            two merges such as ``{"sma": "sma", "wma": "wma"}`` it is more exact. None logs none.
         higher_is_better: Patterns (``"*acc*"``) of metrics where more is better, for the sign of ``merge_gain/m``.
             Not needed for logged torchmetrics objects, which state it themselves.
         parts: Patterns (``"*lora*"``) of the parameters to merge, or `Parts`; the others stay live.
@@ -91,6 +94,7 @@ class MergeCallback(PickledWithoutItsRun):
         limit_batches: int | float | None = None,
         max_overhead: float | None = None,
         calibration: str | os.PathLike[str] | None = None,
+        forecast: float | int | None = None,
         higher_is_better: str | Sequence[str] = (),
         parts: str | Parts | Sequence[str] = "*",
         recalibrate_batches: int | None = None,
@@ -103,6 +107,7 @@ class MergeCallback(PickledWithoutItsRun):
         check_limit(limit_batches)
         check_share("max_overhead", max_overhead)
         arguments.check_calibration(calibration)
+        arguments.check_length("forecast", forecast)
         check_optional_count("recalibrate_batches", recalibrate_batches)
         arguments.check_name(name)
         self.every_n_train_steps = every_n_train_steps
@@ -118,6 +123,7 @@ class MergeCallback(PickledWithoutItsRun):
         self.limit_batches = limit_batches
         self.max_overhead = max_overhead
         self.calibration = calibration
+        self.forecast_length = forecast
         self.higher_is_better = patterns("higher_is_better", higher_is_better)
         self.parts = arguments.parts_to_merge(parts)
         self.recalibrate_batches = recalibrate_batches
@@ -192,14 +198,36 @@ class MergeCallback(PickledWithoutItsRun):
         """
         self._session.save_merged(path, name)
 
-    def forecast(self, metric: str, span_steps: int) -> Prediction:
-        """Predicts a metric at the end of a linear decay that begins now; see `prediction.bias.forecast`.
+    def forecast(
+        self,
+        metric: str,
+        span_steps: int | None = None,
+        *,
+        span: float | None = None,
+        shape: str = "linear",
+        final_rate: float = 0.0,
+    ) -> Prediction:
+        """Forecasts a loss at the end of a decay that begins at the latest validation; needs no real anneal.
+
+        `merge_callback.prediction.river` says how. Real anneals of this run in ``calibration`` shift it.
+
+        Args:
+            metric: Name of a metric of the validation where less is better.
+            span_steps: Length of the decay in optimizer steps.
+            span: Instead: length as a share of all steps at the end of the decay, in (0, 1). None takes ``forecast``.
+            shape: ``"linear"``, ``"1-sqrt"`` or ``"cosine"``.
+            final_rate: Share of the rate at the end of the decay.
+
+        Returns:
+            The value in the metric's unit, with the interval that should contain it in nine cases of ten.
 
         Raises:
-            RuntimeError: If there are too few records of real anneals, or too few validations so far.
+            RuntimeError: If nothing can be foretold; the message says why.
+            ValueError: If an argument is invalid.
         """
-        check_count("span_steps", span_steps)
-        return self._session.validation.predictor.forecast(metric, span_steps)
+        length = arguments.decay_length(span_steps, span, self.forecast_length)
+        arguments.check_shape(shape, final_rate)
+        return self._session.validation.predictions.forecast(metric, length, shape, final_rate).prediction
 
     def begin_anew(self) -> None:
         self._session = arguments.new_session(self)

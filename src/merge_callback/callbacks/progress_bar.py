@@ -10,11 +10,13 @@ class LiveAndMergedBar(TQDMProgressBar):
     Args:
         metric: Name of a metric that the validation shows in progress bars (``prog_bar=True``).
         refresh_rate: Batches between two updates of the bar.
+        forecast: Also shows what ``MergeCallback(forecast=...)`` forecasts of the metric.
     """
 
-    def __init__(self, metric: str, refresh_rate: int = 1) -> None:
+    def __init__(self, metric: str, refresh_rate: int = 1, *, forecast: bool = False) -> None:
         super().__init__(refresh_rate)
         self.metric = metric
+        self.forecast = forecast
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -27,4 +29,7 @@ class LiveAndMergedBar(TQDMProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)
         shown = {"live": self.metric, "merged": "merged"}
-        return {name: metrics[key] for name, key in shown.items() if key in metrics}
+        found = {name: metrics[key] for name, key in shown.items() if key in metrics}
+        if self.forecast and (foretold := trainer.callback_metrics.get(f"forecast/{self.metric}")) is not None:
+            found["forecast"] = float(foretold)
+        return found

@@ -88,7 +88,7 @@ class MergeSession:
             self._load(state, trainer, pl_module)
         elif is_new and step > 0:
             self._messages.warn("the checkpoint holds no state of it, so the window starts empty", "resumed")
-        for problem in self.validation.predictor.read():
+        for problem in self.validation.predictions.predictor.read():
             self._messages.warn(f"left out of the records: {problem}", problem)
         names = ", ".join(merge.name for merge in self.merges)
         self._messages.say(f"{self.capture.describe()}; merges: {names}", "start")
@@ -128,11 +128,11 @@ class MergeSession:
         self.capture.averages.wait()
         self.capture.kind.wait()
         explain_phase(self.merges, self._messages, self.step, trainer, is_end=True)
-        window, predictor = self.capture.window, self.validation.predictor
+        window, predictions = self.capture.window, self.validation.predictions
         if not self.merges.are_any_ready and window.phase.is_stable:
             due = window.start if window.start != "stable" else window.schedule.next_step
             self._messages.say(f"nothing was captured in {self.step} steps; the first is due at step {due}", "nothing")
-        if predictor.predictions and not window.phase.is_stable and not predictor.is_checked:
+        if predictions.are_any and not window.phase.is_stable and not predictions.is_checked:
             self._messages.warn(
                 f"the run ended at step {self.step}, in a decay, without a validation there: its last prediction was"
                 " not checked",
@@ -235,7 +235,7 @@ class MergeSession:
         if buffers:
             self.capture.buffers = local_clones(buffers)
         self._recalibration.inputs.clear()
-        self.validation.predictor.forget_since(step)
+        self.validation.predictions.forget_since(step)
 
     def put_into_(
         self, pl_module: torch.nn.Module, rule: str | Rule, steps: Sequence[int], buffers: Mapping[str, Tensor]

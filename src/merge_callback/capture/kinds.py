@@ -22,6 +22,8 @@ class PointSnapshots:
 
     name = "point"
     noun = "snapshot"
+    # The most steps that a snapshot is made of.
+    num_samples = 1
 
     def __init__(self) -> None:
         self._problem: str | None = None

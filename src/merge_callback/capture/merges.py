@@ -11,6 +11,7 @@ from merge_callback.live.sharding import rank
 from merge_callback.merging.averages import Average
 from merge_callback.merging.intervals import covered
 from merge_callback.merging.rules import Rule, merge_coefficients, rule_label
+from merge_callback.prediction.river import Composition, composition, fitted
 
 
 class Merge(Protocol):
@@ -61,6 +62,9 @@ class Merge(Protocol):
 
     def describe(self, step: int) -> str:
         """Returns what the merge is made of, in a few words."""
+
+    def composition(self, step: int) -> Composition | None:
+        """Returns what matters of the coefficients for a forecast at ``step``; None if there are no coefficients."""
 
     @property
     def intervals(self) -> list[list[int]]:
@@ -126,6 +130,10 @@ class WindowMerge:
         what, num = self._capture.kind.noun, self._num_used
         return f"{num} {what}{'s' if num > 1 else ''}, {self.span_steps(step):.0f} steps"
 
+    def composition(self, step: int) -> Composition | None:
+        num_samples, correlation = self._capture.kind.num_samples, fitted().correlation_steps
+        return composition(self._capture.covered, list(self.coefficients().values()), step, num_samples, correlation)
+
     @property
     def intervals(self) -> list[list[int]]:
         return covered(self._capture.covered).intervals
@@ -181,6 +189,9 @@ class AverageMerge:
 
     def describe(self, step: int) -> str:
         return f"every step, about {self.span_steps(step):.0f}"
+
+    def composition(self, step: int) -> Composition | None:
+        return None
 
     @property
     def intervals(self) -> list[list[int]]:

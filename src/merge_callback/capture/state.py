@@ -21,7 +21,7 @@ from merge_callback.live.sharding import Sharding, local, rank, real_tensors
 from merge_callback.live.weights import merged_parameters, snapshot_buffers
 
 # Version of the state that checkpoints hold; states of other versions are not read.
-STATE_FORMAT = 5
+STATE_FORMAT = 6
 # The tensors by key, or the name of the entry in a sharded checkpoint that holds them.
 SavedTensors: TypeAlias = str | Mapping[str, Tensor]
 

@@ -36,9 +36,6 @@ LEVEL = 0.9
 MIN_BRANCHES = 2
 # All branches of other runs together count as this many of the run's own.
 OTHER_RUNS_WEIGHT = 2.0
-# A forecast uses the merges in this last share of the steps, and needs at least this many.
-FORECAST_SHARE = 0.5
-MIN_FORECAST_POINTS = 4
 
 
 Value = TypeVar("Value", float, "Tensor")
@@ -224,52 +221,6 @@ def calibrate(
     variance = math.fsum(weights * residuals**2) / math.fsum(weights) * len(targets) / (len(targets) - 1)
     weight = norm**2 / math.fsum(weights**2 * regressors**2)
     return Calibration(form, coefficient, math.sqrt(variance), len(targets), weight)
-
-
-def forecast(
-    steps: Sequence[int], merged: Sequence[float], bias: Calibration, step: int, level: float = LEVEL
-) -> Prediction | None:
-    """Predicts the value of a metric at the end of a decay that has not begun.
-
-    Fits ``a + b log(step)`` by least squares to the merged values in the last half of the steps so far, and
-    extrapolates it to the end of the decay. Then subtracts the offset between merge and anneal in earlier branches.
-    The interval adds the scatter around the fit to that of the offset. It assumes that the curve keeps this form, so it
-    means little for a decay that is much longer than the fitted steps.
-
-    Args:
-        steps: Optimizer steps of the validations so far, ascending.
-        merged: Value of the merge at each of these steps, from a window that ends there.
-        bias: A calibration of form ``"offset"``, fitted on matched values of earlier branches.
-        step: Optimizer step at the end of the decay.
-        level: Share of cases that the interval should contain.
-
-    Returns:
-        The forecast; None with fewer than four validations in the last half of the steps.
-
-    Raises:
-        ValueError: If the calibration is of another form.
-    """
-    if bias.form != "offset":
-        raise ValueError(f"bias must be a calibration of form 'offset', got {bias.form!r}")
-    points = [
-        (math.log(at), value)
-        for at, value in zip(steps, merged, strict=True)
-        if at >= FORECAST_SHARE * steps[-1] and at > 0 and math.isfinite(value)
-    ]
-    if len(points) < MIN_FORECAST_POINTS:
-        return None
-    logs, values = np.array(points).T
-    design = np.column_stack([np.ones_like(logs), logs])
-    fitted, *_ = np.linalg.lstsq(design, values, rcond=None)
-    residuals = values - design @ fitted
-    at_end = np.array([1.0, math.log(step)])
-    freedom = len(points) - 2
-    scatter = float(residuals @ residuals) / freedom * (1 + float(at_end @ np.linalg.pinv(design.T @ design) @ at_end))
-    of_curve = _students(level, freedom) * math.sqrt(scatter)
-    of_bias = bias.predict(0.0, 0.0, level)
-    half = math.hypot(of_curve, of_bias.high - of_bias.value)
-    value = float(at_end @ fitted) - bias.coefficient
-    return Prediction(value, value - half, value + half)
 
 
 def _students(level: float, freedom: int) -> float:

@@ -17,17 +17,10 @@ from merge_callback.prediction.bias import (
     age_weight,
     calibrate,
     curvature_gain,
-    forecast,
     pooled_branches,
 )
-from merge_callback.prediction.records import (
-    AnnealRecord,
-    RecordsFile,
-    StableValidation,
-    append_record,
-    completed,
-    run_identity,
-)
+from merge_callback.prediction.records import AnnealRecord, RecordsFile, append_record, completed
+from merge_callback.prediction.validations import StableValidation, read_validation, run_identity
 
 PRIOR = "prior"
 # Decays whose spans differ by less than this factor are of one kind.
@@ -42,7 +35,6 @@ class AnnealFit:
     shape: str
     source: str
     calibration: Calibration
-    offset: Calibration | None
 
     def predict(self, now: StableValidation, metric: str) -> Prediction:
         """Returns the predicted annealed value of a metric from its live and merged values now."""
@@ -119,22 +111,11 @@ class AnnealPredictor:
         self.predictions = {metric: fit.predict(validation, metric) for metric, fit in self.fits.items()}
         return problems
 
-    def forecast(self, metric: str, span_steps: int) -> Prediction:
-        """Forecasts a metric at the end of a linear decay that begins now and takes ``span_steps`` optimizer steps.
-
-        The forecast extrapolates the merges of the last half of the run, and subtracts the offset between merge and
-        anneal in earlier branches.
-
-        Raises:
-            RuntimeError: If there are too few records of real anneals, or too few validations so far.
-        """
-        if (found := self._forecast(metric, span_steps)) is None:
-            raise RuntimeError(
-                f"no forecast of {metric!r} after {span_steps} steps: it needs two real anneals in calibration="
-                f"{self.calibration!r} and four validations of the merge in the last half of the steps;"
-                f" so far the run has {len(self.history)} validations"
-            )
-        return found
+    @property
+    def own_anneals(self) -> list[AnnealRecord]:
+        """The real anneals of this run that have begun by now."""
+        run = run_identity(self.history)
+        return [each for each in self._records if each.run == run and each.start_step <= self.history[-1].step]
 
     def curvature_gain(self, metric: str, coefficients: Mapping[int, float], step: int) -> float | None:
         """Returns `bias.curvature_gain` at this step; None unless the merge and each snapshot in it were validated."""
@@ -155,7 +136,7 @@ class AnnealPredictor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the result of `state_dict`; predictions only if ``calibration`` is not None."""
-        self.history = [StableValidation(**values) for values in state["history"]]
+        self.history = [read_validation(values) for values in state["history"]]
         if self.calibration is not None:
             self.predictions = {metric: Prediction(**kept) for metric, kept in state["predictions"].items()}
 
@@ -189,16 +170,6 @@ class AnnealPredictor:
                 fits[len(own) >= MIN_BRANCHES].append(fit)
         return _nearest(fits[True], now) or _nearest(fits[False], now)
 
-    def _forecast(self, metric: str, span_steps: int) -> Prediction | None:
-        if self.calibration is None or not self.history:
-            return None
-        fit = self.fit(metric, [metric] if metric in self.history[-1].merged else [])
-        known = [values for values in self.history if metric in values.merged and values.rule == self.history[-1].rule]
-        if fit is None or fit.offset is None or not known:
-            return None
-        steps, merged = [values.step for values in known], [values.merged[metric] for values in known]
-        return forecast(steps, merged, fit.offset, self.history[-1].step + span_steps)
-
 
 def _kinds(records: Iterable[AnnealRecord]) -> list[list[AnnealRecord]]:
     kinds: list[list[AnnealRecord]] = []
@@ -225,7 +196,6 @@ def _fitted(own: list[BranchOutcome], others: list[BranchOutcome], kind: Sequenc
         kind[0].shape,
         " and ".join(sources),
         calibration,
-        calibrate(outcomes, "offset"),
     )
 
 
@@ -253,6 +223,6 @@ def is_same_span(span: float, other: float) -> bool:
 def _prior() -> list[AnnealFit]:
     kinds = json.loads((files("merge_callback.prediction") / "prior.json").read_text())["kinds"]
     return [
-        AnnealFit(kind["span"], kind["shape"], "the prior", Calibration(form="relative", **kind["relative"]), None)
+        AnnealFit(kind["span"], kind["shape"], "the prior", Calibration(form="relative", **kind["relative"]))
         for kind in kinds
     ]

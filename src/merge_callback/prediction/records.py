@@ -1,35 +1,23 @@
 """Records of real anneals: a file with one JSON line per branch, which several runs may write and read at once."""
 
-import hashlib
 import json
 import os
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merge_callback.prediction.bias import BranchOutcome
-
-
-@dataclass(frozen=True)
-class StableValidation:
-    """Live and merged values of a stable run, at a constant learning rate, at one validation.
-
-    Args:
-        step: Optimizer steps so far.
-        span_steps: Steps between the first and the last snapshot of the primary merge.
-        live: Metric -> value of the live model.
-        merged: Metric -> value of the primary merge. If the merge was evaluated on fewer batches, this is the live
-            value minus the gain on those batches.
-        rule: Description of the primary merge. Only records with the same description are compared.
-    """
-
-    step: int
-    span_steps: int
-    live: dict[str, float]
-    merged: dict[str, float]
-    rule: str = ""
+from merge_callback.prediction.validations import (
+    StableValidation,
+    check,
+    entry,
+    read_validation,
+    run_identity,
+    validation_at,
+    values,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -166,33 +154,6 @@ def _state_of(path: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def validation_at(history: Sequence[StableValidation], step: int, max_gap_steps: int) -> StableValidation | None:
-    """Returns a stable run's values at a step, linearly interpolated between two validations if necessary.
-
-    Args:
-        history: Validations of one stable run, ascending in step.
-        step: Optimizer step.
-        max_gap_steps: Largest gap in steps between two validations that are interpolated.
-
-    Returns:
-        The values; None if there is no validation at the step and no two validations close enough around it.
-    """
-    index = bisect_left(history, step, key=lambda values: values.step)
-    if index < len(history) and history[index].step == step:
-        return history[index]
-    if not 0 < index < len(history) or history[index].step - history[index - 1].step > max_gap_steps:
-        return None
-    before, after = history[index - 1], history[index]
-    share = (step - before.step) / (after.step - before.step)
-
-    def between(earlier: Mapping[str, float], later: Mapping[str, float]) -> dict[str, float]:
-        return {name: earlier[name] + share * (later[name] - earlier[name]) for name in earlier if name in later}
-
-    span_steps = round(before.span_steps + share * (after.span_steps - before.span_steps))
-    live, merged = between(before.live, after.live), between(before.merged, after.merged)
-    return StableValidation(step, span_steps, live, merged, after.rule)
-
-
 def completed(record: AnnealRecord, history: Sequence[StableValidation]) -> AnnealRecord:
     """Returns the record with its missing forecast and matched values filled in from the stable run's validations.
 
@@ -206,22 +167,11 @@ def completed(record: AnnealRecord, history: Sequence[StableValidation]) -> Anne
     )
 
 
-def run_identity(history: Sequence[StableValidation]) -> str | None:
-    """Returns an identifier of the run: a hash of the step and live values of its first validation.
-
-    Returns None before the first validation. A run that is resumed, or repeated bit for bit, keeps its identifier.
-    """
-    if not history:
-        return None
-    first = {"step": history[0].step, "live": history[0].live}
-    return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def stable_run_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str | None, list[StableValidation]]:
     """Returns identifier and validations of the run in a `MergeCallback` checkpoint; ``(None, [])`` without them."""
     for state in (checkpoint.get("callbacks") or {}).values():
         if isinstance(state, Mapping) and "history" in state:
-            history = [_validation(values) for values in state["history"]]
+            history = [read_validation(values) for values in state["history"]]
             return run_identity(history), history
     return None, []
 
@@ -235,16 +185,16 @@ def _ends_in_half_a_line(path: Path) -> bool:
 
 
 def _record(line: Any) -> AnnealRecord:
-    _check(line, dict, "the line")
+    check(line, dict, "the line")
     record = AnnealRecord(
-        run=_whole(_entry(line, "run", str)),
-        start_step=_entry(line, "start_step", int),
-        step=_entry(line, "step", int),
-        span_steps=_entry(line, "span_steps", int),
-        shape=_whole(_entry(line, "shape", str)),
-        annealed=_values(line, "annealed"),
-        forecast=_validation(_entry(line, "forecast", dict)) if line.get("forecast") is not None else None,
-        matched=_validation(_entry(line, "matched", dict)) if line.get("matched") is not None else None,
+        run=whole(entry(line, "run", str)),
+        start_step=entry(line, "start_step", int),
+        step=entry(line, "step", int),
+        span_steps=entry(line, "span_steps", int),
+        shape=whole(entry(line, "shape", str)),
+        annealed=values(line, "annealed"),
+        forecast=read_validation(entry(line, "forecast", dict)) if line.get("forecast") is not None else None,
+        matched=read_validation(entry(line, "matched", dict)) if line.get("matched") is not None else None,
     )
     if not 0 <= record.start_step < record.step or record.span_steps < 1:
         raise ValueError(
@@ -252,42 +202,3 @@ def _record(line: Any) -> AnnealRecord:
             f" step={record.step}"
         )
     return record
-
-
-def _validation(found: Any) -> StableValidation:
-    _check(found, dict, "a validation")
-    span_steps, step = _entry(found, "span_steps", int), _entry(found, "step", int)
-    rule = _entry(found, "rule", str) if "rule" in found else ""
-    return StableValidation(step, span_steps, _values(found, "live"), _values(found, "merged"), rule)
-
-
-def _values(line: Mapping[str, Any], key: str) -> dict[str, float]:
-    """Returns metric -> value; another writer may put null for a value that is no number."""
-    found = _entry(line, key, dict)
-    for name, value in found.items():
-        if value is not None:
-            _check(value, int | float, f"{key}[{name!r}]")
-    return {_whole(name): float(value) for name, value in found.items() if value is not None}
-
-
-def _whole(text: str) -> str:
-    """Returns a text without the halves of characters that JSON allows, and that neither files nor pictures take."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def _entry(line: Mapping[str, Any], key: str, kind: Any) -> Any:
-    if key not in line:
-        raise ValueError(f"it has no {key!r}")
-    _check(line[key], kind, key)
-    return line[key]
-
-
-def _check(value: Any, kind: Any, what: str) -> None:
-    if kind is int and isinstance(value, int) and abs(value) > _MOST_STEPS:
-        raise ValueError(f"{what} is larger than any number of steps")
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{what} must be {_NAMES[kind]}, got {value!r:.80}")  # noqa: TRY004 (no argument)
-
-
-_MOST_STEPS = 10**15
-_NAMES: dict[Any, str] = {dict: "an object", str: "a text", int: "a whole number", int | float: "a number"}

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from merge_callback.capture.merge_set import MergeSet
 from merge_callback.live.batch_sums import standard_error
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.sharding import all_gather_dict, all_reduce_sum, rank
-from merge_callback.prediction.records import StableValidation
+from merge_callback.prediction.validations import FurtherMerge, StableValidation
 from merge_callback.validation.evaluation import Evaluated, Evaluation
 from merge_callback.validation.logged import LoggedName, Names
 
@@ -127,20 +128,33 @@ def merged_and_gains(
 
 
 def stable_values(
-    evaluation: Evaluation, live: Mapping[str, LoggedValue], comparison: Comparison, merge: str
+    evaluation: Evaluation, live: Mapping[str, LoggedValue], comparison: Comparison, merges: MergeSet
 ) -> StableValidation:
-    """Returns what a validation in the stable phase teaches about predictions by a merge.
+    """Returns what a validation in the stable phase teaches about annealing.
 
-    If the merge had fewer batches, its values are the live ones of the whole validation less the differences.
+    If the merges had fewer batches, their values are the live ones of the whole validation less the differences.
     """
-    evaluated, found = evaluation.merges[merge], comparison.merged[merge]
-    values = {name: float(live[name].value) for name in comparison.differences[merge]}
-    merged = {name: float(found[name].value) for name in values}
-    if evaluation.is_limited:
-        merged |= {
-            name: values[name] - float(difference)
-            for name, difference in comparison.differences[merge].items()
-            if found[name].sums is None
-        }
-    span_steps = round(evaluation.diagnostics["span_steps"])
-    return StableValidation(evaluation.step, span_steps, values, merged, evaluated.merge.label)
+    primary = evaluation.merges[merges.primary]
+    values = {name: float(live[name].value) for name in comparison.differences[merges.primary]}
+
+    def merged(merge: str) -> dict[str, float]:
+        known = {name: float(comparison.merged[merge][name].value) for name in comparison.differences[merge]}
+        if evaluation.is_limited:
+            known |= {
+                name: values[name] - float(difference)
+                for name, difference in comparison.differences[merge].items()
+                if name in values and comparison.merged[merge][name].sums is None
+            }
+        return known
+
+    others = [(name, made) for name, each in evaluation.merges.items() if (made := each.composition) is not None]
+    return StableValidation(
+        step=evaluation.step,
+        span_steps=round(evaluation.diagnostics["span_steps"]),
+        live=values,
+        merged=merged(merges.primary),
+        rule=primary.merge.label,
+        composition=primary.composition,
+        further=tuple(FurtherMerge(made, merged(name)) for name, made in others if name != merges.primary),
+        phase=merges.capture.window.phase.num_begun,
+    )

@@ -1,9 +1,9 @@
 """Shows logged values beyond plain metrics: as charts in loggers, and as a closing table in the terminal.
 
-TensorBoard gives a run one colour, so live and merged values of one run look alike there. Merged and annealed values
-are therefore written again as separate runs below the log folder, ``merged`` and ``annealed``, under the name of the
-live metric. So one chart shows all three, each in its own colour. The layout of the Custom Scalars page is stored in
-the ``merged`` and ``annealed`` runs too. A user may have written one for the run itself; TensorBoard shows both. For
+TensorBoard gives a run one colour, so live and merged values of one run look alike there. Merged, annealed and forecast
+values are therefore written again as separate runs below the log folder, ``merged``, ``annealed`` and ``forecast``,
+under the name of the live metric. So one chart shows all of them, each in its own colour. The layout of the Custom
+Scalars page is stored in these runs too. A user may have written one for the run itself; TensorBoard shows both. For
 Weights & Biases, merged values and gains are defined with their best value. Other loggers need only the metrics, whose
 names they all accept.
 """
@@ -48,12 +48,18 @@ def scalar_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str
 
 
 def prediction_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str, list[Any]]]:
-    """Returns the layout of the prediction charts. It lists full tags: TensorBoard's margin charts take no patterns."""
-    charts = {
-        metric: ["Margin", [str(LoggedName("annealed", label, metric, end)) for end in ("", *BOUNDS)]]
-        for metric in metrics
-    }
-    return {f"Predicted, with interval{label}": charts}
+    """Returns the layout of the charts of predictions, which list full tags: margin charts take no patterns."""
+    return {f"Predicted, with interval{label}": _margins("annealed", metrics, label)}
+
+
+def forecast_layout(metrics: Iterable[str], label: str = "") -> dict[str, dict[str, list[Any]]]:
+    """Returns the layout of the charts of forecasts."""
+    return {f"If annealed now, with interval{label}": _margins("forecast", metrics, label)}
+
+
+def _margins(kind: str, metrics: Iterable[str], label: str) -> dict[str, list[Any]]:
+    names = {metric: [str(LoggedName(kind, label, metric, end)) for end in ("", *BOUNDS)] for metric in metrics}
+    return {metric: ["Margin", tags] for metric, tags in names.items()}
 
 
 class Dashboards:
@@ -120,7 +126,7 @@ class Dashboards:
         self._begin()
 
     def _show_in_tensorboard(self, logger: Any, logged: Mapping[LoggedName, LoggedValue], step: int) -> None:
-        layouts = {"merged": scalar_layout, "annealed": prediction_layout}
+        layouts = {"merged": scalar_layout, "annealed": prediction_layout, "forecast": forecast_layout}
         for name, value in logged.items():
             if name.kind not in layouts or name.end:
                 continue

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from merge_callback.capture.merges import Merge
 from merge_callback.live.evaluate import LoggedValue
+from merge_callback.prediction.river import Composition
 from merge_callback.validation.routers import Choices
 
 
@@ -15,6 +16,7 @@ class Evaluated:
         merge: The merge.
         coefficients: Coefficients by snapshot step; empty for an average over every step.
         intervals: First and last step of each snapshot that is a mean; empty for points.
+        composition: What matters of the coefficients for a forecast; None for an average over every step.
         description: What the merge was made of, in a few words.
         values: Metric -> value that the validation logged.
     """
@@ -22,6 +24,7 @@ class Evaluated:
     merge: Merge
     coefficients: dict[int, float]
     intervals: list[list[int]]
+    composition: Composition | None
     description: str
     values: dict[str, LoggedValue]
 

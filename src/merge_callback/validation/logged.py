@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -30,8 +31,8 @@ class LoggedName:
     """The name of one value that the callback logs.
 
     Args:
-        kind: ``"merged"``, ``"merge_gain"``, ``"merge_gain_stderr"``, ``"annealed"``, ``"annealed_error"``, or
-            ``"merge"`` for a diagnostic.
+        kind: ``"merged"``, ``"merge_gain"``, ``"merge_gain_stderr"``, ``"annealed"``, ``"annealed_error"``,
+            ``"forecast"``, ``"forecast_error"``, or ``"merge"`` for a diagnostic.
         label: Distinguishes callbacks and further merges; begins with ``_``, or is empty.
         metric: The live metric, or the diagnostic.
         end: One of ``BOUNDS`` for an end of a prediction's interval; otherwise empty.
@@ -95,23 +96,29 @@ class Names:
 
 
 def predictions_and_errors(
-    names: Names, predictions: Mapping[str, Prediction], live: Mapping[str, LoggedValue], *, is_end_of_decay: bool
+    names: Names,
+    kind: Literal["annealed", "forecast"],
+    predictions: Mapping[str, Prediction],
+    live: Mapping[str, LoggedValue],
+    *,
+    is_end_of_decay: bool,
 ) -> dict[LoggedName, LoggedValue]:
-    """Returns predicted annealed values with their intervals, to log.
+    """Returns predictions with their intervals, to log.
 
     Args:
         names: The callback's names for them.
+        kind: What is predicted: the model if it had been annealed until now, or if a decay began now.
         predictions: Metric -> prediction.
         live: Metric -> live value of the validation.
         is_end_of_decay: Whether the run's own decay ends here; then the errors of the predictions are included.
     """
     logged: dict[LoggedName, LoggedValue] = {}
     for metric, prediction in predictions.items():
-        name = names("annealed", metric)
+        name = names(kind, metric)
         ends = zip(("", *BOUNDS), (prediction.value, prediction.low, prediction.high), strict=True)
         numbers = {replace(name, end=end): value for end, value in ends}
         if is_end_of_decay and metric in live:
-            numbers[names("annealed_error", metric)] = prediction.value - float(live[metric].value)
+            numbers[names(f"{kind}_error", metric)] = prediction.value - float(live[metric].value)
         is_written = metric not in live or live[metric].logger
         logged |= {each: LoggedValue(torch.tensor(value), logger=is_written) for each, value in numbers.items()}
     return logged

@@ -12,18 +12,17 @@ from lightning.pytorch import Trainer
 from merge_callback.capture.merge_set import MergeSet
 from merge_callback.live.evaluate import LoggedValue, evaluate, num_limited_batches
 from merge_callback.live.learning_rates import optimizer_step
-from merge_callback.live.observe import is_last_validation, logged_step, observe_validations, stop_observing_validations
-from merge_callback.prediction.predictor import AnnealPredictor
-from merge_callback.prediction.records import StableValidation
+from merge_callback.live.observe import logged_step, observe_validations, stop_observing_validations
 from merge_callback.utilities.devices import wait_for_device
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
-from merge_callback.validation.comparison import Comparison, are_sums_known, compare, merged_and_gains, stable_values
+from merge_callback.validation.comparison import Comparison, are_sums_known, compare, merged_and_gains
 from merge_callback.validation.count import ValidationCount
 from merge_callback.validation.dashboards import Dashboards
 from merge_callback.validation.evaluation import Evaluated, Evaluation, Results
 from merge_callback.validation.frozen import FrozenValues
-from merge_callback.validation.logged import LoggedName, Names, predictions_and_errors
+from merge_callback.validation.logged import LoggedName, Names
+from merge_callback.validation.predictions import LoggedPredictions
 from merge_callback.validation.routers import Choices, Routers
 from merge_callback.validation.unmoved import UnmovedValues
 
@@ -34,7 +33,7 @@ class MergedValidation:
     Args:
         merges: The merges to validate.
         names: The names of logged values.
-        predictor: Predicts annealed values, and learns from the validations.
+        predictions: Predicts annealed values, and learns from the validations.
         budget: Limits the wall time.
         messages: Logs infos and warnings for the user.
         every_n_validations: Validates the merges at every n-th validation.
@@ -47,7 +46,7 @@ class MergedValidation:
         self,
         merges: MergeSet,
         names: Names,
-        predictor: AnnealPredictor,
+        predictions: LoggedPredictions,
         budget: Budget,
         messages: Messages,
         *,
@@ -56,7 +55,7 @@ class MergedValidation:
         routers: Routers | None = None,
     ) -> None:
         self.merges = merges
-        self.predictor = predictor
+        self.predictions = predictions
         self.budget = budget
         self.count = ValidationCount()
         self._unmoved = UnmovedValues(messages)
@@ -69,11 +68,11 @@ class MergedValidation:
         self._began: float | None = None  # when the fit began; None between fits
         self._evaluation: Evaluation | None = None
         self._dashboards = Dashboards(f"MergeCallback({names.callback!r})", names.label())
-        self._closing: Callable[[], str] | None = None  # makes the closing table, needed only at the end of a fit
+        self._closing: list[Callable[[], str]] = []  # make the closing texts, needed only at the end of a fit
 
     def begin(self, trainer: Trainer) -> None:
         """Starts to observe the validations of a fit, until `close`."""
-        self._began, self._closing = time.perf_counter(), None
+        self._began, self._closing = time.perf_counter(), []
         # Another fit may have another limit of batches.
         self._frozen = FrozenValues(self.merges)
         if trainer.barebones:
@@ -93,7 +92,7 @@ class MergedValidation:
         if self._every_n_validations == 1 and self.budget.share is None:
             return
         for stopping in trainer.early_stopping_callbacks:
-            if str(stopping.monitor).startswith(("merged", "merge_gain", "annealed")):
+            if str(stopping.monitor).startswith(("merged", "merge_gain", "annealed", "forecast")):
                 self._messages.warn(
                     f"where a merged validation is left out, EarlyStopping(monitor={stopping.monitor!r}) sees the"
                     " previous value again and counts that as no improvement; choose its patience accordingly",
@@ -105,10 +104,10 @@ class MergedValidation:
         stop_observing_validations(trainer, self)
         self._dashboards.close()
         self.budget.elapsed, self._began = self._elapsed(), None
-        if self._closing is not None:
-            lines = [self.budget.summary(), self._frozen.describe(), self._closing()]
+        if self._closing:
+            lines = [self.budget.summary(), self._frozen.describe(), *(make() for make in self._closing)]
             self._messages.say("\n".join(filter(None, lines)), "closing")
-            self._closing = None
+            self._closing = []
         # Its results refer to the fit.
         self._frozen = FrozenValues(self.merges)
 
@@ -164,7 +163,7 @@ class MergedValidation:
                 values = self._validated(trainer, self._limit_batches)
                 if merge.name == self.merges.primary:
                     results.choices.update(self._choices(trainer))
-            made_of = merge.ring_coefficients(), merge.intervals, merge.describe(step)
+            made_of = merge.ring_coefficients(), merge.intervals, merge.composition(step), merge.describe(step)
             results.merges[merge.name] = Evaluated(merge, *made_of, values)
             # Frees this merge's memory before the next merge is made.
             del row
@@ -176,7 +175,7 @@ class MergedValidation:
         comparison = Comparison(live)
         if self._evaluation is not None:
             comparison = compare(self._evaluation, live)
-        logged = self._predicted(trainer, live, comparison)
+        logged = self.predictions.after_validation(trainer, self._evaluation, live, comparison)
         if self.budget.share is not None:
             logged[self._names("merge", "num_skipped")] = LoggedValue(torch.tensor(float(self.budget.num_skipped)))
         if (evaluation := self._evaluation) is not None:
@@ -186,7 +185,7 @@ class MergedValidation:
             self._unmoved.look(primary, comparison.live, evaluation.diagnostics.get("spread", 0.0))
             self._check_names(live)
             device = trainer.lightning_module.device
-            for key, diagnostic in (evaluation.diagnostics | self._curvature_gain(evaluation)).items():
+            for key, diagnostic in (evaluation.diagnostics | self.predictions.curvature_gain(evaluation)).items():
                 logged[self._names("merge", key)] = LoggedValue(torch.tensor(diagnostic, device=device))
             if trainer.is_global_zero:
                 self._show(trainer, evaluation, live, logged, step)
@@ -203,13 +202,13 @@ class MergedValidation:
 
     def state_dict(self) -> dict[str, Any]:
         budget = asdict(replace(self.budget, elapsed=self._elapsed()))
-        return {"count": self.count.state_dict(), "budget": budget, **self.predictor.state_dict()}
+        return {"count": self.count.state_dict(), "budget": budget, **self.predictions.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, except the share of time, which the user may have changed."""
         self.count.load_state_dict(state["count"])
         self.budget = replace(Budget(**state["budget"]), share=self.budget.share)
-        self.predictor.load_state_dict(state)
+        self.predictions.load_state_dict(state)
 
     def _elapsed(self) -> float:
         """Returns the seconds of this fit and of the earlier fits that it continues."""
@@ -237,49 +236,6 @@ class MergedValidation:
         self.budget.validating += time.perf_counter() - began
         return values
 
-    def _predicted(
-        self, trainer: Trainer, live: Mapping[str, LoggedValue], comparison: Comparison
-    ) -> dict[LoggedName, LoggedValue]:
-        """Learns from this validation, if merge and live model can be compared; returns the predictions to log."""
-        capture, predictor = self.merges.capture, self.predictor
-        is_decaying = not capture.window.phase.is_stable
-        predictor.is_checked = is_decaying and is_last_validation(trainer)
-        if self.evaluated_at(optimizer_step(trainer), self.merges.primary) and capture.is_comparable:
-            assert self._evaluation is not None
-            self._learn(stable_values(self._evaluation, live, comparison, self.merges.primary), trainer)
-        if not is_decaying and (self._evaluation is None or not capture.is_comparable):
-            return {}
-        logged = predictions_and_errors(self._names, predictor.predictions, live, is_end_of_decay=predictor.is_checked)
-        if predictor.is_prior and predictor.predictions:
-            logged[self._names("merge", "is_prior")] = LoggedValue(torch.tensor(1.0))
-        return logged
-
-    def _learn(self, validation: StableValidation, trainer: Trainer) -> None:
-        assert self._evaluation is not None
-        losses = self._losses(self._evaluation)
-        for problem in self.predictor.learn(validation, losses, may_write=trainer.is_global_zero):
-            self._messages.warn(f"left out of the records: {problem}", problem)
-        for metric, fit in self.predictor.fits.items():
-            self._messages.say(f"{self._names('annealed', metric)} predicts {fit}", f"annealed {metric}")
-        calibration = self.predictor.calibration
-        if calibration is not None and not self.predictor.is_prior and not self.predictor.fits:
-            self._messages.say(f"uncalibrated until {calibration} holds two real anneals of a kind", "uncalibrated")
-
-    def _losses(self, evaluation: Evaluation) -> list[str]:
-        """Returns the metrics of the primary merge where less is better, in the order in which they are logged."""
-        values = evaluation.merges[self.merges.primary].values
-        return [name for name, value in values.items() if not self._names.is_higher_better(name, value)]
-
-    def _curvature_gain(self, evaluation: Evaluation) -> dict[str, float]:
-        """Returns the curvature gain of the first loss; empty unless the merge's snapshots have known losses."""
-        if self.merges.primary not in evaluation.merges or not (losses := self._losses(evaluation)):
-            return {}
-        primary = evaluation.merges[self.merges.primary]
-        # The live model was validated at points, not at means over intervals.
-        coefficients = primary.coefficients if not primary.intervals else {}
-        found = self.predictor.curvature_gain(losses[0], coefficients, evaluation.step)
-        return {} if found is None else {"curvature_gain": found}
-
     def _show(
         self,
         trainer: Trainer,
@@ -294,5 +250,6 @@ class MergedValidation:
         drawn = (primary.coefficients, primary.intervals) if primary is not None else ({}, [])
         self._dashboards.show(trainer.loggers, logged, step, *drawn)
         described = {self._names.label(name): f"{name}: {each.description}" for name, each in evaluation.merges.items()}
-        self._closing = partial(self._dashboards.closing_table, evaluation.step, live, logged, described)
+        table = partial(self._dashboards.closing_table, evaluation.step, live, logged, described)
+        self._closing = [table, partial(self.predictions.outcomes, live)]
         self.budget.spend(time.perf_counter() - began)

@@ -1,0 +1,168 @@
+"""What validations teach about annealing: predictions and forecasts to log beside the live values."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from merge_callback.capture.merge_set import MergeSet
+from merge_callback.live.evaluate import LoggedValue
+from merge_callback.live.learning_rates import optimizer_step
+from merge_callback.live.observe import is_last_validation
+from merge_callback.prediction.forecasts import Forecast, Forecaster, NoForecastError, forecast, steps_of
+from merge_callback.prediction.predictor import AnnealPredictor, is_same_span
+from merge_callback.prediction.river import Decay
+from merge_callback.prediction.validations import StableValidation
+from merge_callback.utilities.messages import Messages
+from merge_callback.utilities.tables import number
+from merge_callback.validation.comparison import Comparison, stable_values
+from merge_callback.validation.evaluation import Evaluation
+from merge_callback.validation.logged import LoggedName, Names, predictions_and_errors
+
+
+class LoggedPredictions:
+    """Learns from validations at a constant rate what an anneal would give, and checks that when the rate decays.
+
+    Args:
+        merges: The merges of the run.
+        names: The names of logged values.
+        predictor: Predicts annealed values by real anneals, and keeps the validations.
+        forecaster: Forecasts decays that begin now.
+        messages: Logs infos and warnings for the user.
+    """
+
+    def __init__(
+        self, merges: MergeSet, names: Names, predictor: AnnealPredictor, forecaster: Forecaster, messages: Messages
+    ) -> None:
+        self.predictor = predictor
+        self.forecaster = forecaster
+        # Whether the latest validation compared predictions and forecasts with the end of a decay.
+        self.is_checked, self._checked_at = False, 0
+        self._merges = merges
+        self._names = names
+        self._messages = messages
+        # Planned steps of the run, and the metrics where less is better; None until a validation has told.
+        self._num_steps: int | None = None
+        self.losses: list[str] | None = None
+
+    @property
+    def are_any(self) -> bool:
+        """Whether there are predictions or forecasts that the end of a decay can check."""
+        return bool(self.predictor.predictions or self.forecaster.forecasts)
+
+    def after_validation(
+        self, trainer: Trainer, evaluation: Evaluation | None, live: Mapping[str, LoggedValue], comparison: Comparison
+    ) -> dict[LoggedName, LoggedValue]:
+        """Learns from a validation, if merge and live model can be compared; returns what to log.
+
+        Args:
+            trainer: The Trainer.
+            evaluation: What the validation found of the merges; None if they were not validated.
+            live: Metric -> value of the live validation.
+            comparison: Merges and live model side by side.
+        """
+        capture = self._merges.capture
+        step, is_decaying = optimizer_step(trainer), not capture.window.phase.is_stable
+        self.is_checked, self._checked_at = is_decaying and is_last_validation(trainer), step
+        if evaluation is not None and self._merges.primary in evaluation.merges and capture.is_comparable:
+            validation = stable_values(evaluation, live, comparison, self._merges)
+            self.losses = self._losses(evaluation)
+            self._learn(validation, trainer)
+            self._forecast(validation, trainer)
+        if not is_decaying and (evaluation is None or not capture.is_comparable):
+            return {}
+        logged = predictions_and_errors(
+            self._names, "annealed", self.predictor.predictions, live, is_end_of_decay=self.is_checked
+        )
+        if self.predictor.is_prior and self.predictor.predictions:
+            logged[self._names("merge", "is_prior")] = LoggedValue(torch.tensor(1.0))
+        made = self.forecaster.forecasts
+        # A decay that is much longer or shorter than the one that was forecast says nothing about the forecast.
+        is_as_forecast = self.is_checked and all(
+            is_same_span(each.decay.span_steps, step - each.decay.start) for each in made.values()
+        )
+        foretold = {metric: each.prediction for metric, each in made.items()}
+        return logged | predictions_and_errors(self._names, "forecast", foretold, live, is_end_of_decay=is_as_forecast)
+
+    def forecast(self, metric: str, length: float | int, shape: str, final_rate: float) -> Forecast:
+        """Forecasts a metric at the end of a decay that begins at the latest validation; see `MergeCallback.forecast`.
+
+        Raises:
+            NoForecastError: If nothing can be foretold.
+        """
+        history = self.predictor.history
+        if history and not self._merges.capture.window.phase.is_stable:
+            raise NoForecastError("the learning rate is not constant, and forecasts are for decays that begin now")
+        if history and metric in history[-1].merged and self.losses is not None and metric not in self.losses:
+            raise NoForecastError(f"{metric!r} is no loss: more of it is better")
+        step = history[-1].step if history else 0
+        return self._made(metric, Decay(step, steps_of(length, step), shape, final_rate))
+
+    def _made(self, metric: str, decay: Decay) -> Forecast:
+        known = self.predictor
+        return forecast(known.history, metric, decay, anneals=known.own_anneals, num_steps=self._num_steps)
+
+    def _learn(self, validation: StableValidation, trainer: Trainer) -> None:
+        for problem in self.predictor.learn(validation, self.losses or (), may_write=trainer.is_global_zero):
+            self._messages.warn(f"left out of the records: {problem}", problem)
+        for metric, fit in self.predictor.fits.items():
+            self._messages.say(f"{self._names('annealed', metric)} predicts {fit}", f"annealed {metric}")
+        calibration = self.predictor.calibration
+        if calibration is not None and not self.predictor.is_prior and not self.predictor.fits:
+            self._messages.say(f"uncalibrated until {calibration} holds two real anneals of a kind", "uncalibrated")
+
+    def _forecast(self, validation: StableValidation, trainer: Trainer) -> None:
+        planned = trainer.estimated_stepping_batches
+        self._num_steps = int(planned) if 0 < planned < math.inf else None
+        reasons = self.forecaster.update(validation.step, self.losses or (), self._made)
+        for metric, reason in reasons.items():
+            # Once of each kind, whatever the numbers.
+            topic = re.sub(r"\d", "", f"{metric}: {reason}")
+            self._messages.say(f"no {self._names('forecast', metric)} at step {validation.step}: {reason}", topic)
+        for metric, made in self.forecaster.forecasts.items():
+            name = self._names("forecast", metric)
+            self._messages.say(f"{name} stands on {made.source}", f"{name} {made.source}")
+
+    def _losses(self, evaluation: Evaluation) -> list[str]:
+        """Returns the metrics of the primary merge where less is better, in the order in which they are logged."""
+        values = evaluation.merges[self._merges.primary].values
+        return [name for name, value in values.items() if not self._names.is_higher_better(name, value)]
+
+    def curvature_gain(self, evaluation: Evaluation) -> dict[str, float]:
+        """Returns the curvature gain of the first loss; empty unless the merge's snapshots have known losses."""
+        if self._merges.primary not in evaluation.merges or not (losses := self._losses(evaluation)):
+            return {}
+        primary = evaluation.merges[self._merges.primary]
+        # The live model was validated at points, not at means over intervals.
+        coefficients = primary.coefficients if not primary.intervals else {}
+        found = self.predictor.curvature_gain(losses[0], coefficients, evaluation.step)
+        return {} if found is None else {"curvature_gain": found}
+
+    def outcomes(self, live: Mapping[str, LoggedValue]) -> str:
+        """Returns what is forecast, a line a metric, and at the end of a decay also what came of it."""
+        lines = []
+        for metric, made in self.forecaster.forecasts.items():
+            decay = made.decay
+            what = f"for a {decay.shape} decay over {decay.span_steps} steps"
+            if self.is_checked and metric in live:
+                steps = self._checked_at - decay.start
+                what = f"{what}, came to {number(live[metric].value)} after {steps} steps"
+            lines.append(f"{metric}: {made} {what}")
+        return "\n".join(lines)
+
+    def forget_since(self, step: int) -> None:
+        """Drops the validations at that step and later, and forecasts made there."""
+        self.predictor.forget_since(step)
+        self.forecaster.forget_since(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.predictor.state_dict(), "forecasts": self.forecaster.state_dict(), "losses": self.losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.predictor.load_state_dict(state)
+        self.forecaster.load_state_dict(state["forecasts"])
+        self.losses = state["losses"]
