@@ -4,8 +4,9 @@
 
 - ``kappa``: least mean absolute error of the forecasts, over the decays that begin after the first quarter of the runs
   with AdamW, each span and run weighing the same. Rings of ten points over as many steps as the decay takes.
-- ``ring``, ``history``: of those decays, the share of what the river falls that nine in ten errors stay below.
-- ``floor``: the least fall among those decays, in the noise: flatter rivers were not measured.
+- ``ring``, ``history``: of intervals. The part of the noise is what nine in ten errors stay below, in the noise, when
+  no river has to be foreseen: decays over 10 and 20 % that end now, by rings over 10 and 20 %. The part of the fall is
+  what is then needed for nine in ten of the forecasts.
 - ``correlation_steps``: least squares over merges of 3, 5, 10 and 20 points of one window, sma and wma, whose loss is
   river and noise.
 """
@@ -23,7 +24,7 @@ from merge_callback.merging.rules import merge_coefficients, resolve_rule
 from merge_callback.merging.windows import Window
 from merge_callback.prediction import river as module
 from merge_callback.prediction.records import read_records
-from merge_callback.prediction.river import Fitted, River, Seen, composition, river
+from merge_callback.prediction.river import Fitted, River, Seen, Widths, composition, river
 
 ROOT = Path(__file__).parents[2]
 ANNEALING = ROOT / "benchmarks" / "annealing" / "records"
@@ -65,27 +66,48 @@ def seen(steps: list[int], rule: object, now: int, loss: float) -> Seen:
     return Seen(now - found.age, found.squares, loss)
 
 
-def cases(run: str) -> list[Case]:
-    """Those of a trunk that begin after its first quarter."""
+def records_of(run: str) -> tuple[dict, dict[int, dict], dict[int, Seen]]:
+    """A trunk's record, its points by step, and the merges of its validations by step."""
     info = json.loads((ANNEALING / run / "trunk.json").read_text())
     points = {point["step"]: point for point in json.loads((ANNEALING / run / "proxies.json").read_text())}
     validated = [v for v in info["validations"] if v["merged"] is not None]
     merges = {v["step"]: seen(default_ring(v["step"]), Window(span=0.1), v["step"], v["merged"]) for v in validated}
+    return info, points, merges
+
+
+def rivers(now: int, live: float, losses: dict[str, float], span_steps: int, merges: dict[int, Seen]) -> list[River]:
+    """The rivers of ring and history, and of the history alone, from a ring of ten points over so many steps."""
+    steps = sorted(now - round(round(j * GRID / 10) * span_steps / GRID) for j in range(10))
+    ring = [seen(steps, rule, now, losses[f"{rule} N=10"]) for rule in ("sma", "wma")]
+    history = [merge for step, merge in merges.items() if step <= now]
+    return [found for used in (ring, ring[:1]) if (found := river(now, live, used, history, span_steps)) is not None]
+
+
+def cases(run: str) -> list[Case]:
+    """Decays of a trunk that begin now, after its first quarter."""
+    info, points, merges = records_of(run)
     found = []
     for record in read_records(ANNEALING / run / "anneals.jsonl"):
-        if record.step not in points or record.start_step <= info["num_steps"] / 4:
-            continue
-        span = next(s for s in points[record.step]["spans"] if s["span_steps"] == record.span_steps)
         now = record.start_step
-        steps = sorted(now - round(round(j * GRID / 10) * record.span_steps / GRID) for j in range(10))
-        ring = [seen(steps, rule, now, span["forecast"][f"{rule} N=10"]) for rule in ("sma", "wma")]
-        history = [merge for step, merge in merges.items() if step <= now]
-        of_ring = river(now, span["live_at_start"], ring, history, record.span_steps)
-        of_history = river(now, span["live_at_start"], ring[:1], history, record.span_steps)
-        assert of_ring is not None
-        assert of_history is not None
-        decay = module.Decay(now, record.span_steps, record.shape)
-        found.append(Case(run, decay, record.annealed[METRIC], of_ring, of_history))
+        if record.step in points and now > info["num_steps"] / 4:
+            span = next(s for s in points[record.step]["spans"] if s["span_steps"] == record.span_steps)
+            both = rivers(now, span["live_at_start"], span["forecast"], record.span_steps, merges)
+            decay = module.Decay(now, record.span_steps, record.shape)
+            found.append(Case(run, decay, record.annealed[METRIC], *both))
+    return found
+
+
+def matched_cases(run: str) -> list[Case]:
+    """Decays of a trunk that end now, after its first quarter, with rings over each of the windows."""
+    info, points, merges = records_of(run)
+    found = []
+    for record in read_records(ANNEALING / run / "anneals.jsonl"):
+        now = record.step
+        if now in points and now > info["num_steps"] / 4:
+            decay = module.Decay(record.start_step, record.span_steps, record.shape)
+            for span in points[now]["spans"]:
+                both = rivers(now, points[now]["live"], span["matched"], span["span_steps"], merges)
+                found.append(Case(run, decay, record.annealed[METRIC], *both))
     return found
 
 
@@ -101,18 +123,19 @@ def fitted_kappa(known: list[Case]) -> float:
     return min((round(0.005 * k, 3) for k in range(80)), key=error)
 
 
-def width(known: list[Case], rivers: str, kappa: float) -> float:
-    """The share of what the river falls that nine in ten errors stay below."""
-    errors = []
-    for case in known:
-        found: River = getattr(case, rivers)
-        errors.append(abs(found.annealed(case.decay, kappa) - case.annealed) / found.fall(case.decay))
-    return round(float(np.quantile(errors, LEVEL)), 3)
+def widths(known: list[Case], matched: list[Case], name: str, kappa: float) -> Widths:
+    """The widths of intervals that hold nine errors in ten."""
 
+    def errors(some: list[Case]) -> list[tuple[float, float, float]]:
+        """Error, fall and noise of every case."""
+        found = [(case, getattr(case, name)) for case in some]
+        return [(abs(r.annealed(c.decay, kappa) - c.annealed), r.fall(c.decay), r.noise) for c, r in found]
 
-def floor(known: list[Case]) -> float:
-    """The least that a river fell, in its noise."""
-    return round(min(case.of_ring.fall(case.decay) / case.of_ring.noise for case in known), 3)
+    noise = round(float(np.quantile([error / noise for error, _, noise in errors(matched)], LEVEL)), 3)
+    forecasts = errors(known)
+    share = (round(0.005 * k, 3) for k in range(200))
+    held = (s for s in share if mean(e <= Widths(s, noise).half(fall, v) for e, fall, v in forecasts) >= LEVEL)
+    return Widths(next(held), noise)
 
 
 def fitted_correlation() -> int:
@@ -145,16 +168,15 @@ def _residuals(end: int, span: dict, distance: int) -> list[float]:
     return list(np.array(losses) - np.array(rows) @ found)
 
 
-def fit(without: str | None = None) -> Fitted:
-    """All numbers, also without one of the runs."""
-    known = [case for run in RUNS if run != without for case in cases(run)]
+def fit() -> Fitted:
+    """All numbers."""
+    known, matched = ([case for run in RUNS for case in find(run)] for find in (cases, matched_cases))
     kappa = fitted_kappa(known)
     return Fitted(
         kappa=kappa,
         correlation_steps=float(fitted_correlation()),
-        ring=width(known, "of_ring", kappa),
-        history=width(known, "of_history", kappa),
-        floor=floor(known),
+        ring=widths(known, matched, "of_ring", kappa),
+        history=widths(known, matched, "of_history", kappa),
     )
 
 
@@ -167,12 +189,12 @@ def main() -> None:
     known = [case for run in RUNS for case in cases(run)]
     for run in RUNS:
         print(f"without {run}: kappa {fitted_kappa([case for case in known if case.run != run])}")
-    for rivers in ("of_ring", "of_history"):
+    for name in ("of_ring", "of_history"):
         for span in (0.1, 0.2):
             kind = [case for case in known if round(case.decay.span, 1) == span]
-            errors = [getattr(c, rivers).annealed(c.decay, numbers.kappa) - c.annealed for c in kind]
+            errors = [getattr(c, name).annealed(c.decay, numbers.kappa) - c.annealed for c in kind]
             off = f"MAE {mean(map(abs, errors)):.4f}, bias {mean(errors):+.4f}"
-            print(f"{rivers}, {span:.0%}: {off}, {len(errors)} decays")
+            print(f"{name}, {span:.0%}: {off}, {len(errors)} decays")
 
 
 if __name__ == "__main__":

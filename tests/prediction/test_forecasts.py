@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from merge_callback import Ema, MergeCallback
-from merge_callback.prediction.forecasts import NoForecastError, forecast, steps_of
+from merge_callback.prediction.forecasts import NoForecastError, current_river, forecast, steps_of
 from merge_callback.prediction.records import AnnealRecord
 from merge_callback.prediction.river import Composition, Decay, River, fitted
 from merge_callback.prediction.validations import FurtherMerge, StableValidation, read_validation
@@ -36,7 +36,7 @@ def test_a_run_on_a_river_is_forecast():
         history = validations(**({} if further is None else {"further": further}))
         found = forecast(history, METRIC, Decay(1000, 111, "1-sqrt"))
         assert found.prediction.value == pytest.approx(TRUTH.annealed(Decay(1000, 111, "1-sqrt")), abs=2e-4)
-        half = (fitted().ring if further is None else fitted().history) * 0.4 * 111 / 1111
+        half = (fitted().ring if further is None else fitted().history).half(0.4 * 111 / 1111, 0.1)
         assert found.prediction.high - found.prediction.value == pytest.approx(half, rel=1e-2)
     assert "ring" not in found.source
     assert str(found).startswith("forecast 1.4")
@@ -54,7 +54,7 @@ def test_it_is_refused_with_the_reason():
         validations(900, 950, 1000)
     )
     assert "no 'accuracy'; it has: val_loss" in refusal(validations(), "accuracy")
-    assert "average over every step" in refusal(validations(composition=None))
+    assert "an average over every step" in refusal(validations(composition=None))
     worse = [*validations(850, 900, 950), validation(1000, merged={METRIC: 2.0})]
     assert "no better than the live model" in refusal(worse)
     assert "takes 3% of the steps at its end, and forecasts were measured for 4% to 26%" in refusal(
@@ -99,10 +99,10 @@ def test_real_anneals_of_the_run_shift_it():
         return found
 
     def error_then(start):
-        """What the forecast at that step was off by, measured by hand."""
-        then = forecast([each for each in history if each.step <= start], METRIC, Decay(start, 100)).prediction
-        width = (then.high - then.low) / 2 / fitted().ring
-        return (above[start] - then.value) / width
+        """What the forecast at that step was off by, in what the river fell."""
+        then = [each for each in history if each.step <= start]
+        found, decay = current_river(then, METRIC), Decay(start, 100)
+        return (above[start] - forecast(then, METRIC, decay).prediction.value) / found.fall(decay)
 
     one = shifted(anneal(900, above[900]))
     assert one.prediction.value - plain.value == pytest.approx(0.5 * error_then(900) * fall, rel=0.02)
@@ -266,7 +266,7 @@ def test_an_average_over_every_step_has_no_forecast(tmp_path, caplog):
     callback = MergeCallback(10, 10, merges={"ema": Ema(half_life_steps=20)}, forecast=0.1)
     run = in_valley(tmp_path, callback, max_steps=100)
     assert not run.logged(f"forecast/{METRIC}")
-    assert "the primary merge is an average over every step" in caplog.text
+    assert "it is an average over every step" in caplog.text
 
 
 def test_means_forecast_as_points_do(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from merge_callback.merging.decays import DECAY_SHAPES
 from merge_callback.merging.intervals import Intervals
-from merge_callback.prediction.river import KEPT, Decay, River, Seen, composition, fitted, river
+from merge_callback.prediction.river import ANNEALING, KEPT, Decay, River, Seen, Widths, composition, fitted, river
 
 
 def test_a_decay_by_hand():
@@ -17,10 +17,10 @@ def test_a_decay_by_hand():
     # Half of 100 steps behind the end at step 1000, where a lag of 5 % leaves no noise.
     linear = found.annealed(Decay(900, 100))
     assert linear == pytest.approx(1.4 - 0.4 * 2 * (1 - math.sqrt(900 / 950)))
-    # Two thirds behind: less far along the river, and by log2(4 / 3) doublings less noise.
+    # Two thirds behind: less far along the river, and by log2(1.25) doublings less noise.
     root = found.annealed(Decay(900, 100, "1-sqrt"), kappa=0.25)
     place = 1000 - 200 / 3
-    assert root == pytest.approx(1.4 - 0.8 * (1 - math.sqrt(900 / place)) - 0.25 * 0.1 * math.log2(4 / 3))
+    assert root == pytest.approx(1.4 - 0.8 * (1 - math.sqrt(900 / place)) - 0.25 * 0.1 * math.log2(1.25))
     # The steps that a decay keeps are the integral of its shape.
     for shape, kept in KEPT.items():
         assert np.mean([DECAY_SHAPES[shape]((i + 0.5) / 10_000) for i in range(10_000)]) == pytest.approx(
@@ -40,20 +40,47 @@ def test_matched_and_forecast_decays_differ_in_their_beginning_only():
     found = River(1000, level=1.4, slope=-0.4, noise=0.1)
     matched, forecast = found.annealed(Decay(900, 100)), found.annealed(Decay(1000, 111))
     assert matched == pytest.approx(found.loss(950))
-    assert forecast == pytest.approx(found.loss(1055.5) - fitted().kappa * 0.1 * math.log2(55.5 / (0.05 * 1111)))
+    assert forecast == pytest.approx(found.loss(1055.5) - fitted().kappa * 0.1 * math.log2(111 / 111.1))
     assert forecast < found.level < matched
 
 
 def test_an_interval_grows_with_the_decay_and_is_never_nothing():
-    found = River(900, level=1.4, slope=-0.4, noise=0.1)
-    halves = [found.forecast(Decay(900, steps), width=0.5) for steps in (50, 100, 200)]
-    expected = [0.5 * 0.4 * steps / (900 + steps) for steps in (50, 100, 200)]
-    assert [(each.high - each.low) / 2 for each in halves] == pytest.approx(expected)
-    flat = River(900, level=1.4, slope=0.0, noise=0.1).forecast(Decay(900, 100), width=0.5)
-    assert flat.high - flat.value == pytest.approx(0.5 * fitted().floor * 0.1)
+    widths, found = Widths(fall=0.5, noise=0.2), River(900, level=1.4, slope=-0.4, noise=0.1)
+    for steps in (50, 100, 200):
+        made = found.forecast(Decay(900, steps), widths)
+        half = math.hypot(0.5 * 0.4 * steps / (900 + steps), 0.2 * 0.1)
+        assert (made.high - made.value, made.value - made.low) == pytest.approx((half, half))
+    flat = River(900, level=1.4, slope=0.0, noise=0.1).forecast(Decay(900, 100), widths)
+    assert flat.high - flat.value == pytest.approx(0.2 * 0.1)
     # Later decays are less certain.
-    later = found.forecast(Decay(1400, 100), width=0.5)
-    assert later.high - later.low == pytest.approx(2 * 0.5 * 0.4 * 600 / 1500)
+    later = found.forecast(Decay(1400, 100), widths)
+    assert later.high - later.value == pytest.approx(math.hypot(0.5 * 0.4 * 600 / 1500, 0.02))
+
+
+def noise_left(shape, num_steps, rates):
+    """Noise after a decay on a quadratic, in that of a constant rate: gradient descent with noise, in closed form.
+
+    Each direction contracts by ``1 - rate`` at a step of the full rate, and its noise is in balance before the decay.
+    """
+    variance, balance = np.ones_like(rates), 1 - (1 - rates) ** 2
+    for index in range(num_steps):
+        multiplier = DECAY_SHAPES[shape]((index + 0.5) / num_steps)
+        variance = (1 - rates * multiplier) ** 2 * variance + balance * multiplier**2
+    return variance.mean()
+
+
+@pytest.mark.parametrize("slowest", [1e-3, 1e-4])
+def test_decays_on_a_noisy_quadratic_are_as_long_as_they_are_said_to_be(slowest):
+    rates = np.geomspace(slowest, 1, 100)
+    lengths = [20, 40, 80, 160, 320, 640]
+    linear = [noise_left("linear", length, rates) for length in lengths]
+    # With each doubling about the same part of the noise is gone.
+    gone = -np.diff(linear)
+    assert gone.min() > 0.7 * gone.max()
+    for shape, share in ANNEALING.items():
+        for length in (100, 200):
+            as_long = np.exp(np.interp(-noise_left(shape, length, rates), -np.array(linear), np.log(lengths)))
+            assert as_long / length == pytest.approx(share, rel=0.03)
 
 
 def test_the_composition_of_points_and_means():

@@ -63,6 +63,7 @@ COMMANDS = {
     "landscape": Command(
         "show the loss between checkpoints", "landscape", "groups/landscape/line.yaml", "landscape.", path=_GROUPS
     ),
+    "plan": Command("compare decays that a run could have, by where its loss would end", "plan"),
     "report": Command("write an HTML page about a run and its anneals", "report"),
 }
 

@@ -12,8 +12,10 @@ from matplotlib.figure import Figure
 
 from merge_callback.apps.runs import Validation
 from merge_callback.prediction.assessment import Assessed
+from merge_callback.prediction.planning import Option
 from merge_callback.prediction.records import AnnealRecord
-from merge_callback.validation.figures import ANNEALED, LIVE, MERGED, PREDICTED
+from merge_callback.prediction.validations import StableValidation
+from merge_callback.validation.figures import ANNEALED, FORECAST, LIVE, MERGED, PREDICTED
 
 _P = ParamSpec("_P")
 
@@ -60,6 +62,12 @@ def plot_validations(
         highs = [sign * (live[step] - p.low) for step, p in predicted.items()]
         lows = [sign * (live[step] - p.high) for step, p in predicted.items()]
         lower.fill_between(list(predicted), lows, highs, color=PREDICTED, alpha=0.2, linewidth=0)
+    foretold = {v.step: v.forecast for v in validations if v.forecast is not None}
+    if foretold:
+        values = [made.value for made in foretold.values()]
+        upper.plot(foretold.keys(), values, "--", color=FORECAST, label="if annealed from here, forecast")
+        lows, highs = [made.low for made in foretold.values()], [made.high for made in foretold.values()]
+        upper.fill_between(list(foretold), lows, highs, color=FORECAST, alpha=0.15, linewidth=0)
     name = metric.partition(" ")[0]
     ends = {a.step: a.annealed[name] for a in anneals if name in a.annealed}
     if ends:
@@ -72,6 +80,44 @@ def plot_validations(
     lower.set(ylabel="better than the live model", xlabel="optimizer steps")
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
+    return figure
+
+
+@_literally
+def plot_plan(history: Sequence[StableValidation], metric: str, options: Sequence[Option]) -> Figure:
+    """Plots live and merged values so far, and at the end of every decay its forecast with the interval.
+
+    Args:
+        history: Validations of the run, ascending.
+        metric: Name of the metric.
+        options: The decays.
+    """
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    known = [each for each in history if metric in each.live and metric in each.merged]
+    steps = [each.step for each in known]
+    axes.plot(steps, [each.live[metric] for each in known], "o-", color=LIVE, markersize=4, label="live")
+    axes.plot(steps, [each.merged[metric] for each in known], "o-", color=MERGED, markersize=4, label="merged")
+    told = [(each.decay, each.forecast.prediction) for each in options if each.forecast is not None]
+    shapes = dict.fromkeys(decay.shape for decay, _ in told)
+    for place, (marker, shape) in enumerate(zip("osD^v", shapes, strict=False)):
+        of_shape = [(decay, made) for decay, made in told if decay.shape == shape]
+        color = f"C{place + 2}"
+        for decay, made in of_shape:
+            path = [known[-1].live[metric], made.value]
+            axes.plot([decay.start, decay.end], path, ":", color=color, linewidth=0.8)
+        halves = [made.high - made.value for _, made in of_shape]
+        ends, values = [decay.end for decay, _ in of_shape], [made.value for _, made in of_shape]
+        label = f"after a {shape} decay"
+        axes.errorbar(ends, values, halves, fmt=marker, color=color, capsize=3, label=label)
+    axes.set(xlabel="optimizer steps", ylabel=metric, title="If the rate decayed")
+    if known:
+        # The beginning of a run is much higher than all that matters here.
+        late = [each.live[metric] for each in known if 2 * each.step >= known[-1].step]
+        bottom = min([each.merged[metric] for each in known] + [made.low for _, made in told])
+        axes.set_ylim(bottom - 0.05 * (max(late) - bottom), max(late) + 0.05 * (max(late) - bottom))
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
 
 

@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_callback.apps.runs import VALIDATION_HEADER, Validation, merged_metrics, read_validations, validation_cells
+from merge_callback.apps.runs import Validation, merged_metrics, read_validations, validation_table
 from merge_callback.apps.wrong_call import wrong_calls
 from merge_callback.prediction.assessment import (
     Assessed,
@@ -146,7 +146,7 @@ def page(found: Found) -> str:
     if found.validations:
         parts += [
             "<h2>Every validation</h2>",
-            _table(VALIDATION_HEADER, list(map(validation_cells, found.validations))),
+            _table(*validation_table(found.validations)),
         ]
     return _PAGE.format(title=escape(f"Merges and anneals: {found.metric}"), body="\n".join(parts))
 

@@ -1,6 +1,7 @@
 """Reads back the metrics that a run's CSVLogger wrote."""
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,21 +18,27 @@ class Validation:
     merged: float | None
     gain: float | None
     predicted: Prediction | None = None
+    # Of a decay that begins here.
+    forecast: Prediction | None = None
     span_steps: float | None = None
     seconds: float | None = None
 
 
-VALIDATION_HEADER = ["step", "live", "merged", "gain", "annealed (predicted)"]
+def validation_table(validations: Sequence[Validation]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of a table of validations. Predictions and forecasts have a column if there are any.
 
-
-def validation_cells(validation: Validation) -> list[str]:
-    """Returns a table row for `VALIDATION_HEADER`; a dash stands for a value that was not logged."""
-    predicted = validation.predicted.value if validation.predicted is not None else None
-    values = [validation.live, validation.merged, validation.gain, predicted]
-    cells = [
-        NOTHING if value is None else number(value, sign) for value, sign in zip(values, ["", "", "+", ""], strict=True)
-    ]
-    return [str(validation.step), *cells]
+    A dash stands for a value that was not logged.
+    """
+    header, rows = ["step", "live", "merged", "gain"], []
+    signs = ["", "", "+", "", ""]
+    kinds = {"annealed (predicted)": "predicted", "if annealed now (forecast)": "forecast"}
+    shown = {name: kind for name, kind in kinds.items() if any(getattr(each, kind) for each in validations)}
+    for each in validations:
+        found = [getattr(each, kind) for kind in shown.values()]
+        values = [each.live, each.merged, each.gain, *(None if made is None else made.value for made in found)]
+        cells = [NOTHING if value is None else number(value, sign) for value, sign in zip(values, signs, strict=False)]
+        rows.append([str(each.step), *cells])
+    return [*header, *shown], rows
 
 
 def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
@@ -53,8 +60,8 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
     def number(row: dict[str, str], name: str) -> float | None:
         return float(row[name]) if row.get(name) else None
 
-    def prediction(row: dict[str, str]) -> Prediction | None:
-        name = f"annealed/{metric}"
+    def prediction(row: dict[str, str], kind: str) -> Prediction | None:
+        name = f"{kind}/{metric}"
         value, low, high = (number(row, key) for key in (name, f"{name}/low", f"{name}/high"))
         return None if value is None or low is None or high is None else Prediction(value, low, high)
 
@@ -65,7 +72,8 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
             live=float(row[metric]),
             merged=number(row, f"merged/{metric}"),
             gain=number(row, f"merge_gain/{metric}"),
-            predicted=prediction(row),
+            predicted=prediction(row, "annealed"),
+            forecast=prediction(row, "forecast"),
             span_steps=number(row, "merge/span_steps"),
             seconds=number(row, "merge/seconds"),
         )

@@ -107,7 +107,10 @@ def _usable(history: Sequence[StableValidation], metric: str) -> list[StableVali
     if metric not in now.merged:
         raise NoForecastError(f"the validation has no {metric!r}; it has: {', '.join(now.merged)}")
     if now.composition is None:
-        raise NoForecastError("the primary merge is an average over every step; make one of snapshots the first")
+        raise NoForecastError(
+            "it is not known of which snapshots the primary merge was made: it is an average over every step, and one of"
+            " snapshots must come first, or an earlier version wrote the checkpoint"
+        )
     known = [
         each
         for each in history
@@ -159,6 +162,10 @@ def _refuse_decay(decay: Decay, found: River, num_steps: int | None) -> None:
         raise NoForecastError(
             f"the decay takes {decay.span:.0%} of the steps at its end, and forecasts were measured for"
             f" {low:.0%} to {high:.0%}"
+        )
+    if (decay.end - found.now) / decay.end > high:
+        raise NoForecastError(
+            f"the decay ends {decay.end - found.now} steps from now, which is more than {high:.0%} of the steps by then"
         )
     if num_steps is not None and found.now < FIRST_SHARE * num_steps:
         raise NoForecastError(f"step {found.now} lies in the first tenth of the {num_steps} steps of the run")

@@ -6,13 +6,16 @@ in the unit of the loss::
 
     loss of the weights of one step t          R(t) + v
     loss of a merge with coefficients c_j      sum_j c_j R(t_j) + v sum_j c_j^2
-    loss after a decay from s over D steps     R(s + D - lag) - kappa v log2(kept lag / (0.05 (s + D)))
+    loss after a decay from s over D steps     R(s + D - lag) - kappa v log2(10 l D / (s + D))
 
 ``R`` is the loss of the river, ``v`` the part that the noise of one step adds. Of a merge, two numbers matter: the mean
 step of its weights, and its sum of squared coefficients (`Composition`). ``R`` is taken as ``a + b g(t / now)`` with
 ``g(x) = 2 (1 - 1 / sqrt(x))``, a power law of steps around now, so that ``b`` is what the loss changes while the steps
 grow by a factor of e. The *lag* is what the decay lacks of the steps that it takes: half of them if it is linear or a
-cosine, two thirds if it is 1-sqrt. ``kappa``, the correlation of the noise and the width of the intervals are fitted on
+cosine, two thirds if it is 1-sqrt. A decay takes noise away in proportion to the logarithm of its length, as on a noisy
+quadratic whose eigenvalues are spread evenly over the scales; there, a cosine does as much as a linear decay of 0.8
+times its length, and 1-sqrt as one of 1.25 times (``l``). A linear decay over a tenth of the steps leaves no more noise
+than the river itself has. ``kappa``, the correlation of the noise and the width of the intervals are fitted on
 real anneals of this project's benchmarks, by ``benchmarks/forecast/fit.py``. All functions are pure.
 """
 
@@ -32,8 +35,10 @@ from merge_callback.prediction.bias import Prediction
 KEPT = {"linear": 1 / 2, "1-sqrt": 1 / 3, "cosine": 1 / 2}
 # Of the power law of the river.
 EXPONENT = 0.5
-# A decay that lags by this share of its last step leaves no more noise than the river has: 10 %, linear.
-REFERENCE_LAG = 0.05
+# The length of a linear decay that takes as much noise away, in its own length.
+ANNEALING = {"linear": 1.0, "1-sqrt": 1.25, "cosine": 0.8}
+# The share of all steps over which a linear decay leaves no more noise than the river has.
+REFERENCE_SPAN = 0.1
 # Window, as a share of the steps, at which the slope of a ring and that of the history are trusted alike.
 SAME_TRUST = 0.111
 # The slope of the history is that of the merges whose weights lie in this last share of the steps.
@@ -171,7 +176,8 @@ class River:
             1.625
         """
         lag = (1 - KEPT[decay.shape]) * decay.span_steps
-        beyond = (fitted().kappa if kappa is None else kappa) * math.log2(lag / (REFERENCE_LAG * decay.end))
+        doublings = math.log2(ANNEALING[decay.shape] * decay.span / REFERENCE_SPAN)
+        beyond = (fitted().kappa if kappa is None else kappa) * doublings
         left = decay.final_rate - (1 - decay.final_rate) * beyond
         return self.loss(decay.end - (1 - decay.final_rate) * lag) + self.noise * left
 
@@ -179,15 +185,9 @@ class River:
         """Returns about what the river falls between now and the end of a decay, the unit of the errors."""
         return abs(self.slope) * abs(decay.end - self.now or decay.span_steps) / decay.end
 
-    def forecast(self, decay: Decay, width: float) -> Prediction:
-        """Returns the loss at the end of a decay with an interval.
-
-        Args:
-            decay: The decay.
-            width: Half of the interval, in what the river falls until then; see `Fitted`.
-        """
-        value = self.annealed(decay)
-        half = width * max(self.fall(decay), fitted().floor * self.noise)
+    def forecast(self, decay: Decay, widths: "Widths") -> Prediction:
+        """Returns the loss at the end of a decay with an interval that has the widths."""
+        value, half = self.annealed(decay), widths.half(self.fall(decay), self.noise)
         return Prediction(value, value - half, value + half)
 
 
@@ -252,26 +252,41 @@ def _time(x: float) -> float:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """Half of an interval that holds nine decays in ten: both parts add up as independent errors do.
+
+    Args:
+        fall: The part that grows with what the river falls until the end of the decay, in that fall.
+        noise: The part that is there for every decay, in the noise of one step.
+    """
+
+    fall: float
+    noise: float
+
+    def half(self, fall: float, noise: float) -> float:
+        """Returns half of the interval, in the unit of the loss."""
+        return math.hypot(self.fall * fall, self.noise * noise)
+
+
+@dataclass(frozen=True)
 class Fitted:
     """The numbers that were fitted on real anneals.
 
     Args:
         kappa: How much less noise a decay leaves, for each doubling of its lag.
         correlation_steps: Distance at which the noise of two steps is correlated by 1 / e.
-        ring: Half of an interval of nine in ten, in what the river falls over the decay, if two merges of a ring tell
-            the slope.
+        ring: Of intervals, if two merges of a ring tell the slope.
         history: The same if only the history of one merge does.
-        floor: The least fall that was measured, in the noise of one step. Intervals of flatter rivers are no narrower.
     """
 
     kappa: float
     correlation_steps: float
-    ring: float
-    history: float
-    floor: float
+    ring: Widths
+    history: Widths
 
 
 @cache
 def fitted() -> Fitted:
     """Returns the numbers from ``river.json``, which ``benchmarks/forecast/fit.py`` writes."""
-    return Fitted(**json.loads((files("merge_callback.prediction") / "river.json").read_text()))
+    found = json.loads((files("merge_callback.prediction") / "river.json").read_text())
+    return Fitted(**found | {name: Widths(**found[name]) for name in ("ring", "history")})

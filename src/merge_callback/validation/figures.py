@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from merge_callback.merging.decays import decay_from_coefficients
 
 # Colours that differ clearly on a white and on a black background.
-LIVE, MERGED, PREDICTED, ANNEALED = "#888888", "#d1495b", "#0f97ad", "#d9902f"
+LIVE, MERGED, PREDICTED, ANNEALED, FORECAST = "#888888", "#d1495b", "#0f97ad", "#d9902f", "#6a9a3b"
 
 
 def plot_merge(coefficients: Mapping[int, float], intervals: Sequence[Sequence[int]] = ()) -> Figure:

@@ -25,9 +25,10 @@ from rich.table import Table
 
 from merge_callback.apps.demo.training import anneal_ends, describe, run_with_anneals
 from merge_callback.apps.figures import plot_validations
-from merge_callback.apps.runs import VALIDATION_HEADER, Validation, read_validations, validation_cells
+from merge_callback.apps.runs import Validation, read_validations, validation_table
 from merge_callback.apps.train import Run, prepare
 from merge_callback.prediction.records import AnnealRecord, read_records
+from merge_callback.utilities.tables import NOTHING
 
 METRIC = "val_loss"
 
@@ -95,25 +96,30 @@ def branch(config: DictConfig, folder: Path, console: Console) -> None:
 
 
 def closing_table(validations: list[Validation]) -> Table:
-    """Returns a table of step, live and merged loss, gain and prediction, with one row per validation."""
-    table = Table(*VALIDATION_HEADER, title=f"{METRIC}, nats per byte")
+    """Returns a table of step, live and merged loss, gain, prediction and forecast, with one row per validation."""
+    header, rows = validation_table(validations)
+    table = Table(*header, title=f"{METRIC}, nats per byte")
     for column in table.columns:
         column.justify = "right"
-    for validation in validations:
-        table.add_row(*validation_cells(validation))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def anneal_table(validations: list[Validation], anneal: AnnealRecord) -> Table:
-    """Returns a table of the last branch, unseen by the prediction, beside the stable run at the same step."""
-    (at_end,) = [validation for validation in validations if validation.step == anneal.step]
+    """Returns a table of what was said about the last branch, which nothing of it had seen, and what came of it."""
+    at = {validation.step: validation for validation in validations}
+    before, after = at.get(anneal.start_step), at[anneal.step]
     title = f"A real anneal over steps {anneal.start_step}-{anneal.step}, unseen by the prediction"
-    table = Table("live", "merged", "predicted", "interval", "annealed", "error", title=title)
-    predicted, annealed = at_end.predicted, anneal.annealed[METRIC]
-    assert predicted is not None
-    interval = f"{predicted.low:.4f} - {predicted.high:.4f}"
-    numbers = [f"{number:.4f}" for number in (at_end.live, at_end.merged, predicted.value)]
-    table.add_row(*numbers, interval, f"{annealed:.4f}", f"{predicted.value - annealed:+.4f}")
+    table = Table("known at step", "", "value", "interval", "annealed", "error", title=title)
+    annealed = anneal.annealed[METRIC]
+    said = {"live": (after, None), "merged": (after, None), "predicted": (after, after.predicted)}
+    if before is not None and before.forecast is not None:
+        said = {"forecast": (before, before.forecast), **said}
+    for name, (known, prediction) in said.items():
+        value = prediction.value if prediction is not None else getattr(known, name)
+        interval = f"{prediction.low:.4f} - {prediction.high:.4f}" if prediction is not None else NOTHING
+        table.add_row(str(known.step), name, f"{value:.4f}", interval, f"{annealed:.4f}", f"{value - annealed:+.4f}")
     return table
 
 
