@@ -49,7 +49,8 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 def marks(script: str) -> tuple[str, str]:
     """What stands before and after the table of a script in a page."""
-    return f"<!-- {script} table: made by benchmarks/{script}/run.py report -->", f"<!-- end of {script} table -->"
+    by = "report.py" if (ROOT / "benchmarks" / script / "report.py").exists() else "run.py report"
+    return f"<!-- {script} table: made by benchmarks/{script}/{by} -->", f"<!-- end of {script} table -->"
 
 
 def put_into(page: Path, script: str, table: str) -> None:

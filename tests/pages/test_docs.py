@@ -101,11 +101,13 @@ def test_every_choice_and_every_logged_name_is_documented():
     choices = (ROOT / "src" / "merge_callback" / "apps" / "conf" / "callbacks" / "merge").glob("*.yaml")
     for choice in choices:
         assert f"`{choice.stem}`" in hydra_page
-    files = ("logged.py", "comparison.py", "merged_validation.py")
+    files = ("logged.py", "comparison.py", "merged_validation.py", "predictions.py")
     source = "".join((ROOT / "src" / "merge_callback" / "validation" / name).read_text() for name in files)
-    kinds = set(re.findall(r"""(?:names\(|kind=)["']([a-z_]+)["']""", source)) - {"merge"}
-    assert kinds == {"merged", "merge_gain", "merge_gain_stderr", "annealed", "annealed_error"}
+    kinds = set(re.findall(r"""(?:names\(|kind=|_names, )["']([a-z_]+)["']""", source)) - {"merge"}
+    kinds |= {f"{kind}_error" for kind in kinds & {"annealed", "forecast"}}
+    predicted = {"annealed", "annealed_error", "forecast", "forecast_error"}
+    assert kinds == {"merged", "merge_gain", "merge_gain_stderr"} | predicted
     for kind in kinds:
         assert f"`{kind}/m`" in logged_page
-    for name in ("num_snapshots", "span_steps", "spread", "seconds", "num_skipped", "is_prior"):
+    for name in ("num_snapshots", "span_steps", "spread", "seconds", "num_skipped", "is_prior", "forecast_end"):
         assert f"`merge/{name}`" in logged_page

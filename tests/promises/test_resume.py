@@ -178,7 +178,7 @@ def test_a_state_of_another_format_is_not_read_and_the_run_goes_on_with_an_empty
     resumed_with(tmp_path, path, callback)
     (warning,) = merge_warnings(recwarn)
     assert (
-        "the checkpoint's state has format 1, and this version reads format 5. Nothing of it is used: window, averages,"
+        "the checkpoint's state has format 1, and this version reads format 6. Nothing of it is used: window, averages,"
         in warning
     )
     assert callback.snapshot_steps == []

@@ -62,10 +62,11 @@ def plot_validations(
         highs = [sign * (live[step] - p.low) for step, p in predicted.items()]
         lows = [sign * (live[step] - p.high) for step, p in predicted.items()]
         lower.fill_between(list(predicted), lows, highs, color=PREDICTED, alpha=0.2, linewidth=0)
-    foretold = {v.step: v.forecast for v in validations if v.forecast is not None}
+    pairs = [(v.forecast_end, v.forecast) for v in validations]
+    foretold = {end: made for end, made in pairs if end is not None and made is not None}
     if foretold:
         values = [made.value for made in foretold.values()]
-        upper.plot(foretold.keys(), values, "--", color=FORECAST, label="if annealed from here, forecast")
+        upper.plot(foretold.keys(), values, "--", color=FORECAST, label="forecast, before its decay began")
         lows, highs = [made.low for made in foretold.values()], [made.high for made in foretold.values()]
         upper.fill_between(list(foretold), lows, highs, color=FORECAST, alpha=0.15, linewidth=0)
     name = metric.partition(" ")[0]

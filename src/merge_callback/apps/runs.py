@@ -18,8 +18,9 @@ class Validation:
     merged: float | None
     gain: float | None
     predicted: Prediction | None = None
-    # Of a decay that begins here.
+    # Of a decay that begins here, and the step at which it would end.
     forecast: Prediction | None = None
+    forecast_end: float | None = None
     span_steps: float | None = None
     seconds: float | None = None
 
@@ -74,6 +75,9 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
             gain=number(row, f"merge_gain/{metric}"),
             predicted=prediction(row, "annealed"),
             forecast=prediction(row, "forecast"),
+            forecast_end=None
+            if (length := number(row, "merge/forecast_steps")) is None
+            else int(row["step"]) + 1 + length,
             span_steps=number(row, "merge/span_steps"),
             seconds=number(row, "merge/seconds"),
         )

@@ -17,6 +17,8 @@ MEASURED_SPANS = (0.04, 0.26)
 MIN_VALIDATIONS = 4
 # The closest snapshots that were measured: at smaller distances their noise is nearly the same.
 MIN_GAP_STEPS = 4
+# Optimizers whose decays were measured, and could not be foretold.
+UNFORESEEN = ("SGD",)
 # Before this share of a run the loss is no power law of the steps.
 FIRST_SHARE = 0.1
 
@@ -108,8 +110,13 @@ def _usable(history: Sequence[StableValidation], metric: str) -> list[StableVali
         raise NoForecastError(f"the validation has no {metric!r}; it has: {', '.join(now.merged)}")
     if now.composition is None:
         raise NoForecastError(
-            "it is not known of which snapshots the primary merge was made: it is an average over every step, and one of"
-            " snapshots must come first, or an earlier version wrote the checkpoint"
+            "it is not known of which snapshots the primary merge was made: it is an average over every step, where one"
+            " of snapshots is needed, or an earlier version wrote the checkpoint"
+        )
+    if now.optimizer in UNFORESEEN:
+        raise NoForecastError(
+            f"with {now.optimizer}, decays gained much more than live and merged losses tell, by amounts that nothing"
+            " in the run foretold (benchmarks/forecast)"
         )
     known = [
         each

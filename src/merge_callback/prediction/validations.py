@@ -37,6 +37,7 @@ class StableValidation:
         composition: What matters of the coefficients of the primary merge; None if it is not made of snapshots.
         further: Other merges of the same snapshots.
         phase: Which of the run's constant rates it was.
+        optimizer: Class names of the optimizers; empty if unknown.
     """
 
     step: int
@@ -47,6 +48,7 @@ class StableValidation:
     composition: Composition | None = None
     further: tuple[FurtherMerge, ...] = ()
     phase: int = 0
+    optimizer: str = ""
 
 
 def validation_at(history: Sequence[StableValidation], step: int, max_gap_steps: int) -> StableValidation | None:
@@ -73,7 +75,7 @@ def validation_at(history: Sequence[StableValidation], step: int, max_gap_steps:
 
     span_steps = round(before.span_steps + share * (after.span_steps - before.span_steps))
     live, merged = between(before.live, after.live), between(before.merged, after.merged)
-    return StableValidation(step, span_steps, live, merged, after.rule, phase=after.phase)
+    return StableValidation(step, span_steps, live, merged, after.rule, phase=after.phase, optimizer=after.optimizer)
 
 
 def run_identity(history: Sequence[StableValidation]) -> str | None:
@@ -103,6 +105,7 @@ def read_validation(found: Any) -> StableValidation:
         composition=_composition(found),
         further=tuple(map(_further, found.get("further") or ())),
         phase=entry(found, "phase", int) if "phase" in found else 0,
+        optimizer=entry(found, "optimizer", str) if "optimizer" in found else "",
     )
 
 

@@ -128,9 +128,9 @@ def merged_and_gains(
 
 
 def stable_values(
-    evaluation: Evaluation, live: Mapping[str, LoggedValue], comparison: Comparison, merges: MergeSet
+    evaluation: Evaluation, live: Mapping[str, LoggedValue], comparison: Comparison, merges: MergeSet, optimizer: str
 ) -> StableValidation:
-    """Returns what a validation in the stable phase teaches about annealing.
+    """Returns what a validation in the stable phase, with optimizers of that name, teaches about annealing.
 
     If the merges had fewer batches, their values are the live ones of the whole validation less the differences.
     """
@@ -157,4 +157,5 @@ def stable_values(
         composition=primary.composition,
         further=tuple(FurtherMerge(made, merged(name)) for name, made in others if name != merges.primary),
         phase=merges.capture.window.phase.num_begun,
+        optimizer=optimizer,
     )

@@ -12,7 +12,14 @@ from merge_callback.capture.merge_set import MergeSet
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.learning_rates import optimizer_step
 from merge_callback.live.observe import is_last_validation
-from merge_callback.prediction.forecasts import Forecast, Forecaster, NoForecastError, forecast, steps_of
+from merge_callback.prediction.forecasts import (
+    MIN_VALIDATIONS,
+    Forecast,
+    Forecaster,
+    NoForecastError,
+    forecast,
+    steps_of,
+)
 from merge_callback.prediction.predictor import AnnealPredictor, is_same_span
 from merge_callback.prediction.river import Decay
 from merge_callback.prediction.validations import StableValidation
@@ -68,7 +75,8 @@ class LoggedPredictions:
         step, is_decaying = optimizer_step(trainer), not capture.window.phase.is_stable
         self.is_checked, self._checked_at = is_decaying and is_last_validation(trainer), step
         if evaluation is not None and self._merges.primary in evaluation.merges and capture.is_comparable:
-            validation = stable_values(evaluation, live, comparison, self._merges)
+            optimizer = ", ".join(type(each).__name__ for each in trainer.optimizers)
+            validation = stable_values(evaluation, live, comparison, self._merges, optimizer)
             self.losses = self._losses(evaluation)
             self._learn(validation, trainer)
             self._forecast(validation, trainer)
@@ -85,6 +93,10 @@ class LoggedPredictions:
             is_same_span(each.decay.span_steps, step - each.decay.start) for each in made.values()
         )
         foretold = {metric: each.prediction for metric, each in made.items()}
+        if made:
+            # All are of one decay.
+            end = next(iter(made.values())).decay.end
+            logged[self._names("merge", "forecast_end")] = LoggedValue(torch.tensor(float(end)))
         return logged | predictions_and_errors(self._names, "forecast", foretold, live, is_end_of_decay=is_as_forecast)
 
     def forecast(self, metric: str, length: float | int, shape: str, final_rate: float) -> Forecast:
@@ -118,6 +130,8 @@ class LoggedPredictions:
         planned = trainer.estimated_stepping_batches
         self._num_steps = int(planned) if 0 < planned < math.inf else None
         reasons = self.forecaster.update(validation.step, self.losses or (), self._made)
+        if len(self.predictor.history) < MIN_VALIDATIONS:
+            return
         for metric, reason in reasons.items():
             # Once of each kind, whatever the numbers.
             topic = re.sub(r"\d", "", f"{metric}: {reason}")
