@@ -28,12 +28,12 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The configuration has to arrive with the wheel, also by way of the sdist.
+# Configuration and fitted numbers have to arrive with the wheel, also by way of the sdist.
 package: .venv/installed
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
-	test "$$($(BIN)/python -m zipfile -l dist/*.whl | grep -c 'merge_callback/apps/.*yaml')" \
-		-eq "$$(find src/merge_callback/apps -name '*.yaml' | wc -l)"
+	test "$$($(BIN)/python -m zipfile -l dist/*.whl | grep -cE 'merge_callback/.*[.](yaml|json)')" \
+		-eq "$$(find src/merge_callback -name '*.yaml' -or -name '*.json' | wc -l)"
 
 # The wheel that was built from the sdist, in empty environments: the lowest and the newest versions that pyproject.toml
 # admits. Of torch there is the pinned one.

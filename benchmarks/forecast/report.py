@@ -92,6 +92,12 @@ def outcomes(run: str) -> list[Outcome]:
     ]
 
 
+def all_outcomes() -> list[Outcome]:
+    """Those of all trunks that have records."""
+    runs = [name for name in TRUNKS if (RECORDS / name / "anneals.jsonl").exists()]
+    return [each for run in runs for each in outcomes(run)]
+
+
 def by_river(outcome: Outcome, *, with_ring: bool = True) -> Prediction | None:
     """The forecast of the package, of ring and history or of the history alone; None where it refuses."""
     history = outcome.history
@@ -190,6 +196,11 @@ def rule_rows(known: list[Outcome]) -> list[list[str]]:
     return rows
 
 
+def rule_table(known: list[Outcome]) -> str:
+    """The table of the pass rules, for pages."""
+    return rows_to_table(RULE_HEADER, rule_rows(known))
+
+
 def run_rows(known: list[Outcome]) -> list[list[str]]:
     """A row for each trunk and span, of ring and history and of the history alone."""
     rows = []
@@ -282,7 +293,7 @@ def page(known: list[Outcome]) -> str:
             " the run is known. Spans of 40 % are refused, since they were not measured before. With SGD no interval"
             " held, so the package refuses to forecast it since; the table has what it would have said.",
             "## Pass rules",
-            rows_to_table(RULE_HEADER, rule_rows(known)),
+            rule_table(known),
             f"Starts in the first quarter are left out; of those {len(early)} decays"
             f" {sum(by_river(each) is not None for each in early)} have a forecast at all, since there are too few"
             " validations.",
@@ -349,13 +360,12 @@ def plot_example(run: str, first_step: int) -> Figure:
 
 def main() -> None:
     """Writes the report and its pictures, and the table of pages."""
-    runs = [name for name in TRUNKS if (RECORDS / name / "anneals.jsonl").exists()]
-    known = [each for run in runs for each in outcomes(run)]
+    known = all_outcomes()
     (FOLDER / "REPORT.md").write_text(page(known) + "\n")
     plot(known).savefig(FOLDER / "forecasts.png")
     plot_example("stdlib", 600).savefig(ROOT / "docs" / "pictures" / "river.png")
     for name in ("README.md", "docs/predicting.md"):
-        put_into(ROOT / name, "forecast", rows_to_table(RULE_HEADER, rule_rows(known)))
+        put_into(ROOT / name, "forecast", rule_table(known))
     print(FOLDER / "REPORT.md")
 
 

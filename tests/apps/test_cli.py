@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from merge_callback.apps import cli
 from tests.helpers.commands import MERGE_CALLBACK, merge_callback
 
-NAMES = ["demo", "train", "merge", "sweep", "landscape", "report"]
+NAMES = ["demo", "train", "merge", "sweep", "landscape", "plan", "report"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

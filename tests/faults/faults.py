@@ -287,8 +287,8 @@ FAULTS = [
     ),
     (
         "the prediction moves on while the run decays",
-        "self.merges.primary) and capture.is_comparable:",
-        "self.merges.primary):",
+        "self._merges.primary in evaluation.merges and capture.is_comparable:",
+        "self._merges.primary in evaluation.merges:",
         "test_a_prediction_is_checked_by_the_decay_of_the_run_itself",
     ),
     (
@@ -509,8 +509,8 @@ FAULTS = [
     ),
     (
         "charts with an interval are given patterns, and stay empty",
-        'str(LoggedName("annealed", label, metric, end)) for end',
-        '"^" + str(LoggedName("annealed", label, metric, end)) + "$" for end',
+        "str(LoggedName(kind, label, metric, end)) for end",
+        '"^" + str(LoggedName(kind, label, metric, end)) + "$" for end',
         "test_the_layout_is_written_once_and_predictions_bring_their_own_part",
     ),
     (
@@ -1334,5 +1334,83 @@ FAULTS = [
         "item.cumulated_batch_size.clone()",
         "item.cumulated_batch_size",
         "test_ranks_agree_on_gains_from_few_batches_whatever_each_of_them_logs",
+    ),
+    (
+        "a cosine takes as much noise away as a linear decay",
+        '"cosine": 0.8}',
+        '"cosine": 1.0}',
+        "test_decays_on_a_noisy_quadratic_are_as_long_as_they_are_said_to_be",
+    ),
+    (
+        "a 1-sqrt decay gets as far along the river as a linear one",
+        '"1-sqrt": 1 / 3,',
+        '"1-sqrt": 1 / 2,',
+        "test_a_decay_by_hand",
+    ),
+    (
+        "a decay to a floor takes all of the noise away",
+        "        left = decay.final_rate - (1 - decay.final_rate) * beyond\n",
+        "        left = -(1 - decay.final_rate) * beyond\n",
+        "test_a_decay_to_the_full_rate_is_none",
+    ),
+    (
+        "the samples of a mean are taken to be independent",
+        "    return (samples + 2 * pairs) / samples**2\n",
+        "    return 1 / samples\n",
+        "test_the_noise_of_a_mean_is_that_of_simulated_noise",
+    ),
+    (
+        "the slope is that of the whole history",
+        "    used = [each for each in history if each.at >= (1 - HISTORY_SHARE) * now]\n",
+        "    used = list(history)\n",
+        "test_where_it_breaks",
+    ),
+    (
+        "validations at another rate count in a forecast",
+        "        if each.phase == now.phase\n        and each.rule",
+        "        if each.rule",
+        "test_only_validations_at_the_same_rate_and_of_the_same_merge_count",
+    ),
+    (
+        "a single real anneal is believed in full",
+        "len(errors) / (len(errors) + 1) * found.fall(decay)",
+        "found.fall(decay)",
+        "test_real_anneals_of_the_run_shift_it",
+    ),
+    (
+        "decays of any length are forecast",
+        "    if not low <= decay.span <= high:\n",
+        "    if not 0 <= decay.span:\n",
+        "test_it_is_refused_with_the_reason",
+    ),
+    (
+        "SGD is forecast",
+        'UNFORESEEN = ("SGD",)',
+        "UNFORESEEN: tuple[str, ...] = ()",
+        "test_it_is_refused_with_the_reason",
+    ),
+    (
+        "a forecast is lost when a run is interrupted",
+        '        self.forecaster.load_state_dict(state["forecasts"])\n',
+        "",
+        "test_the_last_forecast_outlives_an_interruption_in_the_decay",
+    ),
+    (
+        "accuracies are forecast",
+        "        reasons = self.forecaster.update(validation.step, self.losses or (), self._made)\n",
+        "        reasons = self.forecaster.update(validation.step, validation.merged, self._made)\n",
+        "test_a_run_logs_what_a_decay_would_give_and_checks_it_when_it_decays",
+    ),
+    (
+        "a plan knows no budget",
+        "            if budget is None or length <= budget:\n",
+        "            if True:\n",
+        "test_decays_begin_now_or_end_with_the_budget",
+    ),
+    (
+        "overlapping intervals are told apart",
+        "if made.low <= lowest.high]",
+        "if made.high <= lowest.low]",
+        "test_a_verdict_is_given_only_where_intervals_lie_apart",
     ),
 ]

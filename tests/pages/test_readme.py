@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
 @pytest.fixture(autouse=True)
 def modules_of_benchmarks_are_their_own(monkeypatch):
     """Each folder of `benchmarks/` has a protocol.py, which its scripts import by that name."""
-    for name in ("protocol", "report", "trainings"):
+    for name in ("protocol", "report", "trainings", "trunks", "fit", "shared"):
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.delitem(sys.modules, name)
 
@@ -37,6 +38,19 @@ def test_the_table_of_anneals_and_the_prior_are_those_of_the_records():
     assert len(benchmark.trunks) >= 4
     prior = json.loads((ROOT / "src" / "merge_callback" / "prediction" / "prior.json").read_text())
     assert prior == json.loads(json.dumps(report["prior"]()))
+
+
+def test_the_forecasts_and_their_numbers_are_those_of_the_records():
+    folder = ROOT / "benchmarks" / "forecast"
+    report, fit = (runpy.run_path(str(folder / name)) for name in ("report.py", "fit.py"))
+    numbers = json.loads((ROOT / "src" / "merge_callback" / "prediction" / "river.json").read_text())
+    assert numbers == json.loads(json.dumps(asdict(fit["fit"]())))
+    known = report["all_outcomes"]()
+    assert len(known) > 100
+    assert (folder / "REPORT.md").read_text() == report["page"](known) + "\n"
+    begin, end = runpy.run_path(str(ROOT / "benchmarks" / "shared.py"))["marks"]("forecast")
+    for page in (README, (ROOT / "docs" / "predicting.md").read_text()):
+        assert page.split(begin)[1].split(end)[0].strip() == report["rule_table"](known)
 
 
 def test_the_overhead_report_and_the_plan_of_a_large_run_are_those_of_the_records(monkeypatch):

@@ -240,6 +240,19 @@ def test_forecasts_leave_the_training_as_it_is_and_go_on_where_they_were(tmp_pat
     assert loaded.forecast(METRIC, span=0.1).value == pytest.approx(expected)
 
 
+def test_the_last_forecast_outlives_an_interruption_in_the_decay(tmp_path):
+    class Saving(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if trainer.global_step == 420:
+                trainer.save_checkpoint(tmp_path / "420.ckpt")
+
+    options = {"max_steps": 460, "decay_at": 400, "decay_steps": 60}
+    whole = in_valley(tmp_path / "whole", MergeCallback(10, 10, forecast=0.1), Saving(), **options)
+    rest = in_valley(tmp_path / "rest", MergeCallback(10, 10, forecast=0.1), ckpt_path=tmp_path / "420.ckpt", **options)
+    for name in (f"forecast/{METRIC}", f"forecast_error/{METRIC}"):
+        assert float(rest.epoch_metrics[-1][name]) == float(whole.epoch_metrics[-1][name])
+
+
 def test_users_ask_for_other_decays(tmp_path):
     callback = MergeCallback(10, 10, merges=RING, forecast=0.1, higher_is_better=["accuracy"])
     in_valley(tmp_path, callback)

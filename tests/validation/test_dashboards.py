@@ -16,7 +16,8 @@ from merge_callback.live.evaluate import LoggedValue
 from merge_callback.validation.dashboards import Dashboards, scalar_layout
 from merge_callback.validation.figures import pixels, plot_merge
 from merge_callback.validation.logged import LoggedName
-from tests.helpers.toys import BusyToy, Toy, assert_same_training, fit, lightning, make
+from tests.helpers.toys import BusyToy, ResumableBatches, Toy, assert_same_training, fit, lightning, make
+from tests.prediction.test_forecasts import SHORT, Valley
 
 SEVERAL = {"sma": "sma", "late (x)": "wma", "ema": Ema(half_life=0.1)}
 LAYOUT_TAG = "custom_scalars__config__"
@@ -259,6 +260,20 @@ def test_the_line_of_the_progress_bar_fits_80_columns(tmp_path):
     assert list(shown) == ["live", "merged"]
     fields = ", ".join(f"{name}={float(value):.3f}" for name, value in shown.items())
     assert len(f"Epoch 9: 100%|█| 9999/9999 [9:59:59<00:00, 99.99it/s, {fields}]") <= 80
+
+
+def test_forecasts_have_a_line_a_chart_and_a_field(tmp_path):
+    bar = LiveAndMergedBar("val_loss", forecast=True)
+    callbacks = [MergeCallback(10, 10, forecast=0.1, higher_is_better=["accuracy"]), bar]
+    options = {"max_steps": 400, "train": ResumableBatches(20), "logger": with_tensorboard(tmp_path), **SHORT}
+    run = fit(make(Valley), tmp_path, *callbacks, enable_progress_bar=True, **options)
+    assert scalars(tmp_path / "tb" / "forecast", "val_loss") == scalars(tmp_path / "tb", "forecast/val_loss")
+    ((_, charts),) = layout(tmp_path / "tb" / "forecast").items()
+    (series,) = charts["val_loss"].margin.series
+    assert series.lower == "forecast/val_loss/low"
+    assert set(charts) == {"val_loss"}
+    shown = bar.get_metrics(run.trainer, run.module)
+    assert shown["forecast"] == float(run.epoch_metrics[-1]["forecast/val_loss"])
 
 
 def test_nothing_is_shown_by_a_run_that_captured_nothing(tmp_path, caplog):
