@@ -8,7 +8,7 @@ marks. Read trunks.py first.
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -22,13 +22,13 @@ from matplotlib.figure import Figure
 from merge_callback.prediction.bias import Prediction
 from merge_callback.prediction.forecasts import NoForecastError, current_river, forecast
 from merge_callback.prediction.records import read_records
-from merge_callback.prediction.river import Decay, composition, fitted
+from merge_callback.prediction.river import Composition, Decay, Seen, composition, fitted, river
 from merge_callback.prediction.validations import FurtherMerge, StableValidation
 from merge_callback.validation.figures import ANNEALED, FORECAST, LIVE, MERGED
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from fit import ANNEALING, RUNS, records_of
+from fit import ANNEALING, RUNS, records_of, seen
 from shared import put_into
 from trunks import FIRST_QUARTER, HOLDS, HOLDS_SGD, LIMITS, TRUNKS
 
@@ -232,6 +232,55 @@ def other_rows(known: list[Outcome]) -> list[list[str]]:
     return rows
 
 
+def prior_of(span: float, shape: str) -> float:
+    """The gain ratio that `calibration="prior"` has for a decay; a cosine counts as linear."""
+    kinds = json.loads((ROOT / "src" / "merge_callback" / "prediction" / "prior.json").read_text())["kinds"]
+    alike = [kind for kind in kinds if kind["shape"] == ("linear" if shape == "cosine" else shape)]
+    ratio: float = min(alike, key=lambda kind: abs(kind["span"] - span))["relative"]["coefficient"]
+    return ratio
+
+
+def matched(run: str) -> Iterator[tuple[float, tuple[float, float, float]]]:
+    """Span, and errors by the prior, the river and their mean, of decays that end within a trunk, when they end."""
+    points = json.loads((RECORDS / run / "merges.json").read_text())["matched"]
+    merges = {(point["end"], point["span_steps"]): point for point in points}
+    trunk = json.loads((RECORDS / run / "trunk.json").read_text())
+    merged = {
+        each.step: Seen(each.step - c.age, c.squares, each.merged[METRIC]) for each, c in with_compositions(trunk)
+    }
+    for record in read_records(RECORDS / run / "anneals.jsonl"):
+        point = merges.get((record.step, record.span_steps))
+        if point is None or record.start_step <= FIRST_QUARTER * trunk["num_steps"]:
+            continue
+        ring = [seen(point["snapshots"], rule, record.step, point[rule]) for rule in ("sma", "wma")]
+        history = [merge for step, merge in merged.items() if step <= record.step]
+        found = river(record.step, point["live"], ring, history, point["snapshots"][-1] - point["snapshots"][0])
+        assert found is not None
+        by_prior = point["live"] - prior_of(record.span, record.shape) * (point["live"] - point["sma"])
+        by_river = found.annealed(Decay(record.start_step, record.span_steps, record.shape))
+        said = (by_prior, by_river, (by_prior + by_river) / 2)
+        yield round(record.span, 2), tuple(abs(value - record.annealed[METRIC]) for value in said)  # type: ignore[misc]
+
+
+def with_compositions(trunk: Mapping[str, Any]) -> list[tuple[StableValidation, Composition]]:
+    """The validations of a trunk that had merges of snapshots."""
+    return [(each, made) for each in validations(trunk) if (made := each.composition) is not None]
+
+
+def matched_rows() -> list[list[str]]:
+    """Mean absolute errors of predictions of decays that end now."""
+    rows = []
+    for group, runs in GROUPS.items():
+        there = [run for run in runs if (RECORDS / run / "merges.json").exists()]
+        errors = [each for run in there for each in matched(run)]
+        for span in LIMITS:
+            of_span = [each for kind, each in errors if kind == span]
+            if of_span:
+                means = [f"{mean(each):.4f}" for each in zip(*of_span, strict=True)]
+                rows.append([group, f"{span:.0%}", str(len(of_span)), *means])
+    return rows
+
+
 def signs(known: list[Outcome]) -> str:
     """How often the better of two shapes is told before the decays begin."""
     by_start: dict[tuple[str, int, float], list[Outcome]] = {}
@@ -305,6 +354,9 @@ def page(known: list[Outcome]) -> str:
             ),
             "## Which of two shapes ends lower: told before they begin",
             signs(known),
+            "## Decays that end now: the prior, the river, and their mean",
+            "Mean absolute errors. The mean is not better than the river alone, so `annealed/m` stays what it was.",
+            rows_to_table(["optimizer", "span", "decays", "prior", "river", "mean of both"], matched_rows()),
             "## What was changed and tried",
             TRIED,
             "![Forecasts and what came](forecasts.png)",
