@@ -1397,8 +1397,8 @@ FAULTS = [
     ),
     (
         "accuracies are forecast",
-        "        reasons = self.forecaster.update(validation.step, self.losses or (), self._made)\n",
-        "        reasons = self.forecaster.update(validation.step, validation.merged, self._made)\n",
+        "self.forecaster.update(validation.step, self.losses or (), self._made), {}\n",
+        "self.forecaster.update(validation.step, validation.merged, self._made), {}\n",
         "test_a_run_logs_what_a_decay_would_give_and_checks_it_when_it_decays",
     ),
     (

@@ -67,6 +67,8 @@ def test_it_is_refused_with_the_reason():
     assert forecast(validations(optimizer="AdamW"), METRIC, Decay(1000, 111))
     close = validations(span_steps=18)
     assert "snapshots are 2.0 steps apart on average" in refusal(close)
+    for made in (Composition(2000.0, 0.1), Composition(float("nan"), 0.1), Composition(45.0, -1.0)):
+        assert "finite" in refusal(validations(composition=made))
     broken = [*validations(800, 850, 900), validation(1000, live={METRIC: float("nan")})]
     assert "finite" in refusal(broken)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from merge_callback.prediction.bias import HUGE, Prediction
 from merge_callback.prediction.records import AnnealRecord
-from merge_callback.prediction.river import KEPT, Decay, River, Seen, are_apart, fitted, river
+from merge_callback.prediction.river import KEPT, Composition, Decay, River, Seen, are_apart, fitted, river
 from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.tables import number
 
@@ -123,7 +123,7 @@ def _usable(history: Sequence[StableValidation], metric: str) -> list[StableVali
         for each in history
         if each.phase == now.phase
         and each.rule == now.rule
-        and each.composition is not None
+        and _is_on_river(each.step, each.composition)
         and all(abs(values.get(metric, math.nan)) < HUGE for values in (each.live, each.merged))
     ]
     if len(known) < MIN_VALIDATIONS or known[-1] is not now:
@@ -156,7 +156,17 @@ def _merges(validation: StableValidation, metric: str) -> list[Seen]:
     assert validation.composition is not None
     pairs = [(validation.composition, validation.merged[metric])]
     pairs += [(each.composition, each.merged[metric]) for each in validation.further if metric in each.merged]
-    return [Seen(validation.step - made.age, made.squares, loss) for made, loss in pairs if abs(loss) < HUGE]
+    step = validation.step
+    return [
+        Seen(step - made.age, made.squares, loss)
+        for made, loss in pairs
+        if abs(loss) < HUGE and _is_on_river(step, made)
+    ]
+
+
+def _is_on_river(step: int, made: Composition | None) -> bool:
+    """Returns whether a merge has a place after the first step, and noise."""
+    return made is not None and made.age < step and 0 < made.squares < HUGE
 
 
 def _is_of_ring(now: StableValidation, metric: str) -> bool:

@@ -251,5 +251,5 @@ class MergedValidation:
         self._dashboards.show(trainer.loggers, logged, step, *drawn)
         described = {self._names.label(name): f"{name}: {each.description}" for name, each in evaluation.merges.items()}
         table = partial(self._dashboards.closing_table, evaluation.step, live, logged, described)
-        self._closing = [table, partial(self.predictions.outcomes, live)]
+        self._closing = [table, self.predictions.outcomes]
         self.budget.spend(time.perf_counter() - began)

@@ -47,7 +47,9 @@ class LoggedPredictions:
         self.predictor = predictor
         self.forecaster = forecaster
         # Whether the latest validation compared predictions and forecasts with the end of a decay.
-        self.is_checked, self._checked_at = False, 0
+        self.is_checked = False
+        # Value of each forecast metric at the end of a decay, and the step.
+        self._came_to: dict[str, tuple[float, int]] = {}
         self._merges = merges
         self._names = names
         self._messages = messages
@@ -73,7 +75,10 @@ class LoggedPredictions:
         """
         capture = self._merges.capture
         step, is_decaying = optimizer_step(trainer), not capture.window.phase.is_stable
-        self.is_checked, self._checked_at = is_decaying and is_last_validation(trainer), step
+        self.is_checked = is_decaying and is_last_validation(trainer)
+        if self.is_checked:
+            made = self.forecaster.forecasts
+            self._came_to = {metric: (float(live[metric].value), step) for metric in made if metric in live}
         if evaluation is not None and self._merges.primary in evaluation.merges and capture.is_comparable:
             optimizer = ", ".join(type(each).__name__ for each in trainer.optimizers)
             validation = stable_values(evaluation, live, comparison, self._merges, optimizer)
@@ -127,9 +132,10 @@ class LoggedPredictions:
             self._messages.say(f"uncalibrated until {calibration} holds two real anneals of a kind", "uncalibrated")
 
     def _forecast(self, validation: StableValidation, trainer: Trainer) -> None:
-        planned = trainer.estimated_stepping_batches
+        # Lightning counts the steps of all optimizers.
+        planned = trainer.estimated_stepping_batches / max(1, len(trainer.optimizers))
         self._num_steps = int(planned) if 0 < planned < math.inf else None
-        reasons = self.forecaster.update(validation.step, self.losses or (), self._made)
+        reasons, self._came_to = self.forecaster.update(validation.step, self.losses or (), self._made), {}
         if len(self.predictor.history) < MIN_VALIDATIONS:
             return
         for metric, reason in reasons.items():
@@ -155,15 +161,15 @@ class LoggedPredictions:
         found = self.predictor.curvature_gain(losses[0], coefficients, evaluation.step)
         return {} if found is None else {"curvature_gain": found}
 
-    def outcomes(self, live: Mapping[str, LoggedValue]) -> str:
+    def outcomes(self) -> str:
         """Returns what is forecast, a line a metric, and at the end of a decay also what came of it."""
         lines = []
         for metric, made in self.forecaster.forecasts.items():
             decay = made.decay
             what = f"for a {decay.shape} decay over {decay.span_steps} steps"
-            if self.is_checked and metric in live:
-                steps = self._checked_at - decay.start
-                what = f"{what}, came to {number(live[metric].value)} after {steps} steps"
+            if metric in self._came_to:
+                value, step = self._came_to[metric]
+                what = f"{what}, came to {number(value)} after {step - decay.start} steps"
             lines.append(f"{metric}: {made} {what}")
         return "\n".join(lines)
 
