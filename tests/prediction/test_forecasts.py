@@ -1,6 +1,7 @@
 """Forecasts of decays that have not begun: from which validations, when they are refused, and inside a run."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from merge_callback import Ema, MergeCallback
+from merge_callback.apps.runs import read_validations
 from merge_callback.prediction.forecasts import NoForecastError, current_river, forecast, steps_of
 from merge_callback.prediction.records import AnnealRecord
 from merge_callback.prediction.river import Composition, Decay, River, fitted
@@ -200,6 +202,10 @@ def test_a_run_logs_what_a_decay_would_give_and_checks_it_when_it_decays(tmp_pat
     assert said.count("no forecast/") == 1
     ends = dict(run.logged("merge/forecast_end"))
     assert ends[399] == ends[439] == 444
+    # Reports read it back.
+    read = {each.step: each for each in read_validations(Path(run.trainer.logger.log_dir) / "metrics.csv", METRIC)}
+    assert (read[400].forecast.value, read[400].forecast_end) == (forecasts[""][399], 444)
+    assert read[20].forecast is read[20].forecast_end is None
     source = "the validations so far" if merges == "sma" else "merges of one ring and the validations so far"
     assert f"forecast/val_loss stands on {source}" in said
     assert forecasts[""].keys() == forecasts["/low"].keys() == forecasts["/high"].keys()

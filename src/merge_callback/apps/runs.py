@@ -75,9 +75,7 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
             gain=number(row, f"merge_gain/{metric}"),
             predicted=prediction(row, "annealed"),
             forecast=prediction(row, "forecast"),
-            forecast_end=None
-            if (length := number(row, "merge/forecast_steps")) is None
-            else int(row["step"]) + 1 + length,
+            forecast_end=number(row, "merge/forecast_end"),
             span_steps=number(row, "merge/span_steps"),
             seconds=number(row, "merge/seconds"),
         )
