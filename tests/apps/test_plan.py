@@ -77,6 +77,8 @@ def test_records_of_the_run_shift_its_forecasts(folder, tmp_path, capsys):
     plain = capsys.readouterr().out
     run([*arguments, "--records", str(records)])
     assert capsys.readouterr().out != plain
+    with pytest.raises(WrongCallError, match="does not exist"):
+        run([*arguments, "--records", str(tmp_path / "mistyped.jsonl")])
 
 
 def test_what_cannot_be_read_or_told_is_named(folder, tmp_path):

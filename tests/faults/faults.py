@@ -1373,8 +1373,8 @@ FAULTS = [
     ),
     (
         "a single real anneal is believed in full",
-        "len(errors) / (len(errors) + 1) * found.fall(decay)",
-        "found.fall(decay)",
+        "len(errors) / (len(errors) + 1) * (prediction.high - prediction.value)",
+        "(prediction.high - prediction.value)",
         "test_real_anneals_of_the_run_shift_it",
     ),
     (
@@ -1412,5 +1412,17 @@ FAULTS = [
         "if made.low <= lowest.high]",
         "if made.high <= lowest.low]",
         "test_a_verdict_is_given_only_where_intervals_lie_apart",
+    ),
+    (
+        "noise that merges lose while the ring fills is taken for the river",
+        "    slope = (trust * (by_loss - by_noise * noise) + (1 - trust) * own) / divisor\n",
+        "    slope = trust * by_loss + (1 - trust) * own\n",
+        "test_a_ring_that_fills_does_not_look_like_a_river_that_falls",
+    ),
+    (
+        "a real anneal that went wrong shifts forecasts without limit",
+        "MAX_ERROR = 3.0",
+        "MAX_ERROR = 1e9",
+        "test_real_anneals_of_the_run_shift_it",
     ),
 ]

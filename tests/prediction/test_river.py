@@ -157,6 +157,24 @@ def test_a_river_of_this_form_is_found(slope, noise, share, now):
         assert found.annealed(decay) == pytest.approx(truth(now + now / 18), abs=0.02 * abs(slope))
 
 
+@pytest.mark.parametrize("with_ring", [True, False])
+def test_a_ring_that_fills_does_not_look_like_a_river_that_falls(with_ring):
+    """A new constant rate: the merges of the first validations hold one, two, three ... snapshots."""
+    truth = River(10_500, level=1.5, slope=-0.4, noise=0.1)
+
+    def merge(number, newest_weigh_more=False):
+        steps = [10_000 + 100 * index for index in range(1, number + 1)]
+        weights = np.arange(1.0, number + 1) if newest_weigh_more else np.ones(number)
+        made = composition(steps, list(weights / weights.sum()), steps[-1], 1, 1.0)
+        at = steps[-1] - made.age
+        return Seen(at, made.squares, truth.loss(at) + truth.noise * made.squares)
+
+    history = [merge(number) for number in range(1, 6)]
+    merges = [history[-1], *([merge(5, newest_weigh_more=True)] if with_ring else [])]
+    found = river(10_500, truth.live(10_500), merges, history, window_steps=400)
+    assert (found.level, found.slope, found.noise) == pytest.approx((1.5, -0.4, 0.1), rel=1e-6)
+
+
 def error_with(exponent):
     truth, live, merges, history = run_on_a_river(-0.4, 0.1, 1000, 100, exponent=exponent)
     return river(1000, live, merges, history, 100).annealed(Decay(1000, 111)) - truth(1055.5)

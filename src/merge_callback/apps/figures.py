@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import ParamSpec
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from merge_callback.apps.runs import Validation
 from merge_callback.prediction.assessment import Assessed
+from merge_callback.prediction.bias import HUGE
 from merge_callback.prediction.planning import Option
 from merge_callback.prediction.records import AnnealRecord
 from merge_callback.prediction.validations import StableValidation
@@ -95,7 +97,9 @@ def plot_plan(history: Sequence[StableValidation], metric: str, options: Sequenc
     """
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    known = [each for each in history if metric in each.live and metric in each.merged]
+    known = [
+        each for each in history if all(abs(values.get(metric, math.nan)) < HUGE for values in (each.live, each.merged))
+    ]
     steps = [each.step for each in known]
     axes.plot(steps, [each.live[metric] for each in known], "o-", color=LIVE, markersize=4, label="live")
     axes.plot(steps, [each.merged[metric] for each in known], "o-", color=MERGED, markersize=4, label="merged")

@@ -22,7 +22,7 @@ from merge_callback.checkpoints.torch_file import BROKEN, read_entries
 from merge_callback.merging.decays import DECAY_SHAPES
 from merge_callback.prediction.forecasts import NoForecastError, current_river
 from merge_callback.prediction.planning import Option, describe, later, option, plan, verdict
-from merge_callback.prediction.records import read_records, stable_run_in_checkpoint
+from merge_callback.prediction.records import AnnealRecord, read_records, stable_run_in_checkpoint
 from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.tables import NOTHING, number, text_table
 
@@ -43,7 +43,8 @@ def history_in(source: Path) -> tuple[str | None, list[StableValidation]]:
     found = [source]
     if source.is_dir():
         found = [*source.rglob("*.ckpt"), *source.rglob(_METADATA)]
-        found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        # Links may lead nowhere.
+        found = sorted(filter(Path.exists, found), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in found:
         try:
             run, history = stable_run_in_checkpoint(read_entries(file / _METADATA if file.is_dir() else file))
@@ -70,13 +71,15 @@ def options_table(options: Sequence[Option], metric: str) -> str:
     return text_table(header, rows, title="If the rate decayed, by its end")
 
 
-def waiting(history: Sequence[StableValidation], metric: str, options: Sequence[Option]) -> str:
+def waiting(
+    history: Sequence[StableValidation], metric: str, options: Sequence[Option], anneals: Sequence[AnnealRecord]
+) -> str:
     """Returns in words what more steps at the constant rate would buy before a decay."""
     told = [each for each in options if each.forecast is not None and each.decay.start == history[-1].step]
     if not told:
         return ""
     best = min(told, key=lambda each: each.forecast.prediction.value if each.forecast else 0.0)
-    after = option(history, metric, later(best.decay, MORE_STEPS))
+    after = option(history, metric, later(best.decay, MORE_STEPS), anneals)
     assert best.forecast is not None
     if after.forecast is None:
         return f"{MORE_STEPS} more steps at the constant rate are beyond what can be foretold: {after.reason}"
@@ -110,6 +113,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
             river = current_river(history, metric)
         except NoForecastError as error:
             raise ValueError(f"nothing can be foretold at step {history[-1].step}: {error}") from error
+        if asked.records is not None and not asked.records.exists():
+            raise ValueError(f"--records {asked.records} does not exist")
         known = read_records(asked.records) if asked.records is not None else []
         own = [each for each in known if each.run == identity and each.start_step <= history[-1].step]
         chosen = {"shapes": asked.shapes, "spans": asked.spans, "budget": asked.budget}
@@ -118,11 +123,11 @@ def run(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--budget {asked.budget} is shorter than every decay; give smaller --spans")
         lines = [
             f"At step {river.now}: live {number(history[-1].live[metric])}, of which {number(river.noise)} is noise"
-            f" that a decay takes away; the river falls {number(-river.slope * MORE_STEPS / river.now)} in"
-            f" {MORE_STEPS} steps",
+            f" that a decay takes away; in {MORE_STEPS} more steps the river changes by"
+            f" {number(river.loss(river.now + MORE_STEPS) - river.level, '+')}",
             options_table(options, metric),
             f"{verdict(options)}.",
-            waiting(history, metric, options),
+            waiting(history, metric, options, own),
             *sorted({f"{describe(o.decay)}: {o.reason}" for o in options if o.reason}),
         ]
         sys.stdout.write("\n".join(filter(None, lines)) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 
 from merge_callback.prediction.bias import HUGE, Prediction
 from merge_callback.prediction.records import AnnealRecord
-from merge_callback.prediction.river import KEPT, Composition, Decay, River, Seen, are_apart, fitted, river
+from merge_callback.prediction.river import KEPT, Composition, Decay, River, Seen, Widths, are_apart, fitted, river
 from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.tables import number
 
@@ -19,6 +19,8 @@ MIN_VALIDATIONS = 4
 MIN_GAP_STEPS = 4
 # Optimizers whose decays were measured, and could not be foretold.
 UNFORESEEN = ("SGD",)
+# The most that a real anneal of the run counts, in half the interval of its forecast.
+MAX_ERROR = 3.0
 # Before this share of a run the loss is no power law of the steps.
 FIRST_SHARE = 0.1
 
@@ -71,7 +73,7 @@ def forecast(
         metric: Name of a metric where less is better.
         decay: The decay.
         anneals: Real anneals of the run. The errors of forecasts that would have been made for those that began before
-            now shift the forecast: in what the river fell, by their mean, times ``n / (n + 1)`` of ``n``.
+            now shift the forecast: in half the width of the interval, by their mean, times ``n / (n + 1)`` of ``n``.
         num_steps: Planned steps of the run; None if unknown.
 
     Raises:
@@ -80,11 +82,11 @@ def forecast(
     known = _usable(history, metric)
     found = _river(known, metric)
     _refuse_decay(decay, found, num_steps)
-    numbers, is_of_ring = fitted(), _is_of_ring(known[-1], metric)
-    prediction = found.forecast(decay, numbers.ring if is_of_ring else numbers.history)
+    is_of_ring = _is_of_ring(known[-1], metric)
+    prediction = found.forecast(decay, _widths(known[-1], metric))
     errors = [error for each in anneals if (error := _error(each, known, metric)) is not None]
     if errors:
-        shift = fmean(errors) * len(errors) / (len(errors) + 1) * found.fall(decay)
+        shift = fmean(errors) * len(errors) / (len(errors) + 1) * (prediction.high - prediction.value)
         prediction = Prediction(*(end + shift for end in (prediction.value, prediction.low, prediction.high)))
     source = "merges of one ring and the validations so far" if is_of_ring else "the validations so far"
     if errors:
@@ -113,7 +115,7 @@ def _usable(history: Sequence[StableValidation], metric: str) -> list[StableVali
             "it is not known of which snapshots the primary merge was made: it is an average over every step, where one"
             " of snapshots is needed, or an earlier version wrote the checkpoint"
         )
-    if now.optimizer in UNFORESEEN:
+    if set(now.optimizer.split(", ")) & set(UNFORESEEN):
         raise NoForecastError(
             f"with {now.optimizer}, decays gained much more than live and merged losses tell, by amounts that nothing"
             " in the run foretold (benchmarks/forecast)"
@@ -138,7 +140,9 @@ def _usable(history: Sequence[StableValidation], metric: str) -> list[StableVali
 def _river(known: Sequence[StableValidation], metric: str) -> River:
     now = known[-1]
     merges = _merges(now, metric)
-    gap = now.span_steps * merges[0].squares / (1 - merges[0].squares) if merges[0].squares < 1 else 0.0
+    if merges[0].squares > 0.5:
+        raise NoForecastError("the merge has hardly less noise than a single snapshot; it needs more snapshots")
+    gap = now.span_steps * merges[0].squares / (1 - merges[0].squares)
     if gap < MIN_GAP_STEPS:
         raise NoForecastError(
             f"snapshots are {gap:.1f} steps apart on average, and their noise is alike below {MIN_GAP_STEPS} steps;"
@@ -166,11 +170,15 @@ def _merges(validation: StableValidation, metric: str) -> list[Seen]:
 
 def _is_on_river(step: int, made: Composition | None) -> bool:
     """Returns whether a merge has a place after the first step, and noise."""
-    return made is not None and made.age < step and 0 < made.squares < HUGE
+    return made is not None and step > 0 and made.age < step and 0 < made.squares < HUGE
 
 
 def _is_of_ring(now: StableValidation, metric: str) -> bool:
     return are_apart(_merges(now, metric), now.span_steps)
+
+
+def _widths(now: StableValidation, metric: str) -> Widths:
+    return fitted().ring if _is_of_ring(now, metric) else fitted().history
 
 
 def _refuse_decay(decay: Decay, found: River, num_steps: int | None) -> None:
@@ -189,18 +197,23 @@ def _refuse_decay(decay: Decay, found: River, num_steps: int | None) -> None:
 
 
 def _error(record: AnnealRecord, known: Sequence[StableValidation], metric: str) -> float | None:
-    """Returns by how much an anneal ended above its forecast, in what the river fell; None if there is none."""
+    """Returns by how much an anneal ended above its forecast, in half the interval; None if there is none.
+
+    One that is far off says that something else happened, and counts no more than `MAX_ERROR`.
+    """
     before = [each for each in known if each.step <= record.start_step]
     annealed = record.annealed.get(metric, math.nan)
     if not before or before[-1].step != record.start_step or not abs(annealed) < HUGE or record.shape not in KEPT:
         return None
+    decay = Decay(record.start_step, record.step - record.start_step, record.shape)
     try:
-        found = _river(_usable(before, metric), metric)
+        usable = _usable(before, metric)
+        found = _river(usable, metric)
+        _refuse_decay(decay, found, None)
     except NoForecastError:
         return None
-    decay = Decay(record.start_step, record.step - record.start_step, record.shape)
-    fall = found.fall(decay)
-    return (annealed - found.annealed(decay)) / fall if fall else None
+    made = found.forecast(decay, _widths(usable[-1], metric))
+    return max(-MAX_ERROR, min(MAX_ERROR, (annealed - made.value) / (made.high - made.value)))
 
 
 class Forecaster:

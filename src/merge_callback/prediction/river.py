@@ -45,6 +45,8 @@ SAME_TRUST = 0.111
 HISTORY_SHARE = 0.25
 # Beside two merges of one ring, the live loss of a single step counts half.
 LIVE_WEIGHT = 0.5
+# If the noise of the history changes faster than this leaves, the slope cannot be told.
+MIN_DIVISOR = 0.2
 # Two merges of one ring tell a slope if their mean steps differ by this share of the window.
 MIN_AGE_DIFFERENCE = 0.1
 
@@ -194,15 +196,16 @@ class River:
 def river(now: int, live: float, merges: Sequence[Seen], history: Sequence[Seen], window_steps: float) -> River | None:
     """Returns the river at a validation.
 
-    The slope is that of the history. If the validation has two merges of one ring with different mean steps, they, the
-    live loss and their places give a slope of their own; the shorter the window, the less it counts.
+    The slope is that of the history, less what its merges lost in noise. If the validation has two merges of one ring
+    with different mean steps, they, the live loss and their places give a slope of their own; the shorter the window,
+    the less it counts.
 
     Args:
         now: Optimizer step of the validation.
         live: Live loss there.
         merges: The merges that were validated there; the first is the primary one.
         history: Primary merges of all validations so far, ascending, with the one now.
-        window_steps: Steps from the first to the last snapshot of the widest merge.
+        window_steps: Steps from the first to the last snapshot of the primary merge.
 
     Returns:
         The river; None if history and merges tell no slope, or the merges are as noisy as a single step.
@@ -214,19 +217,28 @@ def river(now: int, live: float, merges: Sequence[Seen], history: Sequence[Seen]
         >>> [round(value, 6) for value in (found.level, found.slope, found.noise)]
         [1.5, -0.4, 0.1]
     """
-    slope = _slope(now, history)
     rows = np.array([[1.0, 0.0, 1.0], *([1.0, _time(each.at / now), each.squares] for each in merges)])
     losses = np.array([live, *(each.loss for each in merges)])
+    used = _used(now, history)
+    trust, own = 1.0 if used else 0.0, 0.0
     if are_apart(merges, window_steps):
         own = float(np.linalg.lstsq(rows, losses, rcond=None)[0][1])
-        trust = SAME_TRUST**2 / ((window_steps / now) ** 2 + SAME_TRUST**2) if slope is not None else 0.0
-        slope = trust * (slope or 0.0) + (1 - trust) * own
-    if slope is None or min(each.squares for each in merges) > 0.5:
+        trust *= SAME_TRUST**2 / ((window_steps / now) ** 2 + SAME_TRUST**2)
+    elif not used:
         return None
-    weights = np.array([LIVE_WEIGHT, *np.ones(len(merges))])
-    (level, noise), *_ = np.linalg.lstsq(
-        rows[:, [0, 2]] * weights[:, None], (losses - slope * rows[:, 1]) * weights, rcond=None
-    )
+    if min(each.squares for each in merges) > 0.5:
+        return None
+    # Level and noise for a slope of zero, and what each unit of slope takes from them.
+    weights = np.array([LIVE_WEIGHT, *np.ones(len(merges))])[:, None]
+    sides = np.column_stack([losses, rows[:, 1]]) * weights
+    (level, level_by_slope), (noise, noise_by_slope) = np.linalg.lstsq(rows[:, [0, 2]] * weights, sides, rcond=None)[0]
+    # Where merges of the history hold more and more snapshots, their loss falls without the river.
+    by_loss, by_noise = _slope(now, used, [each.loss for each in used]), _slope(now, used, [e.squares for e in used])
+    divisor = 1 - trust * by_noise * noise_by_slope
+    if divisor < MIN_DIVISOR:
+        return None
+    slope = (trust * (by_loss - by_noise * noise) + (1 - trust) * own) / divisor
+    level, noise = level - slope * level_by_slope, noise - slope * noise_by_slope
     return River(now, float(level), float(slope), float(noise))
 
 
@@ -236,14 +248,21 @@ def are_apart(merges: Sequence[Seen], window_steps: float) -> bool:
     return len(places) > 1 and max(places) - min(places) >= MIN_AGE_DIFFERENCE * window_steps > 0
 
 
-def _slope(now: int, history: Sequence[Seen]) -> float | None:
+def _used(now: int, history: Sequence[Seen]) -> list[Seen]:
+    """Returns the merges that tell the slope; none if they lie at one place."""
     used = [each for each in history if each.at >= (1 - HISTORY_SHARE) * now]
     if len(used) < 2:
         used = list(history[-2:])
-    times, losses = np.array([_time(each.at / now) for each in used]), np.array([each.loss for each in used])
-    around = times - times.mean() if used else times
-    norm = math.fsum(around**2)
-    return math.fsum(around * losses) / norm if norm else None
+    return used if len({each.at for each in used}) > 1 else []
+
+
+def _slope(now: int, used: Sequence[Seen], values: Sequence[float]) -> float:
+    """Returns the slope of some values of these merges along the river; zero without merges."""
+    if not used:
+        return 0.0
+    times = np.array([_time(each.at / now) for each in used])
+    around = times - times.mean()
+    return math.fsum(around * np.array(values)) / math.fsum(around**2)
 
 
 def _time(x: float) -> float:

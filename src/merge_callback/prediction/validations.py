@@ -96,14 +96,18 @@ def read_validation(found: Any) -> StableValidation:
         ValueError: If it is none; the message says what is wrong.
     """
     check(found, dict, "a validation")
+    if (step := entry(found, "step", int)) < 0:
+        raise ValueError(f"step must be a number of steps, got {step}")
+    further = found.get("further") or []
+    check(further, list | tuple, "further")
     return StableValidation(
-        step=entry(found, "step", int),
+        step=step,
         span_steps=entry(found, "span_steps", int),
         live=values(found, "live"),
         merged=values(found, "merged"),
         rule=entry(found, "rule", str) if "rule" in found else "",
         composition=_composition(found),
-        further=tuple(map(_further, found.get("further") or ())),
+        further=tuple(map(_further, further)),
         phase=entry(found, "phase", int) if "phase" in found else 0,
         optimizer=entry(found, "optimizer", str) if "optimizer" in found else "",
     )
@@ -158,4 +162,10 @@ def check(value: Any, kind: Any, what: str) -> None:
 
 
 _MOST_STEPS = 10**15
-_NAMES: dict[Any, str] = {dict: "an object", str: "a text", int: "a whole number", int | float: "a number"}
+_NAMES: dict[Any, str] = {
+    list | tuple: "a list",
+    dict: "an object",
+    str: "a text",
+    int: "a whole number",
+    int | float: "a number",
+}

@@ -111,8 +111,11 @@ class LoggedPredictions:
             NoForecastError: If nothing can be foretold.
         """
         history = self.predictor.history
-        if history and not self._merges.capture.window.phase.is_stable:
-            raise NoForecastError("the learning rate is not constant, and forecasts are for decays that begin now")
+        phase = self._merges.capture.window.phase
+        if history and not (phase.is_stable and history[-1].phase == phase.num_begun):
+            raise NoForecastError(
+                "the learning rate has moved since the latest validation, and forecasts are for decays that begin now"
+            )
         if history and metric in history[-1].merged and self.losses is not None and metric not in self.losses:
             raise NoForecastError(f"{metric!r} is no loss: more of it is better")
         step = history[-1].step if history else 0
@@ -132,8 +135,10 @@ class LoggedPredictions:
             self._messages.say(f"uncalibrated until {calibration} holds two real anneals of a kind", "uncalibrated")
 
     def _forecast(self, validation: StableValidation, trainer: Trainer) -> None:
-        # Lightning counts the steps of all optimizers.
-        planned = trainer.estimated_stepping_batches / max(1, len(trainer.optimizers))
+        # Lightning counts the steps of all optimizers in `max_steps`.
+        planned: float = trainer.estimated_stepping_batches
+        if planned == trainer.max_steps:
+            planned /= max(1, len(trainer.optimizers))
         self._num_steps = int(planned) if 0 < planned < math.inf else None
         reasons, self._came_to = self.forecaster.update(validation.step, self.losses or (), self._made), {}
         if len(self.predictor.history) < MIN_VALIDATIONS:
