@@ -342,8 +342,8 @@ def page(known: list[Outcome]) -> str:
             " [`fit.py`](fit.py) the numbers, which are fitted on the annealing benchmark alone:"
             f" kappa {numbers.kappa}, half of an interval {numbers.ring.fall} of the fall and {numbers.ring.noise} of"
             " the noise with two merges of a ring. Errors are in nats a byte, forecast less annealed. No real anneal of"
-            " the run is known. Spans of 40 % are refused, since they were not measured before. With SGD hardly an interval"
-            " held, so the package refuses to forecast it since; the table has what it would have said.",
+            " the run is known. Spans of 40 % are refused, since they were not measured before. With SGD hardly an"
+            " interval held, so the package refuses to forecast it since; the table has what it would have said.",
             "## Pass rules",
             rule_table(known),
             f"Starts in the first quarter are left out; of those {len(early)} decays"
