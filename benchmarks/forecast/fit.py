@@ -22,9 +22,9 @@ import numpy as np
 from merge_callback.capture.phase import CaptureSchedule, needs_thinning
 from merge_callback.merging.rules import merge_coefficients, resolve_rule
 from merge_callback.merging.windows import Window
-from merge_callback.prediction import river as module
+from merge_callback.prediction.fitted import Fitted, Widths
 from merge_callback.prediction.records import read_records
-from merge_callback.prediction.river import Fitted, River, Seen, Widths, composition, river
+from merge_callback.prediction.river import Decay, River, Seen, composition, river
 
 ROOT = Path(__file__).parents[2]
 ANNEALING = ROOT / "benchmarks" / "annealing" / "records"
@@ -40,7 +40,7 @@ class Case:
     """One real anneal, and the river at its beginning: from ring and history, and from the history alone."""
 
     run: str
-    decay: module.Decay
+    decay: Decay
     annealed: float
     of_ring: River
     of_history: River
@@ -92,7 +92,7 @@ def cases(run: str) -> list[Case]:
         if record.step in points and now > info["num_steps"] / 4:
             span = next(s for s in points[record.step]["spans"] if s["span_steps"] == record.span_steps)
             both = rivers(now, span["live_at_start"], span["forecast"], record.span_steps, merges)
-            decay = module.Decay(now, record.span_steps, record.shape)
+            decay = Decay(now, record.span_steps, record.shape)
             found.append(Case(run, decay, record.annealed[METRIC], *both))
     return found
 
@@ -104,7 +104,7 @@ def matched_cases(run: str) -> list[Case]:
     for record in read_records(ANNEALING / run / "anneals.jsonl"):
         now = record.step
         if now in points and now > info["num_steps"] / 4:
-            decay = module.Decay(record.start_step, record.span_steps, record.shape)
+            decay = Decay(record.start_step, record.span_steps, record.shape)
             for span in points[now]["spans"]:
                 both = rivers(now, points[now]["live"], span["matched"], span["span_steps"], merges)
                 found.append(Case(run, decay, record.annealed[METRIC], *both))

@@ -20,9 +20,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from merge_callback.prediction.bias import Prediction
+from merge_callback.prediction.fitted import fitted
 from merge_callback.prediction.forecasts import NoForecastError, current_river, forecast
 from merge_callback.prediction.records import read_records
-from merge_callback.prediction.river import Composition, Decay, Seen, composition, fitted, river
+from merge_callback.prediction.river import Composition, Decay, Seen, composition, river
 from merge_callback.prediction.validations import FurtherMerge, StableValidation
 from merge_callback.validation.figures import ANNEALED, FORECAST, LIVE, MERGED
 

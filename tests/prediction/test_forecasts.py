@@ -10,9 +10,10 @@ from torch import nn
 
 from merge_callback import Ema, MergeCallback
 from merge_callback.apps.runs import read_validations
+from merge_callback.prediction.fitted import fitted
 from merge_callback.prediction.forecasts import NoForecastError, forecast, steps_of
 from merge_callback.prediction.records import AnnealRecord
-from merge_callback.prediction.river import Composition, Decay, River, fitted
+from merge_callback.prediction.river import Composition, Decay, River
 from merge_callback.prediction.validations import FurtherMerge, StableValidation, read_validation
 from tests.helpers.toys import Base, ResumableBatches, assert_same_training, fit, make
 

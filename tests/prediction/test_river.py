@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from merge_callback.merging.decays import DECAY_SHAPES
 from merge_callback.merging.intervals import Intervals
-from merge_callback.prediction.river import ANNEALING, KEPT, Decay, River, Seen, Widths, composition, fitted, river
+from merge_callback.prediction.fitted import Widths, fitted
+from merge_callback.prediction.river import ANNEALING, KEPT, Decay, River, Seen, composition, river
 
 
 def test_a_decay_by_hand():

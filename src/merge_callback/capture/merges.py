@@ -11,7 +11,8 @@ from merge_callback.live.sharding import rank
 from merge_callback.merging.averages import Average
 from merge_callback.merging.intervals import covered
 from merge_callback.merging.rules import Rule, merge_coefficients, rule_label
-from merge_callback.prediction.river import Composition, composition, fitted
+from merge_callback.prediction.fitted import fitted
+from merge_callback.prediction.river import Composition, composition
 
 
 class Merge(Protocol):

@@ -7,8 +7,9 @@ from statistics import fmean
 from typing import Any
 
 from merge_callback.prediction.bias import HUGE, Prediction
+from merge_callback.prediction.fitted import Widths, fitted
 from merge_callback.prediction.records import AnnealRecord
-from merge_callback.prediction.river import KEPT, Composition, Decay, River, Seen, Widths, are_apart, fitted, river
+from merge_callback.prediction.river import KEPT, Composition, Decay, River, Seen, are_apart, river
 from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.tables import number
 

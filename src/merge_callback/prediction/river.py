@@ -19,17 +19,15 @@ than the river itself has. ``kappa``, the correlation of the noise and the width
 real anneals of this project's benchmarks, by ``benchmarks/forecast/fit.py``. All functions are pure.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 
 import numpy as np
 
 from merge_callback.merging.intervals import covered
 from merge_callback.prediction.bias import Prediction
+from merge_callback.prediction.fitted import Widths, fitted
 
 # Share of the sum of the rates that a decay keeps, of that of as many steps at the full rate.
 KEPT = {"linear": 1 / 2, "1-sqrt": 1 / 3, "cosine": 1 / 2}
@@ -187,7 +185,7 @@ class River:
         """Returns about what the river falls between now and the end of a decay, the unit of the errors."""
         return abs(self.slope) * abs(decay.end - self.now or decay.span_steps) / decay.end
 
-    def forecast(self, decay: Decay, widths: "Widths") -> Prediction:
+    def forecast(self, decay: Decay, widths: Widths) -> Prediction:
         """Returns the loss at the end of a decay with an interval that has the widths."""
         value, half = self.annealed(decay), widths.half(self.fall(decay), self.noise)
         return Prediction(value, value - half, value + half)
@@ -268,44 +266,3 @@ def _slope(now: int, used: Sequence[Seen], values: Sequence[float]) -> float:
 def _time(x: float) -> float:
     """Time of the river: zero at one, negative before."""
     return (1 - x**-EXPONENT) / EXPONENT
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Half of an interval that holds nine decays in ten: both parts add up as independent errors do.
-
-    Args:
-        fall: The part that grows with what the river falls until the end of the decay, in that fall.
-        noise: The part that is there for every decay, in the noise of one step.
-    """
-
-    fall: float
-    noise: float
-
-    def half(self, fall: float, noise: float) -> float:
-        """Returns half of the interval, in the unit of the loss."""
-        return math.hypot(self.fall * fall, self.noise * noise)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The numbers that were fitted on real anneals.
-
-    Args:
-        kappa: How much less noise a decay leaves, for each doubling of its lag.
-        correlation_steps: Distance at which the noise of two steps is correlated by 1 / e.
-        ring: Of intervals, if two merges of a ring tell the slope.
-        history: The same if only the history of one merge does.
-    """
-
-    kappa: float
-    correlation_steps: float
-    ring: Widths
-    history: Widths
-
-
-@cache
-def fitted() -> Fitted:
-    """Returns the numbers from ``river.json``, which ``benchmarks/forecast/fit.py`` writes."""
-    found = json.loads((files("merge_callback.prediction") / "river.json").read_text())
-    return Fitted(**found | {name: Widths(**found[name]) for name in ("ring", "history")})
