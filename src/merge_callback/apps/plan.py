@@ -18,18 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merge_callback.apps.wrong_call import wrong_calls
-from merge_callback.checkpoints.torch_file import BROKEN, read_entries
+from merge_callback.checkpoints.stable_run import METADATA, stable_run_in_file
 from merge_callback.merging.decays import DECAY_SHAPES
 from merge_callback.prediction.forecasts import NoForecastError, current_river
 from merge_callback.prediction.planning import Option, describe, later, option, plan, verdict
-from merge_callback.prediction.records import AnnealRecord, read_records, stable_run_in_checkpoint
+from merge_callback.prediction.records import AnnealRecord, read_records
 from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.tables import NOTHING, number, text_table
 
 SPANS = (0.05, 0.1, 0.2)
 MORE_STEPS = 1000
-# In sharded checkpoints, which are folders, the file that holds everything but the shards.
-_METADATA = "meta.pt"
 
 
 def history_in(source: Path) -> tuple[str | None, list[StableValidation]]:
@@ -42,15 +40,15 @@ def history_in(source: Path) -> tuple[str | None, list[StableValidation]]:
         raise ValueError(f"{source} does not exist; give a checkpoint of a run, or a folder that has one")
     found = [source]
     if source.is_dir():
-        found = [*source.rglob("*.ckpt"), *source.rglob(_METADATA)]
+        found = [*source.rglob("*.ckpt"), *source.rglob(METADATA)]
         # Links may lead nowhere.
         found = sorted(filter(Path.exists, found), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in found:
         try:
-            run, history = stable_run_in_checkpoint(read_entries(file / _METADATA if file.is_dir() else file))
-        except BROKEN as error:
+            run, history = stable_run_in_file(file, str(file))
+        except ValueError:
             if file == source:
-                raise ValueError(f"{file} is no checkpoint that can be read: {error}") from error
+                raise
             continue
         if history:
             return run, history

@@ -9,11 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from merge_callback.callbacks.pickling import PickledWithoutItsRun
-from merge_callback.checkpoints.torch_file import BROKEN, read_entries
+from merge_callback.checkpoints.stable_run import METADATA, stable_run_in_file
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.learning_rates import RateOverlay, learning_rates, optimizer_step
 from merge_callback.live.observe import observe_validations, stop_observing_validations
 from merge_callback.merging.decays import DECAY_SHAPES
+from merge_callback.prediction.forecasts import steps_of
 from merge_callback.prediction.records import (
     AnnealRecord,
     StableValidation,
@@ -23,9 +24,6 @@ from merge_callback.prediction.records import (
 )
 from merge_callback.utilities.checks import check_count
 from merge_callback.utilities.locations import local_path
-
-# A sharded checkpoint is a folder. In this file of it, Lightning stores everything that is not a shard.
-_METADATA = "meta.pt"
 
 
 class AnnealBranch(PickledWithoutItsRun):
@@ -80,7 +78,7 @@ class AnnealBranch(PickledWithoutItsRun):
             if not isinstance(path, str | os.PathLike):
                 raise TypeError(f"{name} must be the path of a file, got {path!r}")
             local = local_path(name, path)
-            if local.is_dir() and not (name == "trunk" and (local / _METADATA).exists()):
+            if local.is_dir() and not (name == "trunk" and (local / METADATA).exists()):
                 raise ValueError(f"{name} must be the path of a file, but {str(path)!r} is a folder")
         self.span_steps = span_steps
         self.shape = shape
@@ -244,7 +242,7 @@ class AnnealBranch(PickledWithoutItsRun):
             raise ValueError(f"{planned}, but this checkpoint is already there: the branch has ended")
 
     def _later_stable_run(self, path: str | os.PathLike[str]) -> tuple[str | None, list[StableValidation]]:
-        run, history = _stable_run_in_file(path)
+        run, history = stable_run_in_file(Path(path), f"trunk={str(path)!r}")
         is_same = run is not None and self._run in (None, run)
         if not is_same or len(history) < len(self._history):
             raise ValueError(f"trunk={str(path)!r} is not a later checkpoint of the run that this branch comes from")
@@ -263,12 +261,4 @@ class AnnealBranch(PickledWithoutItsRun):
 def _span_steps(start: int, span: float) -> int:
     if start == 0:
         raise ValueError(f"span={span} is a share of the steps so far, but the run begins at step 0; give ckpt_path")
-    return max(1, round(start * span / (1 - span)))
-
-
-def _stable_run_in_file(path: str | os.PathLike[str]) -> tuple[str | None, list[StableValidation]]:
-    file = Path(path, _METADATA) if Path(path).is_dir() else Path(path)
-    try:
-        return stable_run_in_checkpoint(read_entries(file))
-    except BROKEN as error:
-        raise ValueError(f"trunk={str(path)!r} is no checkpoint that can be read: {error}") from error
+    return steps_of(span, start)

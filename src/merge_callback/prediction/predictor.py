@@ -67,8 +67,6 @@ class AnnealPredictor:
         self.predictions: dict[str, Prediction] = {}
         # By metric, the fit of each prediction; not saved, so empty after a resume until the next validation.
         self.fits: dict[str, AnnealFit] = {}
-        # Whether the latest validation compared the predictions with the end of a decay.
-        self.is_checked = False
         self._file = RecordsFile(calibration) if calibration is not None and not self.is_prior else None
         self._records: list[AnnealRecord] = []
 
@@ -191,12 +189,7 @@ def _fitted(own: list[BranchOutcome], others: list[BranchOutcome], kind: Sequenc
     counted = {"of this run": len(own) if len(own) >= MIN_BRANCHES else 0, "of other runs": len(others)}
     sources = [f"{number} real anneals {whose}" for whose, number in counted.items() if number]
     span = math.exp(math.fsum(math.log(record.span) for record in kind) / len(kind))
-    return AnnealFit(
-        span,
-        kind[0].shape,
-        " and ".join(sources),
-        calibration,
-    )
+    return AnnealFit(span, kind[0].shape, " and ".join(sources), calibration)
 
 
 def _outcomes(records: Iterable[AnnealRecord], metric: str, now: int | None) -> list[BranchOutcome]:
