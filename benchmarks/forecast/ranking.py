@@ -1,6 +1,6 @@
 """Ranks recipes before any of them is annealed; rules written before the runs. Records: records/ranking/.
 
-    python benchmarks/forecast/ranking.py    # eight recipes and three of them again, one thread each: an hour on 2 cores
+    python benchmarks/forecast/ranking.py    # eight recipes, the best three of them again: an hour on two cores
 
 **Question.** Recipes (rate, weight decay, batch size, width) are compared in short runs at a constant rate. The live
 loss punishes those with much noise, which a decay would take away. Which number at the end of the constant rate ranks
