@@ -34,8 +34,9 @@ from merge_callback.prediction.records import read_records
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "annealing"))
-from run import RECORDS, RULES, WORK, MergesOfValidations, prepared, run_branch, write
+from run import write
 from shared import about
+from training import RECORDS, RULES, WORK, MergesOfValidations, prepared, run_branch
 from trunks import Trunk
 
 HERE = Path(__file__).parent

@@ -17,13 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
-from lightning.pytorch import Callback
 
 from merge_callback import MergeCallback
 from merge_callback.apps.demo.training import CheckpointAt
-from merge_callback.apps.train import Run, prepare
-from merge_callback.merging.rules import sma, wma
 from merge_callback.prediction.records import read_records
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,51 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "annealing"))
 from run import Evaluator, WeightsAt, write
 from shared import about
-from trunks import NUM_SNAPSHOTS, NUM_STORED, NUM_VALIDATION_BLOCKS, NUM_VALIDATIONS, TRUNKS, WINDOWS, Trunk
-
-HERE = Path(__file__).parent
-RECORDS = HERE / "records"
-WORK = HERE.parents[1] / "outputs" / "forecast"
-RULES = {"sma": sma, "wma": wma}
+from training import RECORDS, RULES, WORK, MergesOfValidations, prepared, run_branch
+from trunks import NUM_SNAPSHOTS, NUM_STORED, TRUNKS, WINDOWS, Trunk
 
 
 def window(end: int, span_steps: int) -> list[int]:
     """Steps of ten snapshots, evenly over the last steps before an end."""
     return sorted(end - round(j * span_steps / NUM_SNAPSHOTS) for j in range(NUM_SNAPSHOTS))
-
-
-class MergesOfValidations(Callback):
-    """Notes for every validation the live and merged losses, and of which snapshots the merges were made."""
-
-    def __init__(self, merge: MergeCallback) -> None:
-        self.merge = merge
-        self.validations: list[dict[str, Any]] = []
-
-    def on_validation_end(self, trainer, pl_module) -> None:
-        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("merged")}
-        coefficients = {name: list(self.merge.coefficients(name).values()) for name in RULES} if found else {}
-        values = {"step": trainer.global_step, "live": float(trainer.callback_metrics["val_loss"]), **found}
-        self.validations.append(values | {"snapshots": self.merge.snapshot_steps, "coefficients": coefficients})
-
-
-def prepared(trunk: Trunk, *callbacks: Callback, **options: Any) -> Run:
-    """The demo's run of a trunk, with these callbacks alone; options are entries of its config."""
-    overrides = [
-        "callbacks/merge=none",
-        "~callbacks.progress_bar",
-        "~logger.csv",
-        "~logger.tensorboard",
-        "+trainer.enable_progress_bar=false",
-        "+trainer.num_sanity_val_steps=0",
-        f"trainer.max_steps={trunk.num_steps}",
-        f"trainer.val_check_interval={trunk.num_steps // NUM_VALIDATIONS}",
-        f"data.num_validation_blocks={NUM_VALIDATION_BLOCKS}",
-        *trunk.overrides,
-        *(f"{name}={value}" for name, value in options.items()),
-    ]
-    with initialize_config_module("merge_callback.apps.commands", version_base="1.3"):
-        config = compose("demo", overrides)
-    return prepare(config, callbacks, loggers=())
 
 
 def matched_windows(trunk: Trunk) -> dict[tuple[int, int], list[int]]:
@@ -107,20 +65,6 @@ def run_trunk(trunk: Trunk, folder: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "validations": noted.validations,
     }
-
-
-def run_branch(trunk: Trunk, folder: Path, record: Path, *, start: int, span_steps: int, shape: str) -> None:
-    """Anneals from the trunk's checkpoint; the branch writes its own record."""
-    options = {
-        "anneal.from": folder / f"step-{start}.ckpt",
-        "anneal.span_steps": span_steps,
-        "anneal.shape": shape,
-        "anneal.record": record,
-        "anneal.trunk": folder / f"step-{trunk.num_steps}.ckpt",
-        # Only the end of the branch is of interest.
-        "trainer.val_check_interval": 1000000,
-    }
-    prepared(trunk, **options).fit()
 
 
 def evaluate(trunk: Trunk, folder: Path) -> dict[str, Any]:
