@@ -5,6 +5,7 @@ from importlib.metadata import version
 from merge_callback.callbacks.anneal_branch import AnnealBranch
 from merge_callback.callbacks.merge_callback import MergeCallback
 from merge_callback.callbacks.merged_checkpoint import MergedCheckpoint
+from merge_callback.callbacks.merger import Merger
 from merge_callback.callbacks.parts import Parts
 from merge_callback.callbacks.progress_bar import LiveAndMergedBar
 from merge_callback.callbacks.spike_detector import SpikeDetector
@@ -23,6 +24,7 @@ __all__ = [
     "LiveAndMergedBar",
     "MergeCallback",
     "MergedCheckpoint",
+    "Merger",
     "Parts",
     "PowerEma",
     "Routers",

@@ -180,7 +180,7 @@ def test_a_function_that_gives_no_weights_fails_at_its_first_use_and_names_itsel
             "several merges must be a mapping of names to merges, .* got \\['sma', 'ema'\\]",
         ),
         ({"merges": Ema}, TypeError, "merges takes objects, got the class Ema; make one"),
-        ({"start": "Stable"}, TypeError, "start must be 'stable' or an int, .*, got 'Stable'"),
+        ({"start": "Stable"}, TypeError, "start must be 'stable', 'any' or an int, .*, got 'Stable'"),
         (
             {"higher_is_better": True},
             TypeError,

@@ -81,13 +81,16 @@ def test_a_rate_that_never_settles_is_said_once_with_what_to_do(tmp_path):
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 24)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    with pytest.warns(UserWarning, match=r"not constant in \d+ steps .*MergeCallback\(start=STEP\)") as said:
+    with pytest.warns(UserWarning, match=r"not constant in \d+ steps .*start='any'.*start=STEP") as said:
         run = fit(make(Cosine), tmp_path, callback := MergeCallback(2, 3))
     assert len([warning for warning in said if "MergeCallback" in str(warning.message)]) == 1
     assert callback.snapshot_steps == []
     assert not run.logged("merged/val_loss")
-    fit(make(Cosine), tmp_path, callback := MergeCallback(2, 3, start=10))
-    assert callback.snapshot_steps == [20, 22, 24]
+    fit(make(Cosine), tmp_path, callback := MergeCallback(2, 12, start=10))
+    assert callback.snapshot_steps == [10, 12, 14, 16, 18, 20, 22, 24]
+    run = fit(make(Cosine), tmp_path, callback := MergeCallback(2, 12, start="any"))
+    assert callback.snapshot_steps == list(range(2, 25, 2))
+    assert run.logged("merged/val_loss")
 
 
 @pytest.mark.usefixtures("both_lightnings")

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,7 +25,7 @@ from merge_callback.checkpoints.read import open_checkpoint
 from merge_callback.checkpoints.torch_file import plain, read_torch_file
 from merge_callback.checkpoints.write import read_provenance
 from merge_callback.prediction.records import read_records
-from tests.helpers.toys import Base, ResumableBatches, Toy, fit, make, same
+from tests.helpers.toys import Base, ResumableBatches, Toy, averages_weights, fit, lightning, make, same
 
 
 def weights(step):
@@ -282,9 +282,11 @@ def test_merges_and_averages_are_merged_only_if_asked(tmp_path):
         merge_checkpoints([tmp_path / "step=1.safetensors", merges[0]], tmp_path / "out.ckpt")
 
 
+@averages_weights
 def test_files_of_an_average_are_merged_only_if_asked(tmp_path):
     points = ModelCheckpoint(tmp_path / "c", "{step}", save_top_k=-1, every_n_train_steps=8)
-    fit(make(Toy), tmp_path / "run", EMAWeightAveraging(decay=0.9), points, enable_checkpointing=True)
+    average = lightning(".callbacks").EMAWeightAveraging(decay=0.9)
+    fit(make(Toy), tmp_path / "run", average, points, enable_checkpointing=True)
     paths = find_checkpoints(str(tmp_path / "c" / "*.ckpt"))
     with pytest.raises(ValueError, match=r"step=16.ckpt holds an average over steps, not the weights of one step"):
         merge_checkpoints(paths, tmp_path / "out.ckpt")

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from merge_callback import Ema, MergeCallback, MergedCheckpoint, Window
 from merge_callback.checkpoints.write import read_provenance
 from tests.helpers.processes import call
-from tests.helpers.toys import Toy, assert_same_training, batches, fit, lightning, make, same
+from tests.helpers.toys import Toy, assert_same_training, batches, fit, lightning, loading, make, same
 
 
 class Saved(Toy):
@@ -108,7 +108,8 @@ def test_a_fit_takes_a_merged_checkpoint_with_weights_only(run, tmp_path):
     }
     trainer = lightning().Trainer(max_steps=2, accelerator="cpu", callbacks=[first], **quiet)
     loader = batches(24, shuffle=False)
-    trainer.fit(make(Saved), batches(), loader, ckpt_path=str(tmp_path / "merge.ckpt"), weights_only=True)
+    merged = str(tmp_path / "merge.ckpt")
+    trainer.fit(make(Saved), batches(), loader, ckpt_path=merged, **loading(trainer, weights_only=True))
     assert same(first.weights, callback.merged_state_dict())
     assert trainer.global_step == 2
 

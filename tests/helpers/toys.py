@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import inspect
 import os
 import random
 from collections.abc import Iterator
@@ -209,6 +210,18 @@ class Tracker(Callback):
         return reference.merge([self.parameters[step] for step in coefficients], list(coefficients.values()))
 
 
+# Lightning averages weights itself from 2.6 on.
+averages_weights = pytest.mark.skipif(
+    not hasattr(lightning(".callbacks"), "EMAWeightAveraging"), reason="this Lightning has no EMAWeightAveraging"
+)
+
+
+def loading(trainer: Any, weights_only: bool | None) -> dict[str, Any]:
+    """How `Trainer.fit` reads a checkpoint, as an argument where it has one: from Lightning 2.6 on."""
+    is_told = "weights_only" in inspect.signature(trainer.fit).parameters
+    return {"weights_only": weights_only} if is_told else {}
+
+
 def fit(
     module: LightningModule,
     folder: Path,
@@ -238,7 +251,7 @@ def fit(
     )
     train = batches() if train is None else train
     validation = batches(24, 8, shuffle=False, seed=1) if validation is None else validation
-    trainer.fit(module, train, validation, ckpt_path=ckpt_path, weights_only=weights_only)
+    trainer.fit(module, train, validation, ckpt_path=ckpt_path, **loading(trainer, weights_only))
     rng = [torch.get_rng_state(), random.getstate(), np.random.get_state(), *torch.cuda.get_rng_state_all()]
     assert trainer.logger is not None
     metrics_file = Path(str(trainer.logger.log_dir)) / "metrics.csv"

@@ -16,7 +16,18 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from merge_callback import Ema, MergeCallback, Window
 from tests.helpers import reference
-from tests.helpers.toys import NUM_CLASSES, BusyToy, Toy, Tracker, assert_same_training, batches, fit, lightning, make
+from tests.helpers.toys import (
+    NUM_CLASSES,
+    BusyToy,
+    Toy,
+    Tracker,
+    assert_same_training,
+    averages_weights,
+    batches,
+    fit,
+    lightning,
+    make,
+)
 
 pytestmark = pytest.mark.usefixtures("both_lightnings")
 
@@ -376,6 +387,7 @@ def test_the_batch_size_finder_works_beside_it(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@averages_weights
 def test_lightnings_weight_averaging_works_beside_it(tmp_path):
     def run(folder, *ours):
         average = lightning(".callbacks").EMAWeightAveraging(decay=0.9)

@@ -2,42 +2,32 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 
 from merge_callback.callbacks.parts import Parts
-from merge_callback.callbacks.session import MergeSession
-from merge_callback.capture.capture import SnapshotCapture
 from merge_callback.capture.directory import SnapshotDirectory
 from merge_callback.capture.kinds import MeanSnapshots, PointSnapshots
-from merge_callback.capture.merge_set import MergeSet
-from merge_callback.capture.merges import AverageMerge, Merge, WindowMerge
 from merge_callback.capture.places import SnapshotMemory, StoragePlace
-from merge_callback.live.batch_norm import Recalibration
 from merge_callback.merging.averages import Average, is_average
 from merge_callback.merging.decays import DECAY_SHAPES
 from merge_callback.merging.rules import Rule, resolve_rule
-from merge_callback.prediction.forecasts import Forecaster
-from merge_callback.prediction.predictor import AnnealPredictor
 from merge_callback.utilities.checks import check_count, check_optional_count, patterns
 from merge_callback.utilities.locations import local_path
-from merge_callback.utilities.messages import Messages
-from merge_callback.validation.budget import Budget
-from merge_callback.validation.logged import Names, safe_name
-from merge_callback.validation.merged_validation import MergedValidation
-from merge_callback.validation.predictions import LoggedPredictions
+from merge_callback.validation.logged import safe_name
 
 # Values of ``storage`` that are more likely meant as a kind of memory than as the name of a folder.
 _NO_FOLDERS = ("device", "cpu", "gpu", "cuda", "mps", "host", "ram", "memory", "pinned", "disk", "none")
 
 
 def check_start(start: Any) -> None:
-    """Raises TypeError or ValueError unless ``start`` is ``"stable"`` or an optimizer step."""
-    if start != "stable" and (not isinstance(start, int) or isinstance(start, bool)):
-        raise TypeError(f"start must be 'stable' or an int, the optimizer step to begin at, got {start!r}")
-    if start != "stable":
-        check_count("start", start, minimum=0)
+    """Raises TypeError or ValueError unless ``start`` is ``"stable"``, ``"any"`` or an optimizer step."""
+    if isinstance(start, str) and start in ("stable", "any"):
+        return
+    if not isinstance(start, int) or isinstance(start, bool):
+        raise TypeError(f"start must be 'stable', 'any' or an int, the optimizer step to begin at, got {start!r}")
+    check_count("start", start, minimum=0)
 
 
 def snapshot_kind(snapshot: Any, mean_samples: Any, place: StoragePlace) -> PointSnapshots:
@@ -189,61 +179,3 @@ def _merge(merge: Any) -> Rule | Average:
     if isinstance(merge, type):
         raise TypeError(f"merges takes objects, got the class {merge.__name__}; make one, {merge.__name__}(...)")
     return merge if is_average(merge) else resolve_rule(merge)
-
-
-class MergeSettings(Protocol):
-    """The checked arguments that a session is built from; see `MergeCallback`."""
-
-    every_n_train_steps: int | None
-    num_snapshots: int
-    snapshot: Literal["point", "mean"]
-    mean_samples: int | None
-    merges: dict[str, Rule | Average]
-    start: Literal["stable"] | int
-    storage: StoragePlace
-    dtype: torch.dtype | None
-    evaluate_every_n_validations: int
-    limit_batches: int | float | None
-    max_overhead: float | None
-    calibration: str | os.PathLike[str] | None
-    forecast_length: float | int | None
-    higher_is_better: tuple[str, ...]
-    parts: Parts
-    recalibrate_batches: int | None
-    name: str
-
-
-def new_session(settings: MergeSettings) -> MergeSession:
-    """Builds a session in which nothing was captured or validated yet."""
-    averages = {name: merge for name, merge in settings.merges.items() if is_average(merge)}
-    rules = {name: merge for name, merge in settings.merges.items() if not is_average(merge)}
-    capture = SnapshotCapture(
-        settings.every_n_train_steps,
-        settings.num_snapshots,
-        rules.values(),
-        settings.start,
-        settings.dtype,
-        kind=snapshot_kind(settings.snapshot, settings.mean_samples, settings.storage),
-        storage=settings.storage,
-        name=settings.name,
-        averages=averages,
-        selection=settings.parts.selection,
-    )
-    made: dict[str, Merge] = {name: WindowMerge(name, rule, capture) for name, rule in rules.items()}
-    made |= {name: AverageMerge(name, average, capture) for name, average in averages.items()}
-    messages = Messages(f"MergeCallback({settings.name!r})")
-    recalibration = Recalibration(settings.recalibrate_batches, messages)
-    merges = MergeSet([made[name] for name in settings.merges], capture, recalibration, messages)
-    names = Names(settings.name, merges.primary, settings.higher_is_better)
-    predictor, forecaster = AnnealPredictor(settings.calibration), Forecaster(settings.forecast_length)
-    validation = MergedValidation(
-        merges,
-        names,
-        LoggedPredictions(merges, names, predictor, forecaster, messages),
-        Budget(settings.max_overhead),
-        messages,
-        every_n_validations=settings.evaluate_every_n_validations,
-        limit_batches=settings.limit_batches,
-        routers=settings.parts.routers,
-    )
-    return MergeSession(merges, recalibration, validation, messages)

@@ -1,8 +1,7 @@
 """`MergeCallback`: the arguments and methods for users. Each hook is passed on to the session of the run."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,19 +9,25 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from merge_callback.callbacks import arguments
+from merge_callback.callbacks.base import MergesOfARun
 from merge_callback.callbacks.parts import Parts
 from merge_callback.callbacks.pickling import PickledWithoutItsRun
-from merge_callback.callbacks.session import MergeSession
+from merge_callback.callbacks.session import state_copies
+from merge_callback.callbacks.trainer_session import TrainerSession
 from merge_callback.capture.directory import SnapshotDirectory
 from merge_callback.capture.places import SnapshotMemory
 from merge_callback.capture.state import without_shards
+from merge_callback.capture.window import Start
+from merge_callback.live.batch_norm import Recalibration
 from merge_callback.merging.averages import Average
 from merge_callback.merging.rules import Rule
-from merge_callback.prediction.bias import Prediction
-from merge_callback.utilities.checks import check_count, check_limit, check_optional_count, check_share, patterns
+from merge_callback.utilities.checks import check_count, check_limit, check_optional_count, check_share
+from merge_callback.utilities.messages import Messages
+from merge_callback.validation.budget import Budget
+from merge_callback.validation.merged_validation import MergedValidation
 
 
-class MergeCallback(PickledWithoutItsRun):
+class MergeCallback(MergesOfARun, PickledWithoutItsRun):
     """Logs the metrics of a merge of recent weights beside the live ones: the model as if it were annealed now.
 
     Keeps a ring of the latest snapshots while the learning rate is constant, merges them at every validation, validates
@@ -43,7 +48,7 @@ class MergeCallback(PickledWithoutItsRun):
         mean_samples: How many steps of an interval a mean takes, evenly and with the last one; None is every step up to
             8, else 8. Each costs a pass over the weights.
         start: ``"stable"`` captures while the learning rate is constant, and begins a new window when it is constant
-            again at another value. An int captures from that optimizer step on, whatever the rate does.
+            again at another value. ``"any"`` captures whatever the rate does, and an int from that optimizer step on.
         storage: Where snapshots are kept: ``"device"`` (memory of the model's device), ``"cpu"`` (host memory), or the
             path of a directory, with one file per snapshot and rank. Merges are made in host memory except with
             ``"device"``. `SnapshotMemory` and `SnapshotDirectory` can also leave snapshots out of checkpoints.
@@ -79,6 +84,8 @@ class MergeCallback(PickledWithoutItsRun):
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
     """
 
+    _session: TrainerSession
+
     def __init__(
         self,
         every_n_train_steps: int | None = None,
@@ -87,7 +94,7 @@ class MergeCallback(PickledWithoutItsRun):
         merges: str | Rule | Average | Mapping[str, str | Rule | Average] = "sma",
         snapshot: Literal["point", "mean"] = "point",
         mean_samples: int | None = None,
-        start: Literal["stable"] | int = "stable",
+        start: Start = "stable",
         storage: str | SnapshotMemory | SnapshotDirectory | os.PathLike[str] = "device",
         dtype: torch.dtype | str | None = None,
         evaluate_every_n_validations: int = 1,
@@ -101,63 +108,35 @@ class MergeCallback(PickledWithoutItsRun):
         name: str = "merge",
     ) -> None:
         check_optional_count("every_n_train_steps", every_n_train_steps)
-        check_count("num_snapshots", num_snapshots)
-        arguments.check_start(start)
+        super().__init__(
+            every_n_train_steps,
+            num_snapshots,
+            merges,
+            snapshot=snapshot,
+            mean_samples=mean_samples,
+            start=start,
+            storage=storage,
+            dtype=dtype,
+            calibration=calibration,
+            forecast=forecast,
+            higher_is_better=higher_is_better,
+            parts=parts,
+            name=name,
+        )
         check_count("evaluate_every_n_validations", evaluate_every_n_validations)
         check_limit(limit_batches)
         check_share("max_overhead", max_overhead)
-        arguments.check_calibration(calibration)
-        arguments.check_length("forecast", forecast)
         check_optional_count("recalibrate_batches", recalibrate_batches)
-        arguments.check_name(name)
-        self.every_n_train_steps = every_n_train_steps
-        self.num_snapshots = num_snapshots
-        self.merges = arguments.named_merges(merges)
-        self.snapshot: Literal["point", "mean"] = snapshot
-        self.mean_samples = mean_samples
-        self.start = start
-        self.storage = arguments.snapshot_place(storage)
-        arguments.snapshot_kind(snapshot, mean_samples, self.storage)
-        self.dtype = arguments.floating_dtype(dtype)
         self.evaluate_every_n_validations = evaluate_every_n_validations
         self.limit_batches = limit_batches
         self.max_overhead = max_overhead
-        self.calibration = calibration
-        self.forecast_length = forecast
-        self.higher_is_better = patterns("higher_is_better", higher_is_better)
-        self.parts = arguments.parts_to_merge(parts)
         self.recalibrate_batches = recalibrate_batches
-        self.name = name
         self.begin_anew()
 
     @property
-    def session(self) -> MergeSession:
+    def session(self) -> TrainerSession:
         """The session of the latest run: captured weights, merges and validations. Other callbacks use it."""
         return self._session
-
-    @property
-    def snapshot_steps(self) -> list[int]:
-        """Optimizer steps of the snapshots in the ring, oldest first."""
-        return self._session.capture.steps
-
-    def coefficients(self, name: str | None = None) -> dict[int, float]:
-        """Returns the coefficients of a merge by snapshot step, oldest first; they sum to one.
-
-        Args:
-            name: Name of the merge; None is the primary one.
-
-        Raises:
-            RuntimeError: If nothing was captured yet.
-            ValueError: If no merge has this name, or it is an average over every step, which has no coefficients.
-        """
-        return self._session.merges.coefficients(name)
-
-    def implied_decay(self, name: str | None = None) -> list[tuple[int, float]]:
-        """Returns the learning-rate decay that a merge corresponds to: (snapshot step, multiplier), oldest first.
-
-        A multiplier applies to the updates since the previous snapshot. Raises the same errors as `coefficients`.
-        """
-        return self._session.merges.implied_decay(name)
 
     def merged_state_dict(self, name: str | None = None) -> dict[str, Tensor]:
         """Returns the merge as a state dict of the LightningModule, which loads it with ``strict=True``.
@@ -165,22 +144,10 @@ class MergeCallback(PickledWithoutItsRun):
         Trainable parameters are merged, floating-point buffers are those of the newest snapshot, and all else is live.
         The tensors are copies, sharded like the live ones. Raises the same errors as `merged_weights`.
         """
-        return self._session.merged_state_dict(name)
-
-    @contextmanager
-    def merged_weights(self, pl_module: torch.nn.Module, name: str | None = None) -> Iterator[None]:
-        """Swaps the merge into a module inside the context; afterwards always restores the module's own weights.
-
-        Args:
-            pl_module: The module that was trained, or another of the same architecture.
-            name: Name of the merge; None is the primary one.
-
-        Raises:
-            RuntimeError: If nothing was captured yet.
-            ValueError: If no merge has this name, it cannot be made, or the module's tensors do not match it.
-        """
-        with self._session.merges.merged_weights(pl_module, name):
-            yield
+        self._session.merges.captured(name)
+        assert self._session.module is not None
+        with self._session.merges.merged_weights(self._session.module, name):
+            return state_copies(self._session.module)
 
     def save_merged(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Writes the merge with its provenance to a file, atomically. All ranks must call it; rank 0 writes.
@@ -198,39 +165,8 @@ class MergeCallback(PickledWithoutItsRun):
         """
         self._session.save_merged(path, name)
 
-    def forecast(
-        self,
-        metric: str,
-        span_steps: int | None = None,
-        *,
-        span: float | None = None,
-        shape: str = "linear",
-        final_rate: float = 0.0,
-    ) -> Prediction:
-        """Forecasts a loss at the end of a decay that begins at the latest validation; needs no real anneal.
-
-        `merge_callback.prediction.river` says how. Real anneals of this run in ``calibration`` shift it.
-
-        Args:
-            metric: Name of a metric of the validation where less is better.
-            span_steps: Length of the decay in optimizer steps.
-            span: Instead: length as a share of all steps at the end of the decay, in (0, 1). None takes ``forecast``.
-            shape: ``"linear"``, ``"1-sqrt"`` or ``"cosine"``.
-            final_rate: Share of the rate at the end of the decay.
-
-        Returns:
-            The value in the metric's unit, with the interval that should contain it in nine cases of ten.
-
-        Raises:
-            RuntimeError: If nothing can be foretold; the message says why.
-            ValueError: If an argument is invalid.
-        """
-        length = arguments.decay_length(span_steps, span, self.forecast_length)
-        arguments.check_shape(shape, final_rate)
-        return self._session.validation.predictions.forecast(metric, length, shape, final_rate).prediction
-
     def begin_anew(self) -> None:
-        self._session = arguments.new_session(self)
+        self._session = self._new_session()
         # State from a checkpoint, kept until training starts: some strategies load before the model is on its device.
         self._pending: dict[str, Any] | None = None
 
@@ -287,6 +223,24 @@ class MergeCallback(PickledWithoutItsRun):
         """Continues the session of the previous fit, or begins a new one."""
         if self._pending is not None or not self._session.is_continued_by(trainer, pl_module):
             self.parts.check(pl_module)
-            self._session = arguments.new_session(self)
+            self._session = self._new_session()
         self._session.begin(trainer, pl_module, self._pending)
         self._pending = None
+
+    def _new_session(self) -> TrainerSession:
+        """Returns a session in which nothing was captured or validated yet."""
+        messages = Messages(f"MergeCallback({self.name!r})")
+        recalibration = Recalibration(self.recalibrate_batches, messages)
+        merges = self._new_merges(recalibration, messages)
+        names = self._new_names(merges)
+        validation = MergedValidation(
+            merges,
+            names,
+            self._new_predictions(merges, names, messages),
+            Budget(self.max_overhead),
+            messages,
+            every_n_validations=self.evaluate_every_n_validations,
+            limit_batches=self.limit_batches,
+            routers=self.parts.routers,
+        )
+        return TrainerSession(merges, recalibration, validation, messages)

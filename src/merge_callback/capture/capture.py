@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from merge_callback.capture.phase import NO_UPDATES, PhaseEvent, Rates, RateUpda
 from merge_callback.capture.places import DEVICE_MEMORY, StoragePlace
 from merge_callback.capture.ring import SnapshotRing
 from merge_callback.capture.running_averages import RunningAverages
-from merge_callback.capture.window import CaptureWindow
+from merge_callback.capture.window import CaptureWindow, Start
 from merge_callback.live.names import EVERYTHING, Selection
 from merge_callback.live.sharding import Sharding, all_gather_dict, local_clones, rank, real_tensors
 from merge_callback.live.weights import (
@@ -39,7 +39,7 @@ class SnapshotCapture:
         every_n_train_steps: Optimizer steps between two snapshots; None starts at one and doubles.
         num_snapshots: Capacity of the ring.
         rules: Rules of the merges; their `Window`s determine how far back the ring must reach.
-        start: ``"stable"`` captures while the learning rate is constant; an int captures from that optimizer step on.
+        start: When capturing begins, as for `CaptureWindow`.
         dtype: Dtype in which snapshots are kept; None keeps each parameter's own.
         kind: What a snapshot keeps of the weights of its interval; None is the weights at its end.
         storage: Where snapshots and averages are kept.
@@ -53,7 +53,7 @@ class SnapshotCapture:
         every_n_train_steps: int | None,
         num_snapshots: int,
         rules: Iterable[Rule],
-        start: Literal["stable"] | int,
+        start: Start,
         dtype: torch.dtype | None,
         *,
         kind: PointSnapshots | None = None,

@@ -138,6 +138,18 @@ class TensorReader:
         return {name: local(part) for name, part in parts.items()}
 
 
+@dataclass(frozen=True)
+class OwnPartReader(TensorReader):
+    """Reads saved tensors that are this process's parts already."""
+
+    def read(
+        self, prefix: str, names: Iterable[str], empty: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Returns the parts as they were saved."""
+        assert not isinstance(self.saved, str)
+        return {name: self.saved[f"{prefix}.{name}"] for name in names}
+
+
 def restore_capture_(
     capture: SnapshotCapture, state: Mapping[str, Any], module: nn.Module, reader: TensorReader
 ) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from merge_callback.capture.phase import CaptureSchedule, PhaseEvent, RateUpdates, StablePhase, needs_thinning
 from merge_callback.capture.ring import SnapshotRing
@@ -11,6 +11,8 @@ from merge_callback.merging.windows import Window
 
 # If the user sets no interval, the ring covers at least this share of the training so far.
 DEFAULT_SPAN = 0.1
+# When capturing begins: with a constant learning rate, at once, or at an optimizer step.
+Start: TypeAlias = Literal["stable", "any"] | int
 
 
 class CaptureWindow:
@@ -19,10 +21,11 @@ class CaptureWindow:
     Args:
         every_n_train_steps: Optimizer steps between two snapshots; None starts at one and doubles.
         rules: Rules of the merges; their `Window`s determine how far back the ring must reach.
-        start: ``"stable"`` captures while the learning rate is constant; an int captures from that optimizer step on.
+        start: ``"stable"`` captures while the learning rate is constant, ``"any"`` whatever it does, and an int from
+            that optimizer step on, whatever it does.
     """
 
-    def __init__(self, every_n_train_steps: int | None, rules: Iterable[Rule], start: Literal["stable"] | int) -> None:
+    def __init__(self, every_n_train_steps: int | None, rules: Iterable[Rule], start: Start) -> None:
         self.every_n_train_steps = every_n_train_steps
         self.start = start
         self.phase = StablePhase()
@@ -35,7 +38,7 @@ class CaptureWindow:
     def follow(self, step: int, used: Sequence[float], following: Sequence[float], updates: RateUpdates) -> PhaseEvent:
         """Records an optimizer step and returns what it means for the window.
 
-        If ``start`` is a step, learning rates are ignored: the window begins at that step and lasts to the end.
+        Unless ``start`` is ``"stable"``, learning rates are ignored: the window begins at its step and never ends.
 
         Args:
             step: Number of optimizer steps so far.
@@ -45,7 +48,7 @@ class CaptureWindow:
         """
         event = self.phase.observe(used, following, updates)
         if self.start != "stable":
-            return PhaseEvent.HELD if step >= self.start else PhaseEvent.UNSETTLED
+            return PhaseEvent.HELD if step >= self._first_step else PhaseEvent.UNSETTLED
         # A run resumed with another ``start`` may be inside a phase for which no window has begun.
         if event is PhaseEvent.HELD and not self._has_begun:
             event = PhaseEvent.BEGAN
@@ -80,15 +83,27 @@ class CaptureWindow:
         return self.start == "stable" and not self.phase.is_stable
 
     @property
+    def _first_step(self) -> int:
+        return self.start if isinstance(self.start, int) else 0
+
+    @property
+    def first_due(self) -> int | None:
+        """The step of the first snapshot, if nothing was captured yet; None while it is not known."""
+        return max(self._first_step, self.schedule.next_step or 0) or None
+
+    @property
     def why_empty(self) -> str:
         """The error message for a merge that is requested before anything was captured."""
-        begins = "once the learning rate is constant" if self.start == "stable" else f"at step {self.start}"
+        due = "with the first step" if self.first_due is None else f"at step {self.first_due}"
+        begins = "once the learning rate is constant" if self.start == "stable" else due
         return f"nothing was captured yet, so there is no merge: capturing begins {begins}"
 
     @property
     def during(self) -> str:
         """When snapshots are taken, in words for the user."""
-        return "while the learning rate is constant" if self.start == "stable" else f"from step {self.start} on"
+        if self.start == "stable":
+            return "while the learning rate is constant"
+        return "whatever the learning rate does" if self.start == "any" else f"from step {self.start} on"
 
     @property
     def interval(self) -> str:

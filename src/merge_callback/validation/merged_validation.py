@@ -22,6 +22,7 @@ from merge_callback.validation.dashboards import Dashboards
 from merge_callback.validation.evaluation import Evaluated, Evaluation, Results
 from merge_callback.validation.frozen import FrozenValues
 from merge_callback.validation.logged import LoggedName, Names
+from merge_callback.validation.moment import moment_of
 from merge_callback.validation.predictions import LoggedPredictions
 from merge_callback.validation.routers import Choices, Routers
 from merge_callback.validation.unmoved import UnmovedValues
@@ -175,7 +176,7 @@ class MergedValidation:
         comparison = Comparison(live)
         if self._evaluation is not None:
             comparison = compare(self._evaluation, live)
-        logged = self.predictions.after_validation(trainer, self._evaluation, live, comparison)
+        logged = self.predictions.after_validation(moment_of(trainer), self._evaluation, live, comparison)
         if self.budget.share is not None:
             logged[self._names("merge", "num_skipped")] = LoggedValue(torch.tensor(float(self.budget.num_skipped)))
         if (evaluation := self._evaluation) is not None:
@@ -202,13 +203,12 @@ class MergedValidation:
 
     def state_dict(self) -> dict[str, Any]:
         budget = asdict(replace(self.budget, elapsed=self._elapsed()))
-        return {"count": self.count.state_dict(), "budget": budget, **self.predictions.state_dict()}
+        return {"count": self.count.state_dict(), "budget": budget}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, except the share of time, which the user may have changed."""
         self.count.load_state_dict(state["count"])
         self.budget = replace(Budget(**state["budget"]), share=self.budget.share)
-        self.predictions.load_state_dict(state)
 
     def _elapsed(self) -> float:
         """Returns the seconds of this fit and of the earlier fits that it continues."""

@@ -1,17 +1,13 @@
 """What validations teach about annealing: predictions and forecasts to log beside the live values."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from merge_callback.capture.merge_set import MergeSet
 from merge_callback.live.evaluate import LoggedValue
-from merge_callback.live.learning_rates import optimizer_step
-from merge_callback.live.observe import is_last_validation
 from merge_callback.prediction.forecasts import (
     MIN_VALIDATIONS,
     Forecast,
@@ -28,6 +24,7 @@ from merge_callback.utilities.tables import number
 from merge_callback.validation.comparison import Comparison, stable_values
 from merge_callback.validation.evaluation import Evaluation
 from merge_callback.validation.logged import LoggedName, Names, predictions_and_errors
+from merge_callback.validation.moment import Moment
 
 
 class LoggedPredictions:
@@ -63,28 +60,27 @@ class LoggedPredictions:
         return bool(self.predictor.predictions or self.forecaster.forecasts)
 
     def after_validation(
-        self, trainer: Trainer, evaluation: Evaluation | None, live: Mapping[str, LoggedValue], comparison: Comparison
+        self, moment: Moment, evaluation: Evaluation | None, live: Mapping[str, LoggedValue], comparison: Comparison
     ) -> dict[LoggedName, LoggedValue]:
         """Learns from a validation, if merge and live model can be compared; returns what to log.
 
         Args:
-            trainer: The Trainer.
+            moment: Where the run stands.
             evaluation: What the validation found of the merges; None if they were not validated.
             live: Metric -> value of the live validation.
             comparison: Merges and live model side by side.
         """
         capture = self._merges.capture
-        step, is_decaying = optimizer_step(trainer), not capture.window.phase.is_stable
-        self.is_checked = is_decaying and is_last_validation(trainer)
+        step, is_decaying = moment.step, not capture.window.phase.is_stable
+        self.is_checked = is_decaying and moment.is_last
         if self.is_checked:
             made = self.forecaster.forecasts
             self._came_to = {metric: (float(live[metric].value), step) for metric in made if metric in live}
         if evaluation is not None and self._merges.primary in evaluation.merges and capture.is_comparable:
-            optimizer = ", ".join(type(each).__name__ for each in trainer.optimizers)
-            validation = stable_values(evaluation, live, comparison, self._merges, optimizer)
-            self.losses = self._losses(evaluation)
-            self._learn(validation, trainer)
-            self._forecast(validation, trainer)
+            validation = stable_values(evaluation, live, comparison, self._merges, moment.optimizer)
+            self.losses, self._num_steps = self._losses(evaluation), moment.num_steps
+            self._learn(validation, moment)
+            self._forecast(validation)
         if not is_decaying and (evaluation is None or not capture.is_comparable):
             return {}
         logged = predictions_and_errors(
@@ -125,8 +121,8 @@ class LoggedPredictions:
         known = self.predictor
         return forecast(known.history, metric, decay, anneals=known.own_anneals, num_steps=self._num_steps)
 
-    def _learn(self, validation: StableValidation, trainer: Trainer) -> None:
-        for problem in self.predictor.learn(validation, self.losses or (), may_write=trainer.is_global_zero):
+    def _learn(self, validation: StableValidation, moment: Moment) -> None:
+        for problem in self.predictor.learn(validation, self.losses or (), may_write=moment.may_write):
             self._messages.warn(f"left out of the records: {problem}", problem)
         for metric, fit in self.predictor.fits.items():
             self._messages.say(f"{self._names('annealed', metric)} predicts {fit}", f"annealed {metric}")
@@ -134,12 +130,7 @@ class LoggedPredictions:
         if calibration is not None and not self.predictor.is_prior and not self.predictor.fits:
             self._messages.say(f"uncalibrated until {calibration} holds two real anneals of a kind", "uncalibrated")
 
-    def _forecast(self, validation: StableValidation, trainer: Trainer) -> None:
-        # Lightning counts the steps of all optimizers in `max_steps`.
-        planned: float = trainer.estimated_stepping_batches
-        if planned == trainer.max_steps:
-            planned /= max(1, len(trainer.optimizers))
-        self._num_steps = int(planned) if 0 < planned < math.inf else None
+    def _forecast(self, validation: StableValidation) -> None:
         reasons, self._came_to = self.forecaster.update(validation.step, self.losses or (), self._made), {}
         if len(self.predictor.history) < MIN_VALIDATIONS:
             return
