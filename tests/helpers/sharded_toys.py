@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 
 from merge_callback import MergeCallback
+from merge_callback.live.sharding import reshard
 from tests.helpers import reference
 from tests.helpers.toys import Base, Run, batches, fit, make
 
@@ -121,7 +122,8 @@ def fit_sharded(folder: Path, form: str, *callbacks: Any, module: Any = None, **
 
 
 def weights(module: Any) -> dict[str, Tensor]:
-    """All parameters, whole."""
+    """All parameters, whole. After a validation FSDP2 may leave gathered ones in their place."""
+    reshard(module)
     return {name: full(tensor) for name, tensor in module.named_parameters()}
 
 

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from merge_callback.capture.layout import RowLayout
 from merge_callback.capture.memory import free_bytes, required_bytes
+from merge_callback.live.random_states import preserved_rng
 from merge_callback.utilities.devices import wait_for_device, works_beside_host
 
 
@@ -40,3 +43,23 @@ def test_rows_for_an_accelerator_in_host_memory_are_counted_as_pinned(xpu):
     layout = RowLayout({"weight": torch.zeros(1000)})
     layout.groups[:] = [(torch.float32, torch.device("xpu"))]
     assert required_bytes(layout, 2, None, torch.device("cpu")) == {torch.device("cpu"): 2 * 4096}
+
+
+def test_random_states_of_any_accelerator_are_restored(xpu, monkeypatch):
+    """With generators of the CPU in the place of the device's own. Says nothing of how its kernels draw."""
+    generators = [torch.Generator().manual_seed(3), torch.Generator().manual_seed(4)]
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(default_generators=generators))
+    before = [generator.get_state() for generator in generators]
+    with pytest.raises(KeyError), preserved_rng():
+        drawn = [torch.rand(3, generator=generator) for generator in generators]
+        raise KeyError
+    assert all(map(torch.equal, before, [generator.get_state() for generator in generators]))
+    assert all(map(torch.equal, drawn, [torch.rand(3, generator=generator) for generator in generators]))
+
+
+def test_an_accelerator_that_lists_no_generators_changes_nothing(xpu, monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    before = torch.get_rng_state()
+    with preserved_rng():
+        torch.rand(3)
+    assert torch.equal(before, torch.get_rng_state())
