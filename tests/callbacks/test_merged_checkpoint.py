@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from merge_callback import Ema, MergeCallback, MergedCheckpoint, SnapshotDirectory
 from merge_callback.checkpoints.write import read_provenance
-from tests.helpers.toys import ResumableBatches, Toy, batches, fit, lightning, make
+from tests.helpers.toys import ResumableBatches, Toy, assert_same_training, batches, fit, lightning, make
 
 QUIET = pytest.mark.filterwarnings("ignore:.*was not saved to", "ignore:MergedCheckpoint saves merges, which no run")
 
@@ -181,3 +181,63 @@ def test_the_best_merges_are_kept_beside_the_last_one(tmp_path, save_last, every
     assert kept(tmp_path / "merged") == steps
     if save_last:
         assert read_provenance(merged.last_model_path)["steps"] == [58, 59, 60]
+
+
+class TwoRates(Toy):
+    """A constant rate for 12 steps, another one for 12 more, then a decay."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        rate = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 1.0 if step < 12 else 0.5 if step < 24 else 0.5 * (31 - step) / 8
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+
+@QUIET
+@pytest.mark.usefixtures("both_lightnings")
+def test_at_the_end_of_each_constant_rate_its_last_merge_is_saved_once(tmp_path):
+    callback = MergeCallback(1, 3)
+    saving = MergedCheckpoint(callback, at="stable_end", dirpath=tmp_path / "c")
+    run = fit(make(TwoRates), tmp_path, callback, saving, enable_checkpointing=True, max_steps=32)
+    files = sorted((tmp_path / "c").glob("*.ckpt"))
+    assert [read_provenance(file)["steps"] for file in files] == [[10, 11, 12], [22, 23, 24]]
+    assert [file.name for file in files] == [f"merged-stable-end-step={step}.ckpt" for step in (12, 24)]
+    alone = fit(make(TwoRates), tmp_path / "alone", max_steps=32)
+    assert_same_training(alone, run)
+
+
+@QUIET
+def test_a_run_that_ends_at_a_constant_rate_saves_its_last_merge(tmp_path):
+    callback = MergeCallback(1, 3)
+    saving = MergedCheckpoint(callback, at="stable_end", dirpath=tmp_path / "c")
+    fit(make(Toy), tmp_path, callback, saving, enable_checkpointing=True, max_steps=12)
+    (file,) = (tmp_path / "c").iterdir()
+    assert read_provenance(file)["steps"] == [10, 11, 12]
+
+
+@QUIET
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("cut", [9, 14, 28])
+def test_a_resumed_run_saves_no_end_twice_and_none_too_few(tmp_path, cut):
+    def run(max_steps, **resumed):
+        callback = MergeCallback(1, 3)
+        saving = MergedCheckpoint(callback, at="stable_end", dirpath=tmp_path / "c")
+        options = {"enable_checkpointing": True, "train": ResumableBatches(), "max_steps": max_steps}
+        ended = fit(make(TwoRates), tmp_path / "run", callback, saving, **options, **resumed)
+        ended.trainer.save_checkpoint(tmp_path / f"at-{max_steps}.ckpt")
+        return sorted(read_provenance(file)["steps"] for file in (tmp_path / "c").glob("*.ckpt"))
+
+    # A run that ends at a constant rate saves its merge, and the end of that rate is still to come when it goes on.
+    of_cut = {9: [[7, 8, 9]], 14: [[13, 14]], 28: []}[cut]
+    ends = [[10, 11, 12], [22, 23, 24]]
+    assert run(cut) == sorted([*of_cut, *(steps for steps in ends if steps[-1] < cut)])
+    assert run(32, ckpt_path=str(tmp_path / f"at-{cut}.ckpt")) == sorted([*of_cut, *ends])
+
+
+def test_what_is_saved_at_an_end_is_not_ranked():
+    callback = MergeCallback()
+    with pytest.raises(ValueError, match="at must be 'stable_end' or None, got 'end'"):
+        MergedCheckpoint(callback, at="end")
+    with pytest.raises(ValueError, match="at='stable_end' saves one merge, whatever it is worth"):
+        MergedCheckpoint(callback, at="stable_end", monitor="merged/val_loss")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge_callback.callbacks.merge_callback import MergeCallback
 from merge_callback.callbacks.pickling import PickledWithoutItsRun
-from merge_callback.live.learning_rates import optimizer_step
+from merge_callback.live.learning_rates import learning_rates, optimizer_step
 
 
 class _NotSavedError(Exception):
@@ -28,16 +28,20 @@ class MergedCheckpoint(PickledWithoutItsRun, ModelCheckpoint):
 
     A merge is ranked only by a value of its own step: between validations, saving waits for the next one.
 
+    With ``at="stable_end"`` it saves one file for each constant learning rate: when the rate moves, so a decay or
+    another rate begins, or when the run ends. The merge is the last one that was made at that rate.
+
     List it after its `MergeCallback`. `lightning.pytorch` puts it there by itself; `pytorch_lightning` does not.
 
     Args:
         merge_callback: Makes the merges.
         merge: Name of the merge to save; None is the primary one.
+        at: ``"stable_end"`` saves when a constant rate ends; None saves when ``arguments`` say.
         **arguments: Arguments of `ModelCheckpoint`, such as ``monitor="merged/val_loss"`` and ``save_top_k=3``.
 
     Raises:
         TypeError: If ``merge_callback`` is not a `MergeCallback`.
-        ValueError: If it has no merge with this name.
+        ValueError: If it has no merge with this name, or ``at`` is something else or comes with a ``monitor``.
 
     Examples:
         >>> from merge_callback import MergeCallback, MergedCheckpoint
@@ -48,19 +52,37 @@ class MergedCheckpoint(PickledWithoutItsRun, ModelCheckpoint):
     # Not the name that Lightning looks for: `ckpt_path="last"` must never find a merge.
     CHECKPOINT_NAME_LAST = "merged-last"
 
-    def __init__(self, merge_callback: MergeCallback, merge: str | None = None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        merge_callback: MergeCallback,
+        merge: str | None = None,
+        *,
+        at: Literal["stable_end"] | None = None,
+        **arguments: Any,
+    ) -> None:
         if not isinstance(merge_callback, MergeCallback):
             raise TypeError(f"merge_callback must be a MergeCallback, got {merge_callback!r}")
         if merge is not None and merge not in merge_callback.merges:
             raise ValueError(f"there is no merge called {merge!r}; there are: {', '.join(merge_callback.merges)}")
-        super().__init__(**({"filename": "merged-{epoch}-{step}"} | arguments))
+        if at not in (None, "stable_end"):
+            raise ValueError(f"at must be 'stable_end' or None, got {at!r}")
+        if at is not None and arguments.get("monitor") is not None:
+            raise ValueError(f"at={at!r} saves one merge, whatever it is worth, so monitor must be None")
+        defaults: dict[str, Any] = {"filename": "merged-{epoch}-{step}"}
+        if at is not None:
+            # Nothing of Lightning's own triggers, and no file takes the place of another.
+            defaults = {"filename": "merged-stable-end-{step}", "every_n_epochs": 0, "save_top_k": -1}
+        super().__init__(**(defaults | arguments))
         self.merge_callback = merge_callback
         self.merge = merge
+        self.at = at
         self.begin_anew()
 
     def begin_anew(self) -> None:
         # Whether a merge is to be saved at the next validation, which tells what it is worth.
         self._is_due = False
+        # With `at`: of how many constant rates the merge was saved.
+        self._num_saved = 0
 
     @property
     def state_key(self) -> str:
@@ -74,6 +96,20 @@ class MergedCheckpoint(PickledWithoutItsRun, ModelCheckpoint):
             rank_zero_warn(
                 "MergedCheckpoint saves merges, which no run can be resumed from; add a ModelCheckpoint() for that."
             )
+
+    def on_train_batch_start(self, trainer: Trainer, *arguments: Any) -> None:
+        # Before the first step at another rate, whose snapshot may begin a new window.
+        if self.at is not None:
+            phase = self.merge_callback.session.capture.window.phase
+            if phase.is_over_with(learning_rates(trainer.optimizers)):
+                self._save_stable_end(trainer)
+                self._num_saved = phase.num_begun
+
+    def _save_stable_end(self, trainer: Trainer) -> None:
+        """Saves the merge of the latest constant rate, unless that was done when it ended."""
+        session = self.merge_callback.session
+        if session.capture.window.phase.num_begun > self._num_saved and session.merges[self.merge].is_ready:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
@@ -102,13 +138,15 @@ class MergedCheckpoint(PickledWithoutItsRun, ModelCheckpoint):
         # No validation follows any more.
         self._is_due = False
         super().on_train_end(trainer, pl_module)
+        if self.at is not None:
+            self._save_stable_end(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"is_due": self._is_due}
+        return super().state_dict() | {"is_due": self._is_due, "num_saved": self._num_saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._is_due = state_dict.get("is_due", False)
+        self._is_due, self._num_saved = state_dict.get("is_due", False), state_dict.get("num_saved", 0)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self._is_due:

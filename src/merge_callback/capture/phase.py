@@ -97,6 +97,11 @@ class StablePhase:
         """Whether the last observed step belonged to a stable phase."""
         return self.anchor is not None
 
+    def is_over_with(self, rates: Rates) -> bool:
+        """Returns whether a phase that is long enough to be one ends before a step with these rates, or has ended."""
+        ends = self.anchor is None or not _close(rates, self.anchor, DRIFT_TOLERANCE)
+        return ends and self.num_begun > 0 and (self.anchor is None or self.num_steps >= MIN_PHASE_STEPS)
+
     def observe(self, used: Rates, following: Rates, updates: RateUpdates = NO_UPDATES) -> PhaseEvent:
         """Records one optimizer step and returns what it means for the phase.
 
