@@ -78,6 +78,20 @@ def test_it_is_refused_with_the_reason():
     assert "finite" in refusal(broken)
 
 
+def test_with_optimizers_unlike_adam_the_interval_is_wider_and_says_why():
+    of_adam, of_muon = (
+        forecast(validations(optimizer=name), METRIC, Decay(1000, 111)) for name in ("AdamW, FusedAdam", "Muon, AdamW")
+    )
+    ours, theirs = of_adam.prediction, of_muon.prediction
+    assert ours == forecast(validations(), METRIC, Decay(1000, 111)).prediction
+    assert theirs.value == ours.value
+    assert theirs.high - theirs.value == pytest.approx(fitted().unlike_adam * (ours.high - ours.value))
+    assert theirs.value - theirs.low == pytest.approx(fitted().unlike_adam * (ours.value - ours.low))
+    assert fitted().unlike_adam > 1
+    assert "with Muon, AdamW in a wide interval" in of_muon.source
+    assert "wide" not in of_adam.source
+
+
 def test_only_validations_at_the_same_rate_and_of_the_same_merge_count():
     earlier = [replace(each, phase=1, merged={METRIC: 0.3}) for each in validations(500, 550, 600)]
     assert "there are 3" in refusal([*earlier, *validations(900, 950, 1000, phase=2)])

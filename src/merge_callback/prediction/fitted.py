@@ -23,6 +23,10 @@ class Widths:
         """Returns half of the interval, in the unit of the loss."""
         return math.hypot(self.fall * fall, self.noise * noise)
 
+    def times(self, factor: float) -> "Widths":
+        """Returns intervals that are wider by a factor."""
+        return Widths(self.fall * factor, self.noise * factor)
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -33,12 +37,14 @@ class Fitted:
         correlation_steps: Distance at which the noise of two steps is correlated by 1 / e.
         ring: Of intervals, if two merges of a ring tell the slope.
         history: The same if only the history of one merge does.
+        unlike_adam: How many times wider intervals are with optimizers that are not Adam's.
     """
 
     kappa: float
     correlation_steps: float
     ring: Widths
     history: Widths
+    unlike_adam: float
 
 
 @cache
