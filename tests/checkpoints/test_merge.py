@@ -321,7 +321,7 @@ def test_the_same_file_twice_and_a_folder_as_output_are_refused(tmp_path):
     with pytest.raises(ValueError, match="checkpoints must be different ones, got"):
         merge_checkpoints([one, tmp_path / "." / "m_1.ckpt", other], tmp_path / "m.ckpt", steps=[1, 2, 3])
     (tmp_path / "folder.ckpt").mkdir()
-    with pytest.raises(ValueError, match=r"output must be a file, but .* is a folder"):
+    with pytest.raises(ValueError, match=r"output must be a file or a new folder, but .* is a folder already"):
         merge_checkpoints([one, other], tmp_path / "folder.ckpt")
 
 

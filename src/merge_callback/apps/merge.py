@@ -1,19 +1,24 @@
 """Merges checkpoints on disk into one.
 
 The checkpoints are read in parts, so memory use does not grow with their number. Tensors of batch norm layers are taken
-from the newest checkpoint.
+from the newest checkpoint. An output without a suffix becomes a folder of torch.distributed.checkpoint; under torchrun,
+several ranks write one together.
 
   merge-callback merge 'checkpoints=runs/points/*.ckpt' output=merged.ckpt
   merge-callback merge 'checkpoints=[a.ckpt,b.ckpt]' output=c.safetensors 'coefficients=[0.3,0.7]'
   merge-callback merge 'checkpoints=runs/points/*.ckpt' output=merged.ckpt \\
       'rule={_target_: merge_callback.Window, span_steps: 1000}'
+  torchrun --no-python --nproc-per-node=8 merge-callback merge 'checkpoints=runs/points/*.ckpt' output=merged
 """
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,7 +33,7 @@ def run(config: DictConfig) -> None:
             f"{' and '.join(sorted(missing))} must be given, as in\n"
             "  merge-callback merge 'checkpoints=runs/points/*.ckpt' output=merged.ckpt"
         )
-    with wrong_calls():
+    with wrong_calls(), process_group():
         rule = instantiate(config.rule) if OmegaConf.is_config(config.rule) else config.rule
         origin = merge_checkpoints(
             find_checkpoints(config.checkpoints),
@@ -38,11 +43,31 @@ def run(config: DictConfig) -> None:
             steps=config.steps,
             newest=config.newest,
             of_averages=config.of_averages,
-            progress=True,
+            progress=is_first(),
         )
+    if not is_first():
+        return
     for step, value, name in zip(origin["steps"], origin["coefficients"], origin["checkpoints"], strict=True):
         sys.stdout.write(f"{value:10.6f}  step {step}  {name}\n")
     sys.stdout.write(f"{config.output}\n")
+
+
+def is_first() -> bool:
+    """Returns whether this is the only process, or the first one that ``torchrun`` has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Connects the processes that ``torchrun`` has started, if there are several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def find_checkpoints(asked: str | Sequence[str]) -> list[str]:

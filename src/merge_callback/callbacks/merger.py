@@ -22,7 +22,7 @@ from merge_callback.capture.state import OwnPartReader, captured_tensors
 from merge_callback.capture.window import Start
 from merge_callback.live.batch_norm import Recalibration
 from merge_callback.live.learning_rates import learning_rates
-from merge_callback.live.sharding import rank
+from merge_callback.live.sharding import num_ranks, rank
 from merge_callback.live.wrappers import unwrapped
 from merge_callback.merging.averages import Average
 from merge_callback.merging.rules import Rule
@@ -292,4 +292,4 @@ class Merger(MergesOfARun):
 
 def _ranks() -> list[int]:
     """Returns the rank of this process and the number of ranks."""
-    return [rank(), torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1]
+    return [rank(), num_ranks()]

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.checkpoints.alike import alike, refuse_averages, steps_of, told_steps
+from merge_callback.checkpoints.folder import write_folder
 from merge_callback.checkpoints.inert import inert_names
-from merge_callback.checkpoints.merged_tensors import TAKEN_FROM_NEWEST, merged_tensors
+from merge_callback.checkpoints.merged_tensors import TAKEN_FROM_NEWEST, merged_tensor, merged_tensors
 from merge_callback.checkpoints.read import open_checkpoint
 from merge_callback.checkpoints.stored import StoredCheckpoint
 from merge_callback.checkpoints.torch_file import plain
@@ -27,11 +28,13 @@ from merge_callback.checkpoints.write import (
     save,
 )
 from merge_callback.live.names import fits
+from merge_callback.live.sharding import num_ranks
 from merge_callback.merging.combine import is_narrow
 from merge_callback.merging.rules import Rule, merge_coefficients, resolve_rule, rule_label
 from merge_callback.utilities.checks import check_bool, patterns
 from merge_callback.utilities.files import SAFETENSORS_DTYPES, atomic_write, write_safetensors
 from merge_callback.utilities.locations import local_path
+from merge_callback.utilities.revision import git_revision
 
 # Entries of a Lightning checkpoint that are copied to the merged one, since modules are rebuilt from them.
 _KEPT = ("hparams_name", "hyper_parameters", "hparams_type", "datamodule_hparams_name", "datamodule_hyper_parameters")
@@ -60,7 +63,8 @@ class MergePlan:
         names = [checkpoint.path.name for checkpoint in self.checkpoints]
         by_step = sorted(zip(self.steps, self.coefficients, names, strict=True))
         origin = provenance(self.rule, {step: value for step, value, _ in by_step})
-        return origin | {"checkpoints": [name for *_, name in by_step]}
+        revision = {} if (found := git_revision()) is None else {"git_revision": found}
+        return origin | {"checkpoints": [name for *_, name in by_step], **revision}
 
 
 def plan_merge(
@@ -117,31 +121,35 @@ def write_merge(plan: MergePlan, output: str | Path, *, progress: bool = False) 
 
     Args:
         plan: The result of `plan_merge`.
-        output: File that ends in ``.ckpt`` or ``.safetensors``. For ``.safetensors`` one tensor at a time is in memory;
-            for ``.ckpt`` the whole merge is.
+        output: File that ends in ``.ckpt`` or ``.safetensors``, or a name without a suffix, which becomes a folder of
+            `torch.distributed.checkpoint`. For a ``.ckpt`` the whole merge is in memory, otherwise one tensor at a
+            time. Several ranks that call this together write a folder, each its share of the tensors.
         progress: Whether to show a progress bar.
 
     Returns:
         The provenance in the file.
 
     Raises:
-        ValueError: If the output has another suffix, is a folder or is one of the checkpoints; or if a tensor holds NaN
-            or inf, integers that differ, or a dtype that cannot be merged or written. Nothing is written then.
+        ValueError: If the output has another suffix, is an existing folder or one of the checkpoints, or is a file that
+            several ranks would write; or if a tensor holds NaN or inf, integers that differ, or a dtype that cannot be
+            merged or written. Nothing is written then.
         OSError: If the file cannot be written.
     """
     output = local_path("output", output)
-    check_suffix(output)
-    if output.is_dir():
-        raise ValueError(f"output must be a file, but {output} is a folder")
+    _check_output(output)
     if output.resolve() in [checkpoint.path.resolve() for checkpoint in plan.checkpoints]:
         raise ValueError(f"output must not be one of the checkpoints, got {output}")
     last = plan.checkpoints[-1]
     _check_dtypes(last, plan.newest, output)
     origin = plan.provenance()
+    like = {name: tensor.like("meta") for name, tensor in last.tensors.items()}
+    if not output.suffix:
+        made_of = plan.checkpoints, plan.coefficients, plan.newest
+        write_folder(output, like, lambda name: merged_tensor(name, *made_of), origin)
+        return origin
     merged = merged_tensors(plan.checkpoints, plan.coefficients, plan.newest, progress)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".safetensors":
-        like = {name: tensor.like("meta") for name, tensor in last.tensors.items()}
         with atomic_write(output) as unfinished:
             write_safetensors(unfinished, like, (tensor for _, tensor in merged), safetensors_metadata(origin))
     else:
@@ -161,9 +169,19 @@ def merge_checkpoints(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Merges checkpoints into one file. Calls `plan_merge`, then `write_merge`: see these for arguments and errors."""
-    check_suffix(Path(output))
+    _check_output(Path(output))
     plan = plan_merge(paths, rule, coefficients=coefficients, steps=steps, newest=newest, of_averages=of_averages)
     return write_merge(plan, output, progress=progress)
+
+
+def _check_output(output: Path) -> None:
+    """Raises ValueError unless an output can be written by as many ranks as there are."""
+    if output.suffix:
+        check_suffix(output)
+        if num_ranks() > 1:
+            raise ValueError(f"{num_ranks()} ranks write a folder, whose name has no suffix, got {output.name!r}")
+    if output.is_dir():
+        raise ValueError(f"output must be a file or a new folder, but {output} is a folder already")
 
 
 def _values(steps: Sequence[int], rule: str | Rule, coefficients: Sequence[float] | None) -> list[float]:

@@ -36,19 +36,32 @@ def merged_tensors(
     last = opened[-1]
     num_bytes = sum(tensor.numel * tensor.dtype.itemsize for tensor in last.tensors.values())
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:
-        for name, stored in last.tensors.items():
-            out = stored.like("cpu")
-            if fits(name, newest):
-                out.view(-1).copy_(stored[:])
-            elif stored.dtype.is_complex:
-                rows = [_RealNumbers(_Finite(checkpoint, name)) for checkpoint in opened]
-                combine_([torch.view_as_real(out).view(-1)], rows, [values])
-            elif stored.dtype.is_floating_point:
-                combine_([out.view(-1)], [_Finite(checkpoint, name) for checkpoint in opened], [values])
-            else:
-                out.view(-1).copy_(_same(opened, name))
+        for name in last.tensors:
+            out = merged_tensor(name, opened, values, newest)
             bar.update(out.nbytes)
             yield name, out
+
+
+def merged_tensor(
+    name: str, opened: Sequence[StoredCheckpoint], values: Sequence[float], newest: str | Sequence[str]
+) -> Tensor:
+    """Returns one merged tensor; see `merged_tensors` for the other arguments and errors.
+
+    Args:
+        name: Name of the tensor.
+    """
+    stored = opened[-1].tensors[name]
+    out = stored.like("cpu")
+    if fits(name, newest):
+        out.view(-1).copy_(stored[:])
+    elif stored.dtype.is_complex:
+        rows = [_RealNumbers(_Finite(checkpoint, name)) for checkpoint in opened]
+        combine_([torch.view_as_real(out).view(-1)], rows, [values])
+    elif stored.dtype.is_floating_point:
+        combine_([out.view(-1)], [_Finite(checkpoint, name) for checkpoint in opened], [values])
+    else:
+        out.view(-1).copy_(_same(opened, name))
+    return out
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,16 @@ def _is_callback(value: Any) -> bool:
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the provenance in a file that `save` wrote.
+    """Returns the provenance in a file or folder of a merge.
 
     Raises:
-        ValueError: If the file is not a ``.ckpt`` or ``.safetensors`` file, or holds no merge.
+        ValueError: If it is none of a ``.ckpt`` file, a ``.safetensors`` file and a folder with a ``merge.json``, or
+            holds no merge.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
+    if (told := path / "merge.json").is_file():
+        found = json.loads(told.read_text())
+    elif path.suffix == ".safetensors":
         with _safetensors().safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         found = {key: json.loads(value) for key, value in metadata.items() if key != "format"}

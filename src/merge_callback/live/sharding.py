@@ -51,6 +51,11 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+def num_ranks() -> int:
+    """Returns the number of ranks; one without torch.distributed."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Returns the sum of the tensor over all ranks, on the CPU."""
     if torch.distributed.is_initialized():
