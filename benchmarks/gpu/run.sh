@@ -23,7 +23,7 @@ else
     name=$("$python" -c 'import re, torch; print(re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower())') || exit 1
     records=benchmarks/gpu/records/$name logs=outputs/gpu
     costs=(swap waits memory step in_flight capture several ema merge whole scaling) amount= workers=6
-    tests=(tests/promises tests/capture tests/live) demo=()
+    tests=(tests/promises tests/capture tests/live tests/callbacks/test_merger.py) demo=()
 fi
 mkdir -p "$records" "$logs"
 rm -f "$logs/parts"

@@ -30,6 +30,7 @@ def saved_and_loaded(state):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_with_it_is_bit_identical(kind):
     alone = Loop().run(20)
@@ -130,6 +131,7 @@ def test_a_scheduler_that_steps_once_an_epoch_is_told():
     assert not run(schedulers=True).is_ready
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cut", [3, 11, 20])
 def test_a_run_that_is_interrupted_goes_on_as_if_it_were_not(kind, cut):

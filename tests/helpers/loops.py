@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from merge_callback import Merger
-from tests.helpers.toys import same
+from tests.helpers.toys import DEVICE, same
 
 
 class Net(nn.Module):
@@ -57,12 +57,12 @@ class Loop:
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
-        self.model: Any = Net()
+        self.model: Any = Net().to(DEVICE)
         self.optimizer = self.optimizer_class(self.model.parameters(), lr=0.02)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
         generator = torch.Generator().manual_seed(1)
-        self.inputs = torch.randn(96, 6, generator=generator)
-        self.targets = torch.randint(3, (96,), generator=generator)
+        self.inputs = torch.randn(96, 6, generator=generator).to(DEVICE)
+        self.targets = torch.randint(3, (96,), generator=generator).to(DEVICE)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         model.eval()
@@ -97,7 +97,8 @@ class Loop:
     def state(self) -> dict[str, Any]:
         """All that a checkpoint of this loop holds."""
         saved = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
-        return saved | {"merger": self.merger.state_dict() if self.merger else {}, "rng": torch.get_rng_state()}
+        random = {"rng": torch.get_rng_state(), "device_rng": torch.cuda.get_rng_state_all()}
+        return saved | {"merger": self.merger.state_dict() if self.merger else {}, **random}
 
     def load(self, state: dict[str, Any]) -> "Loop":
         for name in ("model", "optimizer", "scheduler"):
@@ -105,6 +106,7 @@ class Loop:
         if self.merger is not None:
             self.merger.load_state_dict(state["merger"])
         torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["device_rng"])
         return self
 
 
