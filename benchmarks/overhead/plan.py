@@ -51,6 +51,33 @@ class Layout:
         return NUM_PARAMETERS / self.num_shards
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The snapshots of a window.
+
+    Args:
+        name: What the tables say.
+        number: How many.
+        dtype: In which dtype.
+        num_samples: Steps of each interval that a mean takes; 1 keeps the weights at its end.
+    """
+
+    name: str
+    number: int
+    dtype: str
+    num_samples: int = 1
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number."""
+        return 4 if self.dtype == "float32" else 2
+
+
+KINDS = (
+    Kept("10 points, float32", NUM_SNAPSHOTS, "float32"),
+    Kept("10 points, bfloat16", NUM_SNAPSHOTS, "bfloat16"),
+    Kept("4 means, bfloat16", 4, "bfloat16", num_samples=8),
+)
 LAYOUTS = (
     Layout("FSDP2 over 512, or over 64 with TP 8", 512),
     Layout("FSDP2 over 64, eight replicas (HSDP)", 64),
@@ -71,47 +98,54 @@ def measured_shares(folder: Path = RECORDS) -> dict[str, float]:
 
 
 def bytes_table() -> str:
-    """What a rank holds, for snapshots in two dtypes."""
+    """What a rank holds, for each kind of snapshots."""
     rows = []
     for layout in LAYOUTS:
-        for dtype, size in (("float32", 4), ("bfloat16", 2)):
-            ring = layout.num_parameters * size * NUM_SNAPSHOTS
-            row, shadow = (layout.num_parameters * 4,) * 2
-            total = ring * layout.num_shards
-            cells = [f"{layout.num_parameters / 1e6:,.0f} M", *(f"{each / GB:.2f} GB" for each in (ring, row, shadow))]
-            rows.append([layout.name, dtype, *cells, f"{total / GB:,.0f} GB"])
-    header = ["layout", "snapshots in", "parameters of a rank", f"ring of {NUM_SNAPSHOTS}", "merge", "`Ema`"]
-    return table([*header, "ring in a checkpoint, all ranks"], rows)
+        for kept in KINDS:
+            ring, live = layout.num_parameters * kept.size * kept.number, layout.num_parameters * 4
+            interval = live if kept.num_samples > 1 else 0
+            total = (ring + interval) * layout.num_shards
+            cells = [f"{each / GB:.2f} GB" if each else "-" for each in (ring, interval, live, live)]
+            rows.append(
+                [layout.name, kept.name, f"{layout.num_parameters / 1e6:,.0f} M", *cells, f"{total / GB:,.0f} GB"]
+            )
+    header = ["layout", "snapshots", "parameters of a rank", "ring", "sum of an interval", "merge", "`Ema`"]
+    return table([*header, "in a checkpoint, all ranks"], rows)
 
 
 def seconds_table(rates: Rates, shares: dict[str, float]) -> str:
     """What a rank waits for."""
     rows = []
     for layout in LAYOUTS:
-        for dtype, size in (("float32", 4), ("bfloat16", 2)):
-            live, snapshot = layout.num_parameters * 4, layout.num_parameters * size
-            merged_bytes = NUM_SNAPSHOTS * snapshot + live
+        for kept in KINDS:
+            live, snapshot = layout.num_parameters * 4, layout.num_parameters * kept.size
+            merged_bytes = kept.number * snapshot + live
             swap = 3 * 2 * live
+            is_mean = kept.num_samples > 1
+            # A mean reads the weights, and reads and writes its sum, at each of its steps.
+            sample = 3 * live / rates.device_memory / shares["capture"]
+            merging = {place: merged_bytes / rate / shares[kept.dtype] for place, rate in vars(rates).items()}
             times = {
                 "device": (
-                    (live + snapshot) / rates.device_memory / shares["capture"],
-                    merged_bytes / rates.device_memory / shares[dtype] + swap / rates.device_memory,
+                    kept.num_samples * sample
+                    if is_mean
+                    else (live + snapshot) / rates.device_memory / shares["capture"],
+                    merging["device_memory"] + swap / rates.device_memory,
                 ),
                 '"cpu"': (
-                    snapshot / rates.link,
-                    merged_bytes / rates.host_memory / shares[dtype] + 3 * live / rates.link,
+                    # What a mean takes leaves the device at every one of its steps.
+                    kept.num_samples * (live if is_mean else snapshot) / rates.link,
+                    merging["host_memory"] + 3 * live / rates.link,
                 ),
                 "a directory": (
-                    snapshot / rates.link,
-                    NUM_SNAPSHOTS * snapshot / rates.disk + live / rates.host_memory + 3 * live / rates.link,
+                    kept.num_samples * (live if is_mean else snapshot) / rates.link,
+                    kept.number * snapshot / rates.disk + live / rates.host_memory + 3 * live / rates.link,
                 ),
             }
-            saved = NUM_SNAPSHOTS * snapshot / rates.disk
+            saved = (kept.number * snapshot + (live if is_mean else 0)) / rates.disk
             for storage, (capture, merge) in times.items():
-                rows.append([layout.name, dtype, storage, *map(_time, (capture, merge, saved))])
-    return table(
-        ["layout", "snapshots in", "storage", "a capture", "a merge, in and out", "ring in a checkpoint"], rows
-    )
+                rows.append([layout.name, kept.name, storage, *map(_time, (capture, merge, saved))])
+    return table(["layout", "snapshots", "storage", "an interval", "a merge, in and out", "in a checkpoint"], rows)
 
 
 def _time(seconds: float) -> str:
@@ -139,21 +173,22 @@ paper's interval for a dense model of this size, {every * TOKENS_PER_STEP / GB:.
 
 {bytes_table()}
 
-The ring stays; the merge is there while it is validated. An `Ema` over every step is one more copy and needs no ring.
+Four means do in a window what ten points do ([how](window.md)). The ring stays; the merge is there while it is validated.
+An `Ema` over every step is one more copy and needs no ring.
 With `storage="cpu"` both are in host memory, with a directory the ring is in files.
 
 ## What a rank waits for
 
 {seconds_table(rates, shares)}
 
-A capture into host memory is under way while the next forward pass runs; with a directory the training waits for the
-copy from the GPU, and the file is written beside it. Nothing is communicated by captures and merges. A merged
+An interval has one capture, and a mean up to {KINDS[-1].num_samples} samples of it, at as many of its steps. A capture into host
+memory is under way while the next forward pass runs; with a directory the training waits for the copy from the GPU, and the file is written beside it. Nothing is communicated by captures and merges. A merged
 validation costs what a live one does, which is more than all of this: `limit_batches` and `max_overhead` bound it.
 
 ## What to choose
 
 - The ring in every checkpoint is the largest cost: model and Adam's states take {NUM_PARAMETERS * 12 / GB:,.0f} GB.
-  `dtype="bfloat16"` halves it; `SnapshotMemory(in_checkpoints=False)` leaves it out, and the window begins anew after a resume.
+  `dtype="bfloat16"` halves it; `snapshot="mean", num_snapshots=4` makes it smaller again; `SnapshotMemory(in_checkpoints=False)` leaves it out, and the window begins anew after a resume.
 - `storage="cpu"` where device memory is short: a capture every few thousand steps and a merge at a validation are rare
   enough for host memory. A directory is for hosts that have none to spare.
 - HSDP holds the same shards once in each replica, so its ranks keep eight times as much.

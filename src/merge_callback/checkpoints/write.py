@@ -20,6 +20,7 @@ from merge_callback.checkpoints.stored import PROVENANCE_KEY
 from merge_callback.checkpoints.torch_file import BROKEN, read_entries
 from merge_callback.live.sharding import all_gather_dict, full_tensor, rank
 from merge_callback.merging.decays import decay_from_coefficients
+from merge_callback.utilities.checks import how_to_install
 from merge_callback.utilities.files import atomic_write, write_safetensors
 from merge_callback.utilities.locations import Location, local_path, written_locally
 
@@ -211,5 +212,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a .safetensors file needs: pip install 'merge-callback[export]'") from error
+        raise ModuleNotFoundError(f"a .safetensors file needs: {how_to_install('export')}") from error
     return safetensors

@@ -44,7 +44,17 @@ def check_installed(package: str, extra: str) -> None:
         ModuleNotFoundError: If the package is missing. The message says how to install it.
     """
     if find_spec(package) is None:
-        raise ModuleNotFoundError(f"{package} is not installed: pip install 'merge-callback[{extra}]'")
+        raise ModuleNotFoundError(f"{package} is not installed: {how_to_install(extra)}")
+
+
+def how_to_install(extra: str) -> str:
+    """Returns the commands that install an extra.
+
+    Examples:
+        >>> how_to_install("export")
+        "pip install 'merge-callback[export]', or in a clone pip install '.[export]'"
+    """
+    return f"pip install 'merge-callback[{extra}]', or in a clone pip install '.[{extra}]'"
 
 
 def check_share(argument: str, value: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from merge_callback.live.evaluate import LoggedValue
+from merge_callback.utilities.checks import how_to_install
 from merge_callback.utilities.tables import NOTHING, number, text_table
 from merge_callback.validation.logged import BOUNDS, LoggedName
 
@@ -155,7 +156,7 @@ class Dashboards:
             if not self._is_without_figures:
                 rank_zero_info(
                     f"no figure of the merge in TensorBoard, since {error.name} is not installed:"
-                    " pip install 'merge-callback[dashboards]'"
+                    f" {how_to_install('dashboards')}"
                 )
             self._is_without_figures = True
             return
