@@ -68,7 +68,7 @@ def test_a_pattern_also_means_the_names_that_lightning_makes_of_a_metric(name):
     names = Names("merge", "sma", higher_is_better=("acc",))
     value = LoggedValue(torch.zeros(()))
     assert names.is_higher_better(name, value)
-    assert not names.is_higher_better("accuracy", value)
+    assert not names.is_higher_better("diversity", value)
 
 
 def test_diagnostics_describe_the_primary_merge(tmp_path):

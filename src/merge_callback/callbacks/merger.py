@@ -247,6 +247,7 @@ class Merger(MergesOfARun):
                 )
         evaluation, values = observed(session.merges, session.step, found), logged_values(live)
         comparison = compare(evaluation, values)
+        session.messages.say(self._names.unknown(values), "directions")
         optimizer = ", ".join(type(each).__name__ for each in self._optimizers)
         moment = Moment(session.step, optimizer, is_last=is_last, may_write=rank() == 0)
         logged = session.predictions.after_validation(moment, evaluation, values, comparison)

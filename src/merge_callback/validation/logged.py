@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.names import fits
 from merge_callback.prediction.bias import Prediction
+from merge_callback.validation.directions import is_a_quality, more_is_better
 
 
 def safe_name(name: str) -> str:
@@ -59,6 +60,7 @@ class Names:
         callback: Name of the callback.
         primary: Name of its primary merge.
         higher_is_better: Patterns of metrics where more is better.
+        monitored: Metric -> whether more is better, according to callbacks that monitor it.
 
     Examples:
         >>> names = Names("merge", primary="sma")
@@ -69,6 +71,7 @@ class Names:
     callback: str
     primary: str
     higher_is_better: tuple[str, ...] = ()
+    monitored: dict[str, bool] = field(default_factory=dict)
 
     def __call__(self, kind: str, metric: str, merge: str | None = None) -> LoggedName:
         """Returns the name of a merge's value of a metric; merge None is the primary one."""
@@ -81,8 +84,29 @@ class Names:
         return "".join(f"_{safe_name(part)}" for part in parts if part)
 
     def is_higher_better(self, metric: str, value: LoggedValue) -> bool:
-        """Returns whether more is better, according to a pattern or to the torchmetrics object that was logged."""
-        return self.fits(metric, self.higher_is_better) or bool(value.higher_is_better)
+        """Returns whether more is better; what nothing tells of is taken for a loss."""
+        return bool(self.direction(metric, value))
+
+    def direction(self, metric: str, value: LoggedValue) -> bool | None:
+        """Returns whether more is better; None if nothing tells.
+
+        The first of these that tells: a pattern, the torchmetrics object that was logged, a callback that monitors the
+        metric, the words in its name.
+        """
+        if self.fits(metric, self.higher_is_better):
+            return True
+        if value.higher_is_better is not None:
+            return value.higher_is_better
+        monitored = self.monitored.get(metric)
+        return more_is_better(metric) if monitored is None else monitored
+
+    def unknown(self, live: Mapping[str, LoggedValue]) -> str:
+        """Returns what to tell the user of metrics whose direction nothing tells; empty if there are none."""
+        metrics = [name for name, value in live.items() if is_a_quality(name) and self.direction(name, value) is None]
+        if not metrics:
+            return ""
+        which = ", ".join(metrics)
+        return f"nothing tells whether more of {which} is better; taken for losses unless higher_is_better= names them"
 
     @staticmethod
     def fits(metric: str, patterns: str | Iterable[str]) -> bool:

@@ -19,6 +19,7 @@ from merge_callback.validation.budget import Budget
 from merge_callback.validation.comparison import Comparison, are_sums_known, compare, merged_and_gains
 from merge_callback.validation.count import ValidationCount
 from merge_callback.validation.dashboards import Dashboards
+from merge_callback.validation.directions import monitored
 from merge_callback.validation.evaluation import Evaluated, Evaluation, Results
 from merge_callback.validation.frozen import FrozenValues
 from merge_callback.validation.logged import LoggedName, Names
@@ -74,6 +75,8 @@ class MergedValidation:
     def begin(self, trainer: Trainer) -> None:
         """Starts to observe the validations of a fit, until `close`."""
         self._began, self._closing = time.perf_counter(), []
+        self._names.monitored.clear()
+        self._names.monitored.update(monitored(trainer.callbacks))  # type: ignore[attr-defined]
         # Another fit may have another limit of batches.
         self._frozen = FrozenValues(self.merges)
         if trainer.barebones:
@@ -194,7 +197,11 @@ class MergedValidation:
         return {str(name): value for name, value in logged.items()}
 
     def _check_names(self, live: Mapping[str, LoggedValue]) -> None:
-        """Warns of patterns that fit no metric: with a mistyped one, gains would have the wrong sign."""
+        """Warns of patterns that fit no metric: with a mistyped one, gains would have the wrong sign.
+
+        Also says which metrics are taken for losses.
+        """
+        self._messages.say(self._names.unknown(live), "directions")
         for pattern in self._names.higher_is_better:
             if not any(self._names.fits(name, pattern) for name in live):
                 self._messages.warn(
