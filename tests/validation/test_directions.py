@@ -1,4 +1,4 @@
-"""The sign of a gain: by pattern, by the logged object, by what monitors the metric, by its name; and what is unknown."""
+"""The sign of a gain: by pattern, by the logged object, by what monitors the metric, or by its name."""
 
 import pytest
 import torch
