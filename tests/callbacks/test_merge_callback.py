@@ -124,10 +124,15 @@ def test_testing_the_merge_inside_the_context_uses_it_and_leaves_live_weights(tm
 def test_before_anything_was_captured_asking_for_the_merge_says_so(tmp_path):
     callback = MergeCallback(100, 3)
     for ask in (callback.merged_state_dict, callback.coefficients, callback.implied_decay):
-        with pytest.raises(RuntimeError, match=r"nothing was captured yet.*once the learning rate is constant"):
+        with pytest.raises(
+            RuntimeError, match=r"nothing was captured yet: no fit .*in trainer.callbacks.* has used this"
+        ):
             ask()
     run = fit(make(Toy), tmp_path, callback)
     assert callback.snapshot_steps == []
+    for ask in (callback.merged_state_dict, callback.coefficients, callback.implied_decay):
+        with pytest.raises(RuntimeError, match=r"nothing was captured yet.*once the learning rate is constant"):
+            ask()
     with pytest.raises(RuntimeError, match="nothing was captured yet"), callback.merged_weights(run.module):
         pass
 

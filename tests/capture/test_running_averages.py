@@ -213,7 +213,11 @@ def test_a_shadow_owns_its_weights():
     [
         (Ema, "exactly one of half_life_steps and half_life, got half_life_steps=None"),
         (lambda: Ema(half_life_steps=1, half_life=0.1), "exactly one"),
-        (lambda: Ema(half_life_steps=0), "half_life_steps must be > 0 and finite, got 0"),
+        (
+            lambda: Ema(half_life_steps=0),
+            "half_life_steps must be at least 1 step and finite, got 0; half_life= is a share",
+        ),
+        (lambda: Ema(half_life_steps=0.05), "half_life_steps must be at least 1 step and finite, got 0.05"),
         (lambda: Ema(half_life=1.5), r"half_life must be a share of training in \(0, 1\], got 1.5"),
         (lambda: PowerEma(0.3), r"sigma_rel must lie in \(0, 0.2887\), got 0.3"),
         (lambda: PowerEma(0.0), "got 0.0"),

@@ -22,11 +22,12 @@ from merge_callback.prediction.records import (
     completed,
     stable_run_in_checkpoint,
 )
+from merge_callback.utilities.calls import ShownAsItsCall
 from merge_callback.utilities.checks import check_count
 from merge_callback.utilities.locations import local_path
 
 
-class AnnealBranch(PickledWithoutItsRun):
+class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
     """Anneals: turns a run resumed from a checkpoint of a stable run into a branch whose rate decays to zero.
 
     At every optimizer step the rates of the run's own schedulers are multiplied by the shape's value: one at the first

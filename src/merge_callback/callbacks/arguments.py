@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -97,6 +98,12 @@ def check_calibration(calibration: Any) -> None:
     """Raises TypeError or ValueError unless ``calibration`` is None, ``"prior"`` or the path of a file."""
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
         raise TypeError(f"calibration must be a file of records, 'prior' or None, got {calibration!r}")
+    is_like_prior = isinstance(calibration, str) and get_close_matches(calibration, ["prior"], cutoff=0.8)
+    if is_like_prior and calibration != "prior":
+        raise ValueError(
+            f"calibration must be 'prior' or a file of records, got {calibration!r}; a file of that name is"
+            f" './{calibration}'"
+        )
     if calibration is not None and (not str(calibration) or local_path("calibration", calibration).is_dir()):
         raise ValueError(f"calibration must be a file of records, not a folder, or 'prior', got {str(calibration)!r}")
 
@@ -151,7 +158,7 @@ def floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def named_merges(merges: Any) -> dict[str, Rule | Average]:
     """Returns the merges by name, from a single merge or from a mapping of names to merges."""
-    if isinstance(merges, list | tuple):
+    if isinstance(merges, list | tuple | set):
         raise TypeError(
             f"several merges must be a mapping of names to merges, such as {{'a': 'sma', 'b': 'wma'}}, got {merges!r}"
         )

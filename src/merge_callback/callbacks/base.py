@@ -23,13 +23,14 @@ from merge_callback.merging.rules import Rule
 from merge_callback.prediction.bias import Prediction
 from merge_callback.prediction.forecasts import Forecaster
 from merge_callback.prediction.predictor import AnnealPredictor
+from merge_callback.utilities.calls import ShownAsItsCall
 from merge_callback.utilities.checks import check_count, patterns
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.logged import Names
 from merge_callback.validation.predictions import LoggedPredictions
 
 
-class MergesOfARun:
+class MergesOfARun(ShownAsItsCall):
     """Merges of the weights of one run after another. The arguments are those of `MergeCallback`.
 
     Raises:
@@ -38,6 +39,13 @@ class MergesOfARun:
     """
 
     _session: MergeSession
+    # What uses such an object.
+    _RUN = "loop"
+    _ELSEWHERE = {  # noqa: RUF012
+        "decay": "for an average over every step write merges=Ema(half_life_steps=...), where a decay of d a step is a"
+        " half-life of log(0.5) / log(d) steps",
+        "monitor": "to keep the best merges write MergedCheckpoint(callback, monitor='merged/val_loss')",
+    }
 
     def __init__(
         self,
@@ -91,14 +99,14 @@ class MergesOfARun:
             RuntimeError: If nothing was captured yet.
             ValueError: If no merge has this name, or it is an average over every step, which has no coefficients.
         """
-        return self._session.merges.coefficients(name)
+        return self.captured_merges().coefficients(name)
 
     def implied_decay(self, name: str | None = None) -> list[tuple[int, float]]:
         """Returns the learning-rate decay that a merge corresponds to: (snapshot step, multiplier), oldest first.
 
         A multiplier applies to the updates since the previous snapshot. Raises the same errors as `coefficients`.
         """
-        return self._session.merges.implied_decay(name)
+        return self.captured_merges().implied_decay(name)
 
     @contextmanager
     def merged_weights(self, pl_module: nn.Module, name: str | None = None) -> Iterator[None]:
@@ -112,7 +120,7 @@ class MergesOfARun:
             RuntimeError: If nothing was captured yet.
             ValueError: If no merge has this name, it cannot be made, or the module's tensors do not match it.
         """
-        with self._session.merges.merged_weights(pl_module, name):
+        with self.captured_merges().merged_weights(pl_module, name):
             yield
 
     def forecast(
@@ -145,6 +153,12 @@ class MergesOfARun:
         length = arguments.decay_length(span_steps, span, self.forecast_length)
         arguments.check_shape(shape, final_rate)
         return self._session.predictions.forecast(metric, length, shape, final_rate).prediction
+
+    def captured_merges(self) -> MergeSet:
+        """Returns the merges of a run; raises RuntimeError if no run has used this object."""
+        if self._session.module is None:
+            raise RuntimeError(f"nothing was captured yet: no {self._RUN} has used this {type(self).__name__} object")
+        return self._session.merges
 
     # For the building of sessions.
 

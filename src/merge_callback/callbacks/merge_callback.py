@@ -85,6 +85,7 @@ class MergeCallback(MergesOfARun, PickledWithoutItsRun):
     """
 
     _session: TrainerSession
+    _RUN = "fit (some package may have copied the callbacks: the one that was used is in trainer.callbacks)"
 
     def __init__(
         self,
@@ -144,10 +145,10 @@ class MergeCallback(MergesOfARun, PickledWithoutItsRun):
         Trainable parameters are merged, floating-point buffers are those of the newest snapshot, and all else is live.
         The tensors are copies, sharded like the live ones. Raises the same errors as `merged_weights`.
         """
-        self._session.merges.captured(name)
-        assert self._session.module is not None
-        with self._session.merges.merged_weights(self._session.module, name):
-            return state_copies(self._session.module)
+        merges, module = self.captured_merges(), self._session.module
+        assert module is not None
+        with merges.merged_weights(module, name):
+            return state_copies(module)
 
     def save_merged(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Writes the merge with its provenance to a file, atomically. All ranks must call it; rank 0 writes.
@@ -163,6 +164,7 @@ class MergeCallback(MergesOfARun, PickledWithoutItsRun):
             ValueError: If the path has another suffix, or no merge has this name.
             OSError: If the file cannot be written.
         """
+        self.captured_merges()
         self._session.save_merged(path, name)
 
     def begin_anew(self) -> None:

@@ -12,13 +12,14 @@ from torch import Tensor
 from merge_callback.callbacks.merge_callback import MergeCallback
 from merge_callback.callbacks.pickling import PickledWithoutItsRun
 from merge_callback.live.learning_rates import learning_rates, optimizer_step
+from merge_callback.utilities.calls import ShownAsItsCall
 
 
 class _NotSavedError(Exception):
     """There is no merge, or its file cannot be written."""
 
 
-class MergedCheckpoint(PickledWithoutItsRun, ModelCheckpoint):
+class MergedCheckpoint(ShownAsItsCall, PickledWithoutItsRun, ModelCheckpoint):
     """A `ModelCheckpoint` that saves merged weights, and can keep the best ones by a merged metric.
 
     Its files are those of `MergeCallback.save_merged`: weights with provenance, but no optimizer. To resume a run, add

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from merge_callback.callbacks.parts import Parts
 from merge_callback.callbacks.session import MergeSession, state_copies
 from merge_callback.callbacks.steps import OptimizerSteps
 from merge_callback.capture.directory import SnapshotDirectory
+from merge_callback.capture.merge_set import MergeSet
 from merge_callback.capture.phase import RateUpdates
 from merge_callback.capture.places import SnapshotMemory
 from merge_callback.capture.state import OwnPartReader, captured_tensors
@@ -53,6 +55,8 @@ class Merger(MergesOfARun):
         higher_is_better: Patterns of metrics where more is better.
         parts: Patterns of the parameters to merge, or `Parts`.
         name: Distinguishes several mergers, in logged names and in directories.
+
+    Copies and pickles have the arguments and nothing of the run, which is in `state_dict`.
 
     Raises:
         ValueError: If an argument has an invalid value; the message names both.
@@ -115,6 +119,10 @@ class Merger(MergesOfARun):
         self._pending: Mapping[str, Any] | None = None
         # Merges that were swapped in since the latest step.
         self._swapped: set[str] = set()
+
+    def __reduce__(self) -> Any:
+        arguments, options = self._call
+        return partial(type(self), *arguments, **options), ()
 
     @property
     def is_ready(self) -> bool:
@@ -180,18 +188,23 @@ class Merger(MergesOfARun):
         session.prepare(model, 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if (state := self._pending) is not None:
             sharding = session.capture.sharding
-            if sharding.is_sharded and state["ranks"] != _ranks():
+            if sharding.is_sharded and state["ranks"] != (ranks := [rank(), num_ranks()]):
                 raise ValueError(
                     "the state holds the shards of rank {} of {}, and this is rank {} of {}; as many ranks load a"
-                    " state as saved it".format(*state["ranks"], *_ranks())
+                    " state as saved it".format(*state["ranks"], *ranks)
                 )
             if session.restore(state, OwnPartReader(state["tensors"], sharding)):
                 session.step, session.rates, session.updates = state["step"], state["rates"], state["updates"]
             self._pending = None
         session.announce()
 
+    def captured_merges(self) -> MergeSet:
+        if self._pending is not None:
+            raise RuntimeError("the loaded state waits for the model: call step() or merged_state_dict(model) first")
+        return super().captured_merges()
+
     def finish(self) -> None:
-        """Makes it safe to write to the weights while copies of them are under way. Optimizers call it by a hook."""
+        """Makes it safe to write to the weights while they are copied. Optimizers call it by a hook."""
         self._session.capture.finish()
 
     @contextmanager
@@ -275,13 +288,10 @@ class Merger(MergesOfARun):
         if self._pending is not None:
             return dict(self._pending)
         tensors = {each.key: each.part for each in captured_tensors(self._session.capture)}
-        return self._session.state_dict() | {"tensors": tensors, "ranks": _ranks()}
+        return self._session.state_dict() | {"tensors": tensors, "ranks": [rank(), num_ranks()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned, from the next call on that is given the model.
-
-        Args:
-            state: The state. Other numbers of ranks cannot load that of a sharded model.
 
         Raises:
             RuntimeError: If steps were counted already.
@@ -289,8 +299,3 @@ class Merger(MergesOfARun):
         if self._session.module is not None:
             raise RuntimeError("load_state_dict comes before the first step(); make a new Merger to go back")
         self._pending = dict(state)
-
-
-def _ranks() -> list[int]:
-    """Returns the rank of this process and the number of ranks."""
-    return [rank(), num_ranks()]

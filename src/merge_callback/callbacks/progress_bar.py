@@ -3,8 +3,10 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from merge_callback.utilities.calls import ShownAsItsCall
 
-class LiveAndMergedBar(TQDMProgressBar):
+
+class LiveAndMergedBar(ShownAsItsCall, TQDMProgressBar):
     """Shows only one metric, live and merged, under short names, so that the line fits 80 columns.
 
     Args:

@@ -15,13 +15,14 @@ from merge_callback.callbacks.spike_detector import SpikeDetector
 from merge_callback.live.learning_rates import RateOverlay, is_overlaid, optimizer_step
 from merge_callback.live.sharding import local, local_clones
 from merge_callback.live.weights import nonfinite_names, snapshot_buffers
+from merge_callback.utilities.calls import ShownAsItsCall
 from merge_callback.utilities.checks import check_count
 
 # If this many first steps return no loss, `training_step` is assumed never to return one.
 _MOST_WITHOUT_LOSS = 20
 
 
-class SpikeRecovery(PickledWithoutItsRun):
+class SpikeRecovery(ShownAsItsCall, PickledWithoutItsRun):
     """Watches the training loss and, after a spike, writes a merge of earlier snapshots into the model.
 
     Merging a few checkpoints from before a collapse lets a run continue that would diverge again from the last of them

@@ -23,18 +23,19 @@ class Average(Protocol):
         """Length in steps of the linear decay that has the same mean age."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ema:
     """An exponential average of the weights with a given half-life, updated at every optimizer step.
 
     The rule ``"ema"`` averages snapshots instead. This average needs one more copy of the weights and no snapshots.
 
     Args:
-        half_life_steps: Optimizer steps after which the weights of a step count half as much.
+        half_life_steps: Optimizer steps after which the weights of a step count half as much; at least 1.
         half_life: The half-life as a share of the steps trained so far, in (0, 1]. Give exactly one of the two.
 
     Raises:
         ValueError: If neither or both are given, or the value is out of range.
+        TypeError: If the half-life is not given by name.
 
     Examples:
         >>> Ema(half_life_steps=100).beta(step=1000, gap=100)
@@ -46,11 +47,22 @@ class Ema:
     half_life_steps: float | None = None
     half_life: float | None = None
 
+    def __new__(cls, *unnamed: Any, **named: Any) -> "Ema":
+        if unnamed:
+            raise TypeError(
+                f"Ema takes its half-life by name: Ema(half_life=0.05) is a share of training, Ema(half_life_steps=500)"
+                f" a number of steps; got {unnamed[0]!r}"
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         check_exactly_one("Ema", half_life_steps=self.half_life_steps, half_life=self.half_life)
         check_numbers(half_life_steps=self.half_life_steps, half_life=self.half_life)
-        if self.half_life_steps is not None and not 0 < self.half_life_steps < math.inf:
-            raise ValueError(f"half_life_steps must be > 0 and finite, got {self.half_life_steps}")
+        if self.half_life_steps is not None and not 1 <= self.half_life_steps < math.inf:
+            raise ValueError(
+                f"half_life_steps must be at least 1 step and finite, got {self.half_life_steps}; half_life= is a share"
+                " of training"
+            )
         if self.half_life is not None and not 0 < self.half_life <= 1:
             raise ValueError(f"half_life must be a share of training in (0, 1], got {self.half_life}")
 

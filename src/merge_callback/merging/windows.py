@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from merge_callback.merging.intervals import covered
 from merge_callback.merging.rules import Rule, in_steps, merge_coefficients, required_span, resolve_rule
@@ -26,6 +26,7 @@ class Window:
 
     Raises:
         ValueError: If neither or both spans are given, the span is out of range, or the rule is unknown.
+        TypeError: If the length is not given by name.
 
     Examples:
         >>> Window(span_steps=200)([100, 200, 300, 400])
@@ -35,10 +36,16 @@ class Window:
     """
 
     rule: str | Rule = "sma"
+    _: KW_ONLY
     span_steps: int | None = None
     span: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rule, int | float):
+            raise TypeError(
+                "Window takes its length by name: Window(span=0.1) is a share of training, Window(span_steps=1000) a"
+                f" number of steps; got {self.rule!r}"
+            )
         resolve_rule(self.rule)
         check_exactly_one("Window", span_steps=self.span_steps, span=self.span)
         check_numbers(span_steps=self.span_steps, span=self.span)
@@ -80,6 +87,7 @@ class Extrapolate:
     """
 
     rule: str | Rule = "sma"
+    _: KW_ONLY
     amount: float = 0.25
     gap: float | None = None
     gap_steps: int | None = None
