@@ -58,9 +58,13 @@ def test_numbers_that_make_no_sense_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "make",
-    [lambda: recommended_window("8B", 4e6), lambda: Window(span_steps="9"), lambda: Ema(half_life="5")],
+    ("made", "arguments"),
+    [
+        (recommended_window, {"num_parameters": "8B", "tokens_per_step": 4e6}),
+        (Window, {"span_steps": "9"}),
+        (Ema, {"half_life": "5"}),
+    ],
 )
-def test_text_is_no_number(make):
+def test_text_is_no_number(made, arguments):
     with pytest.raises(TypeError, match=r"must be a number, got '"):
-        make()
+        made(**arguments)

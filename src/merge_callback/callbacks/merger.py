@@ -154,8 +154,7 @@ class Merger(MergesOfARun):
                 they have, a constant learning rate says nothing.
 
         Raises:
-            TypeError: If ``optimizers`` are none.
-            ValueError: If they are not those of the first step; or if the model has nothing to merge.
+            TypeError, ValueError: If ``optimizers`` are none, or others than before; or if nothing can be merged.
             MemoryError: If the snapshots do not fit into memory.
         """
         session, model = self._session, unwrapped(module)
