@@ -222,6 +222,11 @@ def test_errors_say_what_to_do():
         loop.merger.observe({"val_loss": 1.0}, {"val_loss": 1.0})
     with loop.merger.merged_weights(loop.model):
         pass
+    loop.run(6, 4)
+    with pytest.raises(RuntimeError, match=r"the merge 'sma' was not validated at step 6"):
+        loop.merger.observe({"val_loss": 1.0}, {"val_loss": 1.0})
+    with loop.merger.merged_weights(loop.model):
+        pass
     with pytest.raises(ValueError, match="there is no merge called 'late'; there are: sma"):
         loop.merger.observe({"val_loss": 1.0}, {"val_loss": 1.0}, {"late": {"val_loss": 1.0}})
     other = torch.optim.SGD(loop.model.parameters(), lr=0.1)
