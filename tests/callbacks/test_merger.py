@@ -238,7 +238,7 @@ def test_errors_say_what_to_do():
         loop.merger.load_state_dict({})
     with pytest.raises(ValueError, match="every_n_steps must be >= 1, got 0"):
         Merger(0)
-    with pytest.raises(RuntimeError, match="there is no validation of the merge at a constant rate yet"):
+    with pytest.raises(RuntimeError, match="it needs 4 validations with finite values at this rate, and there are 1"):
         loop.merger.forecast("val_loss", 4)
 
 
