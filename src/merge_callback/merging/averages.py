@@ -47,14 +47,6 @@ class Ema:
     half_life_steps: float | None = None
     half_life: float | None = None
 
-    def __new__(cls, *unnamed: Any, **named: Any) -> "Ema":
-        if unnamed:
-            raise TypeError(
-                f"Ema takes its half-life by name: Ema(half_life=0.05) is a share of training, Ema(half_life_steps=500)"
-                f" a number of steps; got {unnamed[0]!r}"
-            )
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         check_exactly_one("Ema", half_life_steps=self.half_life_steps, half_life=self.half_life)
         check_numbers(half_life_steps=self.half_life_steps, half_life=self.half_life)
