@@ -135,7 +135,8 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             record[leg.name] = run(leg, Path(folder), python)
-        # As it stood until a leg after it fails.
+        # After each leg: a later one may fail.
+        RECORD.parent.mkdir(exist_ok=True)
         RECORD.write_text(json.dumps({each.name: record[each.name] for each in LEGS if each.name in record}, indent=1))
         print(f"torch {leg.name}: {record[leg.name]}", flush=True)
     put_into(ROOT / "README.md", "versions", table(record))

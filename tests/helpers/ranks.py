@@ -77,7 +77,12 @@ def _serve(rank: int, world_size: int, port: int, is_ended_by_errors: bool, queu
     }
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    theirs = "`isinstance", "The '.*' does not have many workers", "FSDP2-wrapped module .* returned a view tensor"
+    theirs = [
+        "`isinstance",
+        "The '.*' does not have many workers",
+        "FSDP2-wrapped module .* returned a view tensor",
+        "TypedStorage is deprecated",
+    ]
     for message in theirs:
         warnings.filterwarnings("ignore", message)
     while (task := tasks.get()) is not None:
