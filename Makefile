@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Tests run side by side on two cores, one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-fast test-processors test-floors check package smoke docs benchmark-quick clean
+.PHONY: demo test test-fast test-processors test-floors test-versions check package smoke docs benchmark-quick clean
 
 demo: .venv/demo
 	$(BIN)/merge-callback demo $(ARGS)
@@ -52,6 +52,10 @@ docs: .venv/installed
 # The lowest versions that pyproject.toml admits. An old anyio comes with them, whose plugin pytest warns of.
 test-floors: .venv-floors/installed
 	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -p no:anyio -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+# Other versions of Python, torch and Lightning, one after the other: an hour, and 7 GB of disk. LEGS="2.7.1 newest".
+test-versions: .venv/installed
+	$(BIN)/python benchmarks/versions/run.py $(LEGS)
 
 # The first trunk of the annealing benchmark again, with linear anneals over 10 % only; beside the record of all of it.
 benchmark-quick: .venv/installed

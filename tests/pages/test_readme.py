@@ -102,3 +102,13 @@ def test_every_promise_names_tests_that_are_there_and_every_fault_was_caught():
     faults = runpy.run_path(str(ROOT / "tests" / "faults" / "faults.py"))["FAULTS"]
     assert [fault["fault"] for fault in record["faults"]] == [fault[0] for fault in faults]
     assert all(fault["caught"] for fault in record["faults"])
+
+
+def test_the_table_of_versions_is_that_of_the_record():
+    made = runpy.run_path(str(ROOT / "benchmarks" / "versions" / "run.py"))
+    record = json.loads((ROOT / "benchmarks" / "records" / "versions.json").read_text())
+    begin, end = runpy.run_path(str(ROOT / "benchmarks" / "shared.py"))["marks"]("versions")
+    assert README.split(begin)[1].split(end)[0].strip() == made["table"](record)
+    lowest = next(iter(record.values()))
+    assert lowest["torch"].startswith("2.7.")
+    assert lowest["passed"] > 1000
