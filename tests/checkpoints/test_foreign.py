@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 
-from merge_callback.checkpoints.distributed import _METADATA_NAMES
+from merge_callback.checkpoints.distributed import _KNOWN, _METADATA_NAMES, _MetadataUnpickler
 from merge_callback.checkpoints.inert import inert_names
 from merge_callback.checkpoints.merge import merge_checkpoints
 from merge_callback.checkpoints.read import open_checkpoint
@@ -272,3 +272,10 @@ def test_a_pickle_cannot_change_a_tensor_that_it_has_made(tmp_path):
     torch_file(path, changed, **{"data/0": data})
     with pytest.raises(ValueError, match="it changes a tensor"):
         open_checkpoint(path)
+
+
+def test_paths_in_metadata_that_python_3_13_wrote_are_read():
+    # The names and arguments of calls, as pickles have them.
+    assert _MetadataUnpickler(b"cpathlib._local\nPosixPath\n(Va\nVb\ntR.", _KNOWN).load() == "a/b"
+    with pytest.raises(pickle.UnpicklingError, match=r"asks for pathlib._local.Path, which is no part"):
+        _MetadataUnpickler(b"cpathlib._local\nPath\n.", _KNOWN).load()

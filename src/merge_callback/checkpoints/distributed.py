@@ -30,6 +30,8 @@ _METADATA_NAMES = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", *(name for _, name in DTYPES)},
     "pathlib": {"PosixPath", "WindowsPath"},
+    # Where Python 3.13 has them.
+    "pathlib._local": {"PosixPath", "WindowsPath"},
     "collections": {"OrderedDict"},
 }
 
@@ -38,8 +40,11 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): lambda *_: None,
     ("torch.serialization", "_get_layout"): lambda *_: None,
     ("torch", "Size"): tuple,
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
-    ("pathlib", "WindowsPath"): lambda *parts: "/".join(parts),
+    **{
+        (module, name): lambda *parts: "/".join(parts)
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath")
+    },
 }
 _KNOWN = DTYPES | {name: InertFunction(call) for name, call in _FUNCTIONS.items()}
 
