@@ -125,6 +125,15 @@ def test_two_ranks_write_their_shares_of_one_folder_and_both_know_of_an_error(tm
 
 
 @pytest.mark.slow
+def test_a_folder_that_cannot_be_made_is_told_on_all_ranks(tmp_path, paths):
+    (tmp_path / "file").write_text("in the way")
+    ranks = Ranks(2)
+    for told in ranks.run(merge, paths, tmp_path / "file" / "merged"):
+        assert "Not a directory" in told
+    ranks.stop()
+
+
+@pytest.mark.slow
 def test_the_command_runs_under_torchrun(tmp_path, paths):
     arguments = ["checkpoints=step=*.ckpt", "output=merged", "rule=wma"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node=2"]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -166,13 +165,6 @@ class Sharded(Loop):
         super().observe(step, live)
         self.weights[step] = whole(dict(self.model.named_parameters()))
 
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        model.eval()
-        with torch.no_grad():
-            loss = F.cross_entropy(model(self.inputs[64:]), self.targets[64:])
-        model.train()
-        return {"val_loss": float(loss)}
-
 
 class FullySharded(Sharded):
     form = "fsdp"
@@ -234,16 +226,21 @@ def load_of_other_ranks() -> str:
     begin_process_group()
     loop = FullySharded(merger := Merger(2, 4)).run(4)
     state = merger.state_dict()
-    other = Merger(2, 4)
-    other.load_state_dict(state | {"ranks": [0, 4]})
-    try:
-        other.merged_state_dict(loop.model)
-    except ValueError as error:
-        return str(error)
-    return ""
+    said = []
+    for ranks in ([0, 4], []):
+        other = Merger(2, 4)
+        other.load_state_dict(state | {"ranks": ranks})
+        # The state still waits after an error, so a second call is refused too.
+        for _ in range(2):
+            with pytest.raises(ValueError, match="as many ranks load a state as saved it") as refused:
+                other.merged_state_dict(loop.model)
+        said.append(str(refused.value))
+        assert other.num_steps == 4
+    return "; ".join(said)
 
 
 @pytest.mark.slow
 def test_shards_of_other_ranks_are_refused(two_ranks: Ranks):
     for rank, said in enumerate(two_ranks.run(load_of_other_ranks)):
         assert f"the shards of rank 0 of 4, and this is rank {rank} of 2" in said
+        assert f"a whole model, and this is rank {rank} of 2" in said

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from merge_callback.apps.wrong_call import WrongCallError, wrong_calls
 from merge_callback.checkpoints.merge import merge_checkpoints
+from merge_callback.live.sharding import rank
 
 
 def run(config: DictConfig) -> None:
@@ -43,18 +44,13 @@ def run(config: DictConfig) -> None:
             steps=config.steps,
             newest=config.newest,
             of_averages=config.of_averages,
-            progress=is_first(),
+            progress=rank() == 0,
         )
-    if not is_first():
-        return
+        if rank() != 0:
+            return
     for step, value, name in zip(origin["steps"], origin["coefficients"], origin["checkpoints"], strict=True):
         sys.stdout.write(f"{value:10.6f}  step {step}  {name}\n")
     sys.stdout.write(f"{config.output}\n")
-
-
-def is_first() -> bool:
-    """Returns whether this is the only process, or the first one that ``torchrun`` has started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

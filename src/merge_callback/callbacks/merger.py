@@ -24,7 +24,7 @@ from merge_callback.capture.state import OwnPartReader, captured_tensors
 from merge_callback.capture.window import Start
 from merge_callback.live.batch_norm import Recalibration
 from merge_callback.live.learning_rates import learning_rates
-from merge_callback.live.sharding import num_ranks, rank
+from merge_callback.live.sharding import Sharding, rank
 from merge_callback.live.wrappers import unwrapped
 from merge_callback.merging.averages import Average
 from merge_callback.merging.rules import Rule
@@ -115,6 +115,8 @@ class Merger(MergesOfARun):
         self._session = MergeSession(found, self._new_predictions(found, self._names, messages), messages)
         self._steps = OptimizerSteps(self.finish)
         self._optimizers: list[Optimizer] = []
+        # The module of the latest step, as it was given and without wrappers.
+        self._given = self._model = nn.Module()
         # State that waits for the first step, which brings the module that it belongs to.
         self._pending: Mapping[str, Any] | None = None
         # Merges that were swapped in since the latest step.
@@ -157,7 +159,10 @@ class Merger(MergesOfARun):
             TypeError, ValueError: If ``optimizers`` are none, or others than before; or if nothing can be merged.
             MemoryError: If the snapshots do not fit into memory.
         """
-        session, model = self._session, unwrapped(module)
+        # Looking through wrappers goes through all parameters, which is too much for every step.
+        if module is not self._given:
+            self._given, self._model = module, unwrapped(module)
+        session, model = self._session, self._model
         self._optimizers = self._steps.follow(optimizers)
         if not self._steps.take():
             session.messages.warn(
@@ -184,15 +189,17 @@ class Merger(MergesOfARun):
         session = self._session
         if session.module is not None:
             return
+        state, ranks = self._pending, Sharding(dict(model.named_parameters())).ranks
+        # Before anything is begun, so that the state still waits after an error.
+        if state is not None and state["ranks"] != ranks:
+            held, here = (" of ".join(map(str, each)) for each in (state["ranks"], ranks))
+            raise ValueError(
+                f"the state holds {f'the shards of rank {held}' if held else 'a whole model'}, and this is"
+                f" {f'rank {here}' if here else 'a whole model'}; as many ranks load a state as saved it"
+            )
         session.prepare(model, 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        if (state := self._pending) is not None:
-            sharding = session.capture.sharding
-            if sharding.is_sharded and state["ranks"] != (ranks := [rank(), num_ranks()]):
-                raise ValueError(
-                    "the state holds the shards of rank {} of {}, and this is rank {} of {}; as many ranks load a"
-                    " state as saved it".format(*state["ranks"], *ranks)
-                )
-            if session.restore(state, OwnPartReader(state["tensors"], sharding)):
+        if state is not None:
+            if session.restore(state, OwnPartReader(state["tensors"], session.capture.sharding)):
                 session.step, session.rates, session.updates = state["step"], state["rates"], state["updates"]
             self._pending = None
         session.announce()
@@ -208,16 +215,7 @@ class Merger(MergesOfARun):
 
     @contextmanager
     def merged_weights(self, pl_module: nn.Module, name: str | None = None) -> Iterator[None]:
-        """Swaps the merge into a model inside the context; afterwards always restores the model's own weights.
-
-        Args:
-            pl_module: The model that was trained, or another of the same architecture.
-            name: Name of the merge; None is the primary one.
-
-        Raises:
-            RuntimeError: If nothing was captured yet.
-            ValueError: If no merge has this name, it cannot be made, or the model's tensors do not match it.
-        """
+        """Does what `MergeCallback.merged_weights` does, for a model that may be wrapped."""
         model = unwrapped(pl_module)
         if self._pending is not None:
             self._begin(model)
@@ -287,7 +285,7 @@ class Merger(MergesOfARun):
         if self._pending is not None:
             return dict(self._pending)
         tensors = {each.key: each.part for each in captured_tensors(self._session.capture)}
-        return self._session.state_dict() | {"tensors": tensors, "ranks": [rank(), num_ranks()]}
+        return self._session.state_dict() | {"tensors": tensors, "ranks": self._session.capture.sharding.ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned, from the next call on that is given the model.

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from merge_callback.live.sharding import num_ranks, rank
+from merge_callback.live.sharding import all_gather_dict, num_ranks, rank
 
 # The entry of a checkpoint that holds the tensors, as in the folders that Lightning writes.
 _ENTRY = "state_dict"
@@ -70,8 +69,7 @@ def write_folder(
             planner=_MakingPlanner(make),
             no_dist=num_ranks() == 1,
         )
-        if rank() == 0:
-            (unfinished / "merge.json").write_text(json.dumps(dict(origin)))
+        _by_first_rank(lambda: (unfinished / "merge.json").write_text(json.dumps(dict(origin))))
 
 
 class _MakingPlanner(DefaultSavePlanner):
@@ -91,19 +89,22 @@ class _MakingPlanner(DefaultSavePlanner):
 def _published(folder: Path) -> Iterator[Path]:
     """Yields a folder that takes the given place when the block ends without an error on all ranks."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    if rank() == 0:
+
+    def begin() -> None:
         # Of an earlier attempt that was killed.
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    _wait_for_all()
+
+    def publish() -> None:
+        for path in (unfinished / "merge.json", unfinished):
+            _sync(path)
+        unfinished.rename(folder)
+        _sync(folder.parent)
+
+    _by_first_rank(begin)
     try:
         yield unfinished
-        if rank() == 0:
-            for path in (unfinished / "merge.json", unfinished):
-                _sync(path)
-            unfinished.rename(folder)
-            _sync(folder.parent)
-        _wait_for_all()
+        _by_first_rank(publish)
     finally:
         if rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -127,6 +128,13 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def _wait_for_all() -> None:
-    if num_ranks() > 1:
-        torch.distributed.barrier()
+def _by_first_rank(act: Callable[[], Any]) -> None:
+    """Lets rank 0 act while the others wait. An OSError of it is raised on all ranks, so that none waits for ever."""
+    problem = {}
+    if rank() == 0:
+        try:
+            act()
+        except OSError as error:
+            problem = {0: str(error)}
+    if found := all_gather_dict(problem):
+        raise OSError(found[0])

@@ -152,6 +152,11 @@ class Sharding:
         """Whether any tensor is sharded."""
         return bool(self._specs)
 
+    @property
+    def ranks(self) -> list[int]:
+        """This rank and the number of ranks that hold the tensors together; empty if each holds all of them."""
+        return [rank(), num_ranks()] if self._specs else []
+
     def gather(self, found: Mapping[Any, Any]) -> dict[Any, Any]:
         """Returns the entries of all ranks. For an unsharded model: those of this process, without communication."""
         return all_gather_dict(found) if self._specs else dict(found)
