@@ -59,6 +59,7 @@ def test_it_compares_decays_of_a_run(folder, tmp_path, capsys):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_records_of_the_run_shift_its_forecasts(folder, tmp_path, capsys):
     records = tmp_path / "anneals.jsonl"
     branch = AnnealBranch(42, record=records)

@@ -156,6 +156,7 @@ def test_records_alone_and_a_run_without_anneals_have_a_page_too(folder):
     assert page(found).count("data:image") == 2 * 1
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_where_it_is_told(folder, capsys):
     run([str(folder), "--metric", "val_loss", "--output", str(folder / "own.html")])
     assert capsys.readouterr().out.strip() == str(folder / "own.html")
@@ -227,6 +228,7 @@ NAMES = {
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 @pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.sample(1)
 def test_whatever_runs_and_metrics_are_called_the_page_shows_them_as_they_are(tmp_path, kind):
     folder, name = tmp_path / "run $\\alpha{$ x", NAMES[kind]
     folder.mkdir()
@@ -250,6 +252,7 @@ def test_lines_of_other_programs_in_the_folder_are_left_out_and_named(folder):
     assert "predictions.jsonl, line 1, is not a record of an anneal" in page(found)
 
 
+@pytest.mark.slow
 def test_of_several_versions_of_a_run_the_newest_is_shown(tmp_path):
     for number in (2, 10, 0):
         (tmp_path / f"version_{number}").mkdir()

@@ -224,6 +224,7 @@ def test_an_interrupted_branch_ends_as_the_one_that_was_not(trunk):
 
 
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.slow
 def test_the_merge_of_a_branch_stays_that_of_its_trunk_wherever_it_is_listed(trunk, first):
     _, folder = trunk
     merging, annealing = MergeCallback(1, 4), AnnealBranch(6)
@@ -241,6 +242,7 @@ def test_epochs_without_a_validation_do_not_keep_the_end_from_being_recorded(tru
 
 
 @pytest.mark.parametrize("min_epochs", [1, 3, 7])
+@pytest.mark.sample(1)
 def test_a_branch_ends_where_its_decay_does_also_if_the_run_may_not_stop_before_some_epoch(trunk, min_epochs):
     _, folder = trunk
     run = branch(folder, AnnealBranch(5, record=folder / f"{min_epochs}.jsonl"), min_epochs=min_epochs)
@@ -265,6 +267,7 @@ def test_a_branch_ends_where_its_decay_does_also_if_the_run_may_not_stop_before_
         ({"span_steps": 8, "trunk": "4.ckpt"}, {}, "4.ckpt' is not a later checkpoint of the run"),
     ],
 )
+@pytest.mark.sample(3)
 def test_a_decay_that_cannot_be_is_refused_before_the_first_step(trunk, annealing, arguments, message):
     _, folder = trunk
     state = torch.load(folder / "24.ckpt", weights_only=True)

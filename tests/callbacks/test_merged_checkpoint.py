@@ -56,6 +56,7 @@ def in_folders_of_steps(callback, folder, **arguments):
         ({"save_top_k": -1, "every_n_train_steps": 3}, [3, 6, 9, 12]),
     ],
 )
+@pytest.mark.sample(2)
 def test_a_merge_that_cannot_be_saved_takes_no_other_away(tmp_path, arguments, left):
     callback = MergeCallback(1, 3)
     merged = in_folders_of_steps(callback, tmp_path / "merged", **arguments)
@@ -101,6 +102,7 @@ def test_without_a_merge_no_file_is_named_as_the_best(tmp_path, arguments):
 @pytest.mark.usefixtures("both_lightnings")
 @QUIET
 @pytest.mark.parametrize("every", [{"every_n_train_steps": 5}, {"every_n_train_steps": 3}, {}])
+@pytest.mark.sample(1)
 def test_a_merge_is_ranked_by_the_value_of_its_own_step(tmp_path, every):
     callback = MergeCallback(1, 3, evaluate_every_n_validations=2)
     merged = in_folders_of_steps(
@@ -170,6 +172,7 @@ def test_what_has_to_lie_on_this_machine_is_refused_elsewhere(make_it):
     ("save_last", "every", "validations", "steps"),
     [(True, 10, 10, [50, 60]), (None, 10, 10, [50, 60]), (True, 15, 20, [40, 60]), (True, 10, 20, [40, 60])],
 )
+@pytest.mark.sample(1)
 def test_the_best_merges_are_kept_beside_the_last_one(tmp_path, save_last, every, validations, steps):
     callback = MergeCallback(1, 3)
     merged = in_folders_of_steps(
@@ -219,6 +222,7 @@ def test_a_run_that_ends_at_a_constant_rate_saves_its_last_merge(tmp_path):
 @QUIET
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("cut", [9, 14, 28])
+@pytest.mark.sample(1)
 def test_a_resumed_run_saves_no_end_twice_and_none_too_few(tmp_path, cut):
     def run(max_steps, **resumed):
         callback = MergeCallback(1, 3)

@@ -57,6 +57,7 @@ def recovering(**options):
 
 @pytest.mark.usefixtures("both_lightnings")
 @pytest.mark.parametrize("what", ["weights", "batch", "gradient"])
+@pytest.mark.sample(1)
 def test_a_run_goes_on_from_the_merge_of_snapshots_from_before_an_accident(tmp_path, what):
     tracker = Tracker()
     merge, recovery = recovering()
@@ -76,6 +77,7 @@ def test_a_run_goes_on_from_the_merge_of_snapshots_from_before_an_accident(tmp_p
 
 
 @pytest.mark.parametrize("what", ["weights", "gradient"])
+@pytest.mark.slow
 def test_under_mixed_precision_it_acts_as_well(tmp_path, what):
     merge, recovery = recovering()
     run = fit(slow(), tmp_path, merge, recovery, Accident(32, what), max_steps=50, precision="bf16-mixed")
@@ -139,6 +141,7 @@ def test_a_healthy_run_is_bit_identical_with_and_without_it(tmp_path, arguments)
 
 
 @pytest.mark.parametrize("state", ["reset", "keep"])
+@pytest.mark.slow
 def test_optimizers_begin_anew_or_keep_their_states(tmp_path, state):
     class Steps(Callback):
         def __init__(self):
@@ -325,6 +328,7 @@ def test_a_step_that_leaves_out_a_batch_is_passed_over_and_one_without_any_loss_
         fit(leaving(-1), tmp_path / "none", merge, SpikeRecovery(merge))
 
 
+@pytest.mark.slow
 def test_under_a_decay_the_rates_are_left_to_it(tmp_path, recwarn):
     trunk = MergeCallback(2, 8)
     run = fit(slow(), tmp_path / "trunk", trunk, max_steps=40, train=ResumableBatches())
@@ -355,6 +359,7 @@ def test_a_spike_before_the_first_snapshot_ends_the_run_with_what_is_missing(tmp
         fit(slow(), tmp_path, merge, SpikeRecovery(merge), Accident(3, "batch"))
 
 
+@pytest.mark.slow
 def test_averages_over_every_step_begin_anew_after_a_recovery(tmp_path):
     merge = MergeCallback(5, 6, merges={"sma": "sma", "ema": Ema(half_life_steps=50)})
     recovery = SpikeRecovery(merge, detector=SpikeDetector(threshold=8, patience=2, window=20))

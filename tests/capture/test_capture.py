@@ -93,6 +93,7 @@ def test_a_start_by_step_captures_whatever_the_rate_does():
 
 @given(st.integers(2, 24), st.integers(1, 2000), st.integers(0, 300))
 @settings(deadline=None, max_examples=60)
+@pytest.mark.slow
 def test_without_arguments_the_ring_always_covers_the_last_tenth_of_training(capacity, num_steps, warmup):
     capture = SnapshotCapture(None, capacity, [], "stable", None)
     rates = [*(i / (warmup + 1) for i in range(1, warmup + 1)), *[1.0] * num_steps]
@@ -110,6 +111,7 @@ def test_without_arguments_the_ring_always_covers_the_last_tenth_of_training(cap
 
 @given(st.integers(2, 24), st.integers(1, 30), st.floats(0.02, 1.0), st.integers(50, 3000))
 @settings(deadline=None, max_examples=60)
+@pytest.mark.slow
 def test_a_window_by_share_is_thinned_and_never_falls_below_half_the_capacity_once_it_had_it(
     capacity, every, span, num_steps
 ):

@@ -58,6 +58,7 @@ def paths_of(folder, steps):
     return [folder / "points" / f"step={step}.ckpt" for step in steps]
 
 
+@pytest.mark.slow
 def test_complex_training_is_the_same_with_and_without_the_callback_and_after_an_interruption(tmp_path):
     def merging():
         return MergeCallback(2, 4, merges={"sma": "sma", "ema": Ema(half_life_steps=2)}, dtype=torch.float32)

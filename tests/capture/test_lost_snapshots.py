@@ -93,6 +93,7 @@ def said(warned):
 
 
 @pytest.mark.parametrize("spoil", SPOILT)
+@pytest.mark.sample(2)
 def test_a_checkpoint_holds_the_snapshots_that_there_are_and_none_under_a_wrong_step(tmp_path, spoil):
     files_of_another_run(tmp_path)
     folder, tracker = tmp_path / "snapshots", Tracker()
@@ -135,6 +136,7 @@ def test_a_checkpoint_holds_the_snapshots_that_there_are_and_none_under_a_wrong_
 
 
 @pytest.mark.parametrize("spoil", SPOILT)
+@pytest.mark.sample(2)
 def test_whatever_becomes_of_the_files_the_run_goes_on_and_later_snapshots_are_kept(tmp_path, spoil):
     files_of_another_run(tmp_path)
     folder = tmp_path / "snapshots"

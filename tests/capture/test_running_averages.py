@@ -319,6 +319,7 @@ def test_an_average_begins_anew_with_a_new_rate_and_stays_while_the_rate_decays(
     assert torch.equal(merged["norm.running_mean"], tracker.buffers[18]["norm.running_mean"])
 
 
+@pytest.mark.slow
 def test_averages_and_snapshots_are_kept_side_by_side(tmp_path):
     alone, both = MergeCallback(2, 3), MergeCallback(2, 3, merges={"sma": "sma", "ema": Ema(half_life_steps=4)})
     ema = MergeCallback(merges=Ema(half_life_steps=4), name="other")

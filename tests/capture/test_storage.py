@@ -38,6 +38,7 @@ def test_merges_are_the_same_wherever_the_rows_are(tmp_path, kind, dtypes, dtype
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.slow
 def test_there_are_never_more_files_than_snapshots_and_none_half_written(tmp_path):
     callback = MergeCallback(1, 4, storage=tmp_path / "snapshots")
     fit(make(Toy), tmp_path, callback)
@@ -146,6 +147,7 @@ def test_a_snapshot_that_cannot_be_written_is_left_out_and_the_run_goes_on(tmp_p
 
 
 @pytest.mark.parametrize("storage", ["device", "cpu", "files"])
+@pytest.mark.sample(1)
 def test_a_callback_can_be_copied_also_after_a_fit(tmp_path, storage):
     place = tmp_path / "snapshots" if storage == "files" else storage
     callback = MergeCallback(2, 3, merges={"sma": "sma", "ema": Ema(half_life_steps=3)}, storage=place)

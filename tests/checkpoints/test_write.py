@@ -79,6 +79,7 @@ def test_a_checkpoint_is_taken_by_load_from_checkpoint_with_hyperparameters_and_
 
 
 @pytest.mark.usefixtures("both_lightnings")
+@pytest.mark.slow
 def test_a_fit_from_a_merged_checkpoint_is_a_fit_from_these_weights(tmp_path):
     callback = MergeCallback(2, 4)
     fit(make(Saved), tmp_path / "first", callback)

@@ -81,6 +81,7 @@ class Busy(Toy):
 
 @pytest.mark.usefixtures("both_lightnings")
 @pytest.mark.parametrize("arguments", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}])
+@pytest.mark.sample(1)
 def test_training_is_bit_identical_whatever_the_forward_pass_does(tmp_path, arguments):
     without = fit(make(Busy), tmp_path / "without", **arguments)
     callback = MergeCallback(2, 4, recalibrate_batches=3)

@@ -28,6 +28,7 @@ def test_what_is_excluded_is_live_and_the_rest_is_the_float64_twins_merge(tmp_pa
 
 
 @pytest.mark.parametrize("storage", ["device", "cpu"])
+@pytest.mark.sample(1)
 def test_only_what_is_included_is_merged_and_averaged(tmp_path, storage):
     callback = MergeCallback(3, 4, merges=MERGES, parts=Parts(include="out.*", exclude="*.bias"), storage=storage)
     run = fit(make(Toy), tmp_path, callback)
@@ -54,6 +55,7 @@ def test_training_is_bit_identical_and_the_merge_is_validated(tmp_path):
     assert watched.logged("merged/val_loss")[-1] != whole.logged("merged/val_loss")[-1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_exactly_and_another_selection_starts_anew(tmp_path):
     whole = MergeCallback(2, 4, merges=MERGES, parts=Parts(exclude="out.*"))
     module = make(Toy)

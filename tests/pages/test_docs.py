@@ -77,6 +77,7 @@ def test_every_block_of_the_readme_runs(tmp_path, monkeypatch):
     assert (tmp_path / "merged.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}

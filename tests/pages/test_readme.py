@@ -40,6 +40,7 @@ def test_the_table_of_anneals_and_the_prior_are_those_of_the_records():
     assert prior == json.loads(json.dumps(report["prior"]()))
 
 
+@pytest.mark.slow
 def test_the_forecasts_and_their_numbers_are_those_of_the_records():
     folder = ROOT / "benchmarks" / "forecast"
     report, fit = (runpy.run_path(str(folder / name)) for name in ("report.py", "fit.py"))

@@ -83,6 +83,7 @@ def test_the_interval_is_students_around_the_fit():
 
 @pytest.mark.parametrize("form", ["ratio", "offset", "relative"])
 @pytest.mark.parametrize("num_branches", [2, 4, 10])
+@pytest.mark.sample(2)
 def test_nine_intervals_of_ten_hold_the_real_value(form, num_branches):
     random = np.random.default_rng(0)
     held = []

@@ -268,6 +268,7 @@ def test_forecasts_leave_the_training_as_it_is_and_go_on_where_they_were(tmp_pat
     assert loaded.forecast(METRIC, span=0.1).value == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_the_last_forecast_outlives_an_interruption_in_the_decay(tmp_path):
     class Saving(Callback):
         def on_validation_end(self, trainer, pl_module):
@@ -281,6 +282,7 @@ def test_the_last_forecast_outlives_an_interruption_in_the_decay(tmp_path):
         assert float(rest.epoch_metrics[-1][name]) == float(whole.epoch_metrics[-1][name])
 
 
+@pytest.mark.slow
 def test_users_ask_for_other_decays(tmp_path):
     callback = MergeCallback(10, 10, merges=RING, forecast=0.1, higher_is_better=["accuracy"])
     in_valley(tmp_path, callback)
@@ -315,6 +317,7 @@ def test_an_average_over_every_step_has_no_forecast(tmp_path, caplog):
     assert "it is an average over every step" in caplog.text
 
 
+@pytest.mark.slow
 def test_means_forecast_as_points_do(tmp_path):
     found = {}
     for snapshot, num in (("point", 10), ("mean", 5)):

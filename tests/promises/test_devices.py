@@ -148,6 +148,7 @@ class Graphed(BusyToy):
     ],
     ids=["drawing", "fused", "half", "narrow", "compiled", "graphed"],
 )
+@pytest.mark.sample(1)
 def test_training_on_the_device_is_bit_identical_with_and_without_the_callback(tmp_path, module_class, options, kind):
     without = fit(make(module_class), tmp_path / "without", **options)
     callback = MergeCallback(2, 3, merges={"sma": "sma", "ema": Ema(half_life_steps=3)}, storage=place(tmp_path, kind))
@@ -157,6 +158,7 @@ def test_training_on_the_device_is_bit_identical_with_and_without_the_callback(t
 
 
 @pytest.mark.parametrize("toy_class", [Compiled, Graphed])
+@pytest.mark.slow
 def test_a_compiled_module_validates_the_merged_weights(tmp_path, toy_class):
     plain, compiled = (
         fit(make(each), tmp_path / each.__name__, MergeCallback(2, 3)).logged("merged/val_loss")

@@ -332,6 +332,7 @@ def test_evaluating_and_predicting_before_and_after_fit_are_left_alone(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.slow
 def test_lightnings_tuners_and_monitors_work_beside_it(tmp_path):
     callbacks = lightning(".callbacks")
 

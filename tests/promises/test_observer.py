@@ -41,6 +41,7 @@ MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt", "ema": Ema(h
     ],
     ids=["all", "limited", "means"],
 )
+@pytest.mark.sample(2)
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, module_class, arguments, callback_arguments):
     without = fit(make(module_class), tmp_path / "without", **arguments)
     records = prefilled(tmp_path / "anneals.jsonl")
@@ -54,6 +55,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, modul
 
 
 @pytest.mark.parametrize("storage", ["cpu", "files"])
+@pytest.mark.slow
 def test_training_is_bit_identical_wherever_snapshots_live(tmp_path, storage):
     without = fit(make(Toy), tmp_path / "without")
     in_memory = MergeCallback(2, 4, merges=MERGES)
@@ -321,6 +323,7 @@ ACTS = [
 
 @pytest.mark.filterwarnings("ignore:The trainable parameters changed", "ignore:Detected call of .lr_scheduler.step")
 @pytest.mark.parametrize("act", ACTS)
+@pytest.mark.sample(2)
 def test_what_hooks_of_the_validation_do_to_the_training_is_done_once(tmp_path, monkeypatch, act):
     (tmp_path / "meter_of_the_user.py").write_text(METER)
     monkeypatch.syspath_prepend(tmp_path)

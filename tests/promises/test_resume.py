@@ -131,6 +131,7 @@ def merge_warnings(warned):
         ({"storage": SnapshotMemory(in_checkpoints=False)}, [6, 8, 10, 12], None),
     ],
 )
+@pytest.mark.sample(4)
 def test_a_checkpoint_of_other_settings_resumes_with_what_fits_and_says_what_changed(
     tmp_path, recwarn, arguments, steps, said
 ):

@@ -252,6 +252,7 @@ MODULES = [
     "arguments", [{}, pytest.param({"limit_batches": 1}, marks=pytest.mark.slow)], ids=["whole", "limited"]
 )
 @pytest.mark.parametrize("module_class", MODULES)
+@pytest.mark.sample(4)
 def test_what_a_validation_keeps_is_kept_once(tmp_path, module_class, arguments):
     without = fit(make(module_class), tmp_path / "without")
     watched = fit(make(module_class), tmp_path / "with", MergeCallback(2, 3, **arguments))
@@ -285,6 +286,7 @@ def test_what_there_is_no_room_to_copy_is_told_of_when_it_is_written_to(tmp_path
     ],
     ids=["grows", "dtype", "none"],
 )
+@pytest.mark.sample(1)
 def test_a_buffer_that_changed_since_the_snapshot_stays_live_with_a_warning(tmp_path, change, message):
     class Banking(Toy):
         def __init__(self):
@@ -387,6 +389,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.sample(2)
 def test_data_is_drawn_as_if_there_were_no_merge(tmp_path, name):
     options = {"limit_val_batches": 2}
     without = fit(make(Toy), tmp_path / "without", validation=LOADERS[name](), **options)
@@ -588,6 +591,7 @@ def test_what_somebody_else_has_put_around_the_validation_loop_is_called_and_sta
 # Loggers
 
 
+@pytest.mark.slow
 def test_experiments_answer_what_they_are_asked_and_nothing_is_written(tmp_path):
     class Asking(Toy):
         def on_validation_epoch_end(self):

@@ -47,6 +47,7 @@ def layout(folder):
 
 
 @pytest.mark.usefixtures("both_lightnings")
+@pytest.mark.slow
 def test_merged_and_annealed_values_are_runs_of_their_own_under_the_live_metric_s_name(tmp_path):
     callback = MergeCallback(1, 10, merges=SEVERAL, calibration="prior", higher_is_better="*acc*")
     run = fit(make(Toy), tmp_path, callback, max_steps=40, logger=with_tensorboard(tmp_path), val_check_interval=2)
@@ -72,6 +73,7 @@ def test_merged_and_annealed_values_are_runs_of_their_own_under_the_live_metric_
     assert run.trainer.callback_metrics["merged_late__x_/val_loss"].isfinite()
 
 
+@pytest.mark.slow
 def test_the_layout_is_written_once_and_predictions_bring_their_own_part(tmp_path):
     class Users(Callback):
         def on_fit_start(self, trainer, pl_module):
@@ -112,6 +114,7 @@ def test_a_merge_that_is_there_later_is_in_the_layout_too(tmp_path):
     assert re.match(gains, "merge_gain/val_loss")
 
 
+@pytest.mark.slow
 def test_metrics_that_end_like_a_bound_are_shown_and_what_the_user_keeps_from_loggers_is_not(tmp_path):
     class Odd(Toy):
         def validation_step(self, batch, batch_idx):
@@ -157,6 +160,7 @@ def test_without_matplotlib_there_is_no_figure_and_it_is_said_once(tmp_path, mon
     assert scalars(tmp_path / "tb" / "merged", "val_loss")
 
 
+@pytest.mark.slow
 def test_training_with_dashboards_is_bit_identical_to_training_without_the_callback(tmp_path):
     callback = MergeCallback(2, 5, merges=SEVERAL, calibration="prior")
     bare = fit(make(BusyToy), tmp_path / "bare", logger=with_tensorboard(tmp_path / "bare"))

@@ -131,6 +131,7 @@ class Counter(Decaying):
     ],
     ids=["frozen", "excluded", "recalibrated", "counters", "moving", "random", "by step", "now and then", "nothing"],
 )
+@pytest.mark.sample(4)
 def test_it_is_validated_again_when_anything_else_has_changed(tmp_path, changed, again):
     toy_class, arguments, callbacks, options = changed
     callback = MergeCallback(**({"every_n_train_steps": 2, "num_snapshots": 4} | arguments))
@@ -166,6 +167,7 @@ def test_it_is_validated_again_after_the_loaders_were_loaded_again(tmp_path):
     assert found == [[6, 6, 3, 3, 3], [6, 6, 6, 6, 6]]
 
 
+@pytest.mark.slow
 def test_a_merge_that_does_not_change_is_validated_again_while_the_rate_is_constant(tmp_path):
     """A validation that draws random numbers then sees the same ones for live and merged weights."""
     _, found = counted(tmp_path, MergeCallback(6, 4), val_check_interval=1)

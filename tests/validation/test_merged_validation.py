@@ -143,6 +143,7 @@ def test_with_a_limit_both_sides_of_the_gain_are_taken_on_the_same_batches(tmp_p
         assert ours["merged/val_accuracy"] == theirs["merged/val_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_small_share_of_a_loader_is_one_batch(tmp_path):
     loader = batches(32, 8, shuffle=False, seed=1)
     small = fit(make(Toy), tmp_path / "small", MergeCallback(2, 3, limit_batches=0.01), validation=loader)
@@ -192,6 +193,7 @@ def test_merges_are_evaluated_at_every_nth_validation(tmp_path):
 
 
 @pytest.mark.usefixtures("both_lightnings")
+@pytest.mark.slow
 def test_two_callbacks_keep_their_names_and_states_apart(tmp_path):
     callbacks = MergeCallback(2, 3), MergeCallback(4, 2, merges={"wma": "wma", "sma": "sma"}, name="slow")
     assert callbacks[0].state_key != callbacks[1].state_key

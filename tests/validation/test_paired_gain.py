@@ -54,6 +54,7 @@ def by_hand(step, num_merged, num_live, num_skipped=0):
 
 
 @pytest.mark.parametrize("limit", [3, 0.5])
+@pytest.mark.sample(1)
 def test_the_live_model_is_validated_once_and_the_gain_is_that_on_the_same_batches(tmp_path, limit):
     without = run(tmp_path / "without", LossAlone)
     limited = run(tmp_path / "limited", LossAlone, MergeCallback(2, 3, limit_batches=limit))
@@ -95,6 +96,7 @@ def test_a_smaller_last_batch_and_several_loaders_keep_their_weights(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["sometimes", "at the end", "largest", "one batch"])
+@pytest.mark.sample(1)
 def test_what_has_no_values_of_single_batches_has_a_gain_all_the_same(tmp_path, form):
     class Other(LossAlone):
         def validation_step(self, batch, batch_idx):
@@ -127,6 +129,7 @@ def test_what_has_no_values_of_single_batches_has_a_gain_all_the_same(tmp_path, 
 
 
 @pytest.mark.parametrize("mode", ["max_size_cycle", "max_size", "min_size", "sequential"])
+@pytest.mark.sample(1)
 def test_several_loaders_at_once_are_compared_on_the_same_batches(tmp_path, mode):
     class Both(Toy):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
@@ -187,6 +190,7 @@ def test_without_a_limit_or_with_a_large_one_nothing_changes(tmp_path):
     assert not large.logged("merge_gain_stderr/val_loss")
 
 
+@pytest.mark.slow
 def test_two_callbacks_with_other_limits_each_have_their_own_batches(tmp_path):
     both = run(tmp_path / "both", LossAlone, *(MergeCallback(2, 3, limit_batches=n, name=f"n{n}") for n in (2, 4)))
     for limit in (2, 4):
