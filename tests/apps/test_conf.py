@@ -38,6 +38,7 @@ def test_the_folder_at_the_top_is_the_one_that_is_shipped():
 
 
 @pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.sample(5)
 def test_every_choice_of_callbacks_merge_is_a_callback_or_none(choice, tmp_path):
     config = composed(f"callbacks/merge={choice}", f"hydra.runtime.output_dir={tmp_path}")
     HydraConfig.instance().set_config(config)

@@ -102,6 +102,7 @@ def test_a_line_goes_from_checkpoint_to_checkpoint_and_on():
 
 
 @pytest.mark.parametrize("kind", ["line", "plane"])
+@pytest.mark.sample(1)
 def test_values_are_those_of_the_validation_of_the_weighted_sums(states, tmp_path, capsys, kind):
     run_command(config(states, tmp_path, kind, limit_batches=2))
     record = json.loads((tmp_path / f"{kind}.json").read_text())

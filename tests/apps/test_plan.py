@@ -48,7 +48,7 @@ def test_it_compares_decays_of_a_run(folder, tmp_path, capsys):
     said = capsys.readouterr().out
     # The newest checkpoint in the folder, and decays that begin now or end with the budget.
     assert said.startswith("At step 400: live ")
-    rows = re.findall(r"(linear|1-sqrt) +\S* *(\d+)% +\S* *(\d+) +\S* *(\d+) ", said)
+    rows = re.findall(r"^(linear|1-sqrt) +(\d+)% +(\d+) +(\d+) ", said, re.M)
     assert {tuple(row) for row in rows} == {
         (shape, *numbers)
         for shape in ("linear", "1-sqrt")

@@ -186,11 +186,12 @@ def test_a_rule_that_is_called_like_a_formula_is_text_in_the_file_and_found_agai
 def test_nan_is_never_the_best():
     cells = Grid({"sma": sma}, num_snapshots=[2, 3]).cells([10, 20, 30])
     values = dict(zip(cells, [0.5, math.nan, 0.25], strict=True))
-    rows = [line.split() for line in sweep_table(values, "loss", "min").splitlines() if "│" in line]
-    assert [row[1] for row in rows] == ["sma", "live", "sma"]
+    rows = [line.split() for line in sweep_table(values, "loss", "min").splitlines()[3:]]
+    assert [row[0] for row in rows] == ["sma", "live", "sma"]
     assert "nan" in rows[-1]
 
 
+@pytest.mark.slow
 def test_tensors_that_differ_and_cannot_be_averaged_are_taken_from_the_newest_where_asked(run, tmp_path):
     copies = tmp_path / "copies"
     copies.mkdir()
@@ -237,9 +238,9 @@ def test_the_table_begins_with_the_best_and_the_map_shows_each_value(run, tmp_pa
     assert f"Picture: {tmp_path / 'val_loss-24.png'}" in printed
     cells = Grid({"sma": sma}, num_snapshots=[2, 3]).cells([10, 20, 30])
     values = dict(zip(cells, [0.5, 0.75, 0.25], strict=True))
-    rows = [line.split() for line in sweep_table(values, "accuracy", "max").splitlines() if "│" in line]
-    assert [row[1] for row in rows] == ["sma", "live", "sma"]
-    assert [row[-2] for row in rows] == ["+0.2500", "-", "-0.2500"]
+    rows = [line.split() for line in sweep_table(values, "accuracy", "max").splitlines()[3:]]
+    assert [row[0] for row in rows] == ["sma", "live", "sma"]
+    assert [row[-1] for row in rows] == ["+0.2500", "-", "-0.2500"]
     figure = heat_maps(values, "accuracy")
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["0.25", "0.75"]
     assert "live 0.5000" in figure.get_suptitle()

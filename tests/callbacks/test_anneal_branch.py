@@ -464,6 +464,7 @@ def recovering():
     ],
 )
 @pytest.mark.parametrize("callbacks", [lambda: [AnnealBranch(24)], recovering])
+@pytest.mark.sample(1)
 def test_a_run_that_is_saved_in_the_middle_of_a_lowered_step_resumes_exactly(tmp_path, callbacks, make_optimizer):
     path = str(tmp_path / "preempted.ckpt")
     accident = 12 if callbacks is recovering else -1

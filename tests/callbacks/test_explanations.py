@@ -43,6 +43,7 @@ def said_of(caplog):
         {"num_snapshots": 2, "merges": {"sma": "sma", "ema": Ema(half_life_steps=5)}, "storage": "cpu"},
     ],
 )
+@pytest.mark.sample(1)
 def test_the_size_of_checkpoints_is_said_as_it_will_be(tmp_path, caplog, arguments):
     with caplog.at_level("INFO"):
         run(tmp_path, MergeCallback(3, **arguments))
@@ -60,6 +61,7 @@ def test_the_size_of_checkpoints_is_said_as_it_will_be(tmp_path, caplog, argumen
 
 
 @pytest.mark.parametrize("is_saved", [True, False])
+@pytest.mark.sample(1)
 def test_nothing_is_said_of_checkpoints_that_do_not_grow_or_are_not_saved(tmp_path, caplog, is_saved):
     place = SnapshotMemory(in_checkpoints=not is_saved)
     with caplog.at_level("INFO"):
@@ -67,6 +69,7 @@ def test_nothing_is_said_of_checkpoints_that_do_not_grow_or_are_not_saved(tmp_pa
     assert said_of(caplog) == []
 
 
+@pytest.mark.slow
 def test_a_ring_that_is_larger_than_model_and_optimizer_is_warned_of_once(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(explanations, "LARGE_RING_BYTES", 0)
     warned = []

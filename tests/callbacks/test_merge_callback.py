@@ -13,6 +13,7 @@ from tests.helpers.toys import Toy, Tracker, batches, fit, make, same
 
 @pytest.mark.usefixtures("both_lightnings")
 @pytest.mark.parametrize("rule", ["sma", "wma", "ema", "linear", "1-sqrt", "cosine", ema(0.5), Window(span_steps=7)])
+@pytest.mark.sample(3)
 def test_the_merge_agrees_with_the_float64_twin_of_the_run(tmp_path, rule):
     callback, tracker = MergeCallback(3, 4, merges=rule), Tracker()
     run = fit(make(Toy), tmp_path, callback, tracker)
@@ -83,6 +84,7 @@ def test_bfloat16_parameters_and_float32_storage_of_them(tmp_path):
         torch.testing.assert_close(merged.double(), tensor, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_submodule_is_matched_by_its_clean_name(tmp_path):
     module, callback, tracker = make(Toy), MergeCallback(3, 4), Tracker()
     module.inner = torch.compile(module.inner, backend="eager")

@@ -134,6 +134,7 @@ def test_a_scheduler_that_steps_once_an_epoch_is_told():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cut", [3, 11, 20])
+@pytest.mark.sample(4)
 def test_a_run_that_is_interrupted_goes_on_as_if_it_were_not(kind, cut):
     def new():
         return Loop(Merger(2, 4, merges=MERGES, forecast=0.2, **kind), warmup_stable_decay)

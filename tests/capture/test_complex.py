@@ -31,6 +31,7 @@ def spectral():
 
 
 @pytest.mark.parametrize("place", ["device", "cpu", "files"])
+@pytest.mark.sample(1)
 def test_complex_parameters_are_merged_live_and_on_disk_alike(tmp_path, place):
     callback = MergeCallback(1, 4, merges={"sma": "sma", "ema": Ema(half_life_steps=1)},
                              storage=tmp_path / "snapshots" if place == "files" else place)  # fmt: skip

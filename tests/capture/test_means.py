@@ -256,7 +256,7 @@ def test_what_is_said_and_saved_of_means_says_which_steps_they_are_over(tmp_path
         fit(make(Toy), tmp_path / "run", callback)
     said = [record.getMessage() for record in caplog.records]
     assert any("each the mean of up to 2 steps since the one before, in" in each for each in said)
-    assert any("sma: 3 means, 15 steps" in each for each in said)
+    assert any("sma (3 means, 15 steps), at step 24" in each for each in said)
     for name in ("merge.ckpt", "merge.safetensors"):
         callback.save_merged(tmp_path / name)
         origin = read_provenance(tmp_path / name)

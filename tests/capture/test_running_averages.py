@@ -35,6 +35,7 @@ def test_the_mean_age_of_a_half_life_average_is_that_of_theory(half_life_steps, 
 
 @pytest.mark.parametrize("gap", [1, 2, 5])
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.2])
+@pytest.mark.sample(3)
 def test_the_mean_age_of_a_power_function_average_is_that_of_theory(sigma_rel, gap):
     # The mean of s under s^gamma on [0, t] is t (gamma + 1) / (gamma + 2), up to half an update interval.
     last, average = 20_000, PowerEma(sigma_rel)

@@ -71,6 +71,7 @@ HOWS = {
 
 
 @pytest.mark.parametrize("how", HOWS)
+@pytest.mark.sample(1)
 def test_a_spoilt_file_is_named_and_left_out(tmp_path, how):
     callback = MergeCallback(2, 3, storage=tmp_path / "snapshots")
     fit(make(Toy), tmp_path / "run", callback)
@@ -147,7 +148,7 @@ def test_a_snapshot_that_cannot_be_written_is_left_out_and_the_run_goes_on(tmp_p
 
 
 @pytest.mark.parametrize("storage", ["device", "cpu", "files"])
-@pytest.mark.sample(1)
+@pytest.mark.slow
 def test_a_callback_can_be_copied_also_after_a_fit(tmp_path, storage):
     place = tmp_path / "snapshots" if storage == "files" else storage
     callback = MergeCallback(2, 3, merges={"sma": "sma", "ema": Ema(half_life_steps=3)}, storage=place)
@@ -163,6 +164,7 @@ def test_a_callback_can_be_copied_also_after_a_fit(tmp_path, storage):
         assert same(again[name], callback.merged_state_dict(name))
 
 
+@pytest.mark.slow
 def test_snapshots_of_another_run_in_the_same_directory_are_told_from_those_of_this_one(tmp_path):
     first, second = (MergeCallback(2, 3, storage=tmp_path / "snapshots") for _ in range(2))
     fit(make(Toy), tmp_path / "first", first)

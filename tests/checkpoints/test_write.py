@@ -276,6 +276,7 @@ def test_a_merged_checkpoint_of_another_merge_holds_that_one_and_is_saved_once_a
     assert merged._last_checkpoint_saved == merged.best_model_path
 
 
+@pytest.mark.slow
 def test_hyperparameters_that_are_one_object_load_as_lightning_loads_them(tmp_path):
     class Configured(Toy):
         def __init__(self, config):

@@ -27,6 +27,7 @@ def seeded():
     return module
 
 
+@pytest.mark.slow
 def test_statistics_are_those_that_torch_calculates_from_the_same_batches(tmp_path):
     callback = MergeCallback(3, 4, merges={"sma": "sma", "ema": Ema(half_life_steps=3)}, recalibrate_batches=3)
     train = ResumableBatches()

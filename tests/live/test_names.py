@@ -28,7 +28,7 @@ def test_what_is_excluded_is_live_and_the_rest_is_the_float64_twins_merge(tmp_pa
 
 
 @pytest.mark.parametrize("storage", ["device", "cpu"])
-@pytest.mark.sample(1)
+@pytest.mark.slow
 def test_only_what_is_included_is_merged_and_averaged(tmp_path, storage):
     callback = MergeCallback(3, 4, merges=MERGES, parts=Parts(include="out.*", exclude="*.bias"), storage=storage)
     run = fit(make(Toy), tmp_path, callback)
@@ -90,7 +90,7 @@ def test_a_resumed_run_goes_on_exactly_and_another_selection_starts_anew(tmp_pat
 def test_what_is_left_out_is_said_at_the_start_of_fit(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(make(Toy), tmp_path, MergeCallback(parts=Parts(exclude=["out.*", "*.bias"])))
-    (line,) = [line for line in caplog.messages if line.startswith("MergeCallback('merge'): up to")]
+    (line,) = [line for line in caplog.messages if line.startswith("MergeCallback('merge'): sma: up to")]
     # Two biases of six, a matrix of eighteen and a bias of three.
     assert "without 4 parameters of 33 elements, which stay live (inner.bias, norm.bias, out.weight, ...)" in line
 

@@ -107,7 +107,7 @@ def test_imports_only_point_up_the_house_and_no_file_is_long():
         ("merging/rules.py", "\n" * MAX_LINES, f"more than {MAX_LINES}"),
     ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_what_is_not_as_it_should_be_is_found(tmp_path, place, line, problem):
     copy = shutil.copytree(PACKAGE, tmp_path / "merge_callback", ignore=shutil.ignore_patterns("__pycache__"))
     file = copy / place

@@ -210,6 +210,7 @@ def in_valley(folder, *callbacks, **arguments):
 
 
 @pytest.mark.parametrize("merges", ["sma", RING], ids=["history", "ring"])
+@pytest.mark.sample(1)
 def test_a_run_logs_what_a_decay_would_give_and_checks_it_when_it_decays(tmp_path, merges, caplog):
     callback = MergeCallback(10, 10, merges=merges, forecast=0.1, higher_is_better=["accuracy"])
     run = in_valley(tmp_path, callback, max_steps=460, decay_at=400, decay_steps=60)
@@ -236,7 +237,9 @@ def test_a_run_logs_what_a_decay_would_give_and_checks_it_when_it_decays(tmp_pat
     assert last.decay == Decay(400, 44)
     # The run is validated at the end of its decay, and the forecast made before it was right.
     live = float(run.epoch_metrics[-1][METRIC])
-    assert f"for a linear decay over 44 steps, came to {live:.4f} after 60 steps" in said
+    (told,) = [line.split() for line in said.splitlines() if line.startswith("val_loss  forecast")]
+    value, low, high = (f"{forecasts[end][399]:.4f}" for end in ("", "/low", "/high"))
+    assert told == ["val_loss", "forecast", value, low, "to", high, f"{live:.4f}", "yes"]
     assert forecasts["/low"][399] < live < forecasts["/high"][399]
     assert float(run.epoch_metrics[-1][f"forecast_error/{METRIC}"]) == pytest.approx(
         forecasts[""][399] - live, abs=1e-6

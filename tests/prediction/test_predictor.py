@@ -140,6 +140,7 @@ def test_another_callback_predicts_under_its_own_name(tmp_path):
     assert not run.logged(f"annealed/{METRIC}")
 
 
+@pytest.mark.slow
 def test_with_a_limit_the_merge_of_the_history_is_the_live_value_minus_the_gain(tmp_path):
     callback = MergeCallback(1, 4, limit_batches=1)
     run = fit(make(Toy), tmp_path, callback)
@@ -383,3 +384,16 @@ def test_an_average_over_every_step_is_a_proxy_too(tmp_path):
     path = prefilled(tmp_path / "anneals.jsonl", rule)
     run = fit(make(Toy), tmp_path, MergeCallback(merges=Ema(half_life_steps=3), calibration=path))
     assert len(run.logged(f"annealed/{METRIC}")) == 6
+
+
+def test_a_prior_of_other_optimizers_or_spans_says_so():
+    def source(optimizer, span_steps):
+        predictor = AnnealPredictor("prior")
+        now = StableValidation(1000, span_steps, {METRIC: 2.0}, {METRIC: 1.5}, optimizer=optimizer)
+        predictor.learn(now, [METRIC], may_write=False)
+        return predictor.fits[METRIC].source
+
+    assert source("AdamW", 100) == "the prior"
+    assert source("Muon, AdamW", 100) == "the prior, which comes from runs with AdamW and not Muon, AdamW"
+    assert source("AdamW", 20) == "the prior, whose windows are longer than this one"
+    assert source("AdamW", 500) == "the prior, whose windows are shorter than this one"

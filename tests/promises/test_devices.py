@@ -171,6 +171,7 @@ def test_a_compiled_module_validates_the_merged_weights(tmp_path, toy_class):
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 @pytest.mark.parametrize("kind", STORAGES)
+@pytest.mark.slow
 def test_a_run_that_stopped_on_the_device_goes_on_as_if_it_had_not(tmp_path, kind):
     def watched(name, max_steps, ckpt_path=None):
         module = make(Toy)

@@ -192,6 +192,7 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     "form", [pytest.param(form, marks=[pytest.mark.slow][: i % 2]) for i, form in enumerate(FORMS)]
 )
+@pytest.mark.sample(3)
 def test_training_is_the_same_and_the_merge_is_right(tmp_path, form):
     toy_class, arguments = FORMS[form]
     arguments = dict(arguments)
@@ -274,6 +275,7 @@ def test_what_is_unfrozen_in_the_middle_begins_a_new_window_and_training_stays_t
     torch.testing.assert_close(callback.merged_state_dict()["out.weight"].double(), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_compiled_module_is_not_compiled_anew_by_the_swap(tmp_path):
     class Counted(Toy):
         def __init__(self):
@@ -420,6 +422,7 @@ def test_a_reference_merge_is_not_fooled_by_order():
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.slow
 def test_a_parameter_that_gets_its_shape_late_begins_a_new_window(tmp_path):
     without = fit(make(LateLazy), tmp_path / "without")
     callback = MergeCallback(1, 30, merges={"sma": "sma", "ema": Ema(half_life_steps=3)})

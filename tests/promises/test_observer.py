@@ -41,7 +41,7 @@ MERGES = {"sma": "sma", "late": Window(span=0.3), "sqrt": "1-sqrt", "ema": Ema(h
     ],
     ids=["all", "limited", "means"],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, module_class, arguments, callback_arguments):
     without = fit(make(module_class), tmp_path / "without", **arguments)
     records = prefilled(tmp_path / "anneals.jsonl")
@@ -68,6 +68,7 @@ def test_training_is_bit_identical_wherever_snapshots_live(tmp_path, storage):
 
 
 @pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
+@pytest.mark.slow
 def test_a_loader_with_a_generator_of_its_own_gives_the_live_validation_the_same_order(tmp_path):
     def shuffled():
         return DataLoader(batches(24).dataset, 4, shuffle=True, generator=torch.Generator().manual_seed(3))
@@ -323,7 +324,7 @@ ACTS = [
 
 @pytest.mark.filterwarnings("ignore:The trainable parameters changed", "ignore:Detected call of .lr_scheduler.step")
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 def test_what_hooks_of_the_validation_do_to_the_training_is_done_once(tmp_path, monkeypatch, act):
     (tmp_path / "meter_of_the_user.py").write_text(METER)
     monkeypatch.syspath_prepend(tmp_path)

@@ -45,6 +45,7 @@ def seeded(**arguments):
         pytest.param(4, "files", "mean", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample(1)
 def test_a_run_resumed_from_any_of_its_checkpoints_equals_the_one_that_went_on(tmp_path, every, storage, snapshot):
     def place(name):
         return tmp_path / f"snapshots-{name}" if storage == "files" else storage

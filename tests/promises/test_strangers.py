@@ -252,7 +252,7 @@ MODULES = [
     "arguments", [{}, pytest.param({"limit_batches": 1}, marks=pytest.mark.slow)], ids=["whole", "limited"]
 )
 @pytest.mark.parametrize("module_class", MODULES)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_what_a_validation_keeps_is_kept_once(tmp_path, module_class, arguments):
     without = fit(make(module_class), tmp_path / "without")
     watched = fit(make(module_class), tmp_path / "with", MergeCallback(2, 3, **arguments))

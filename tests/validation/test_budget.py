@@ -69,6 +69,7 @@ def test_the_count_is_logged_only_where_there_is_a_limit(tmp_path, share):
     assert bool(run.logged("merge/num_skipped")) == (share is not None)
 
 
+@pytest.mark.slow
 def test_the_time_of_a_fit_counts_where_another_goes_on_from_it_and_that_between_them_does_not(tmp_path):
     callback = MergeCallback(1, 4, max_overhead=0.5)
     run = fit(make(SlowValidation), tmp_path, callback, max_steps=6)

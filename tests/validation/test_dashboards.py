@@ -6,16 +6,13 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from merge_callback import Ema, LiveAndMergedBar, MergeCallback
-from merge_callback.live.evaluate import LoggedValue
-from merge_callback.validation.dashboards import Dashboards, scalar_layout
+from merge_callback.validation.dashboards import scalar_layout
 from merge_callback.validation.figures import pixels, plot_merge
-from merge_callback.validation.logged import LoggedName
 from tests.helpers.toys import BusyToy, ResumableBatches, Toy, assert_same_training, fit, lightning, make
 from tests.prediction.test_forecasts import SHORT, Valley
 
@@ -107,6 +104,7 @@ def test_patterns_of_names_with_dots_match_nothing_else():
     assert not re.match(pattern, "merge_gain/other/a.b/c")
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_there_later_is_in_the_layout_too(tmp_path):
     callback = MergeCallback(20, 2, merges={"sma": "sma", "ema": Ema(half_life=0.1)})
     fit(make(Toy), tmp_path, callback, max_steps=40, logger=with_tensorboard(tmp_path))
@@ -148,6 +146,7 @@ def test_the_figure_shows_coefficients_and_the_decay_they_stand_for():
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 3
 
 
+@pytest.mark.slow
 def test_without_matplotlib_there_is_no_figure_and_it_is_said_once(tmp_path, monkeypatch, caplog):
     for name in list(sys.modules):
         if name.partition(".")[0] == "matplotlib" or name == "merge_callback.validation.figures":
@@ -186,44 +185,6 @@ def test_two_callbacks_have_charts_of_their_own(tmp_path):
     assert len(scalars(tmp_path / "tb" / "merged_short", "val_loss")) == 6
     assert "Gain of the merge_short" in layout(tmp_path / "tb" / "merged_short")
     assert "merge_short/coefficients" in events(tmp_path / "tb").Tags()["images"]
-
-
-def test_the_run_ends_with_a_table_of_live_and_merged_values_and_what_it_cost(tmp_path, caplog):
-    with caplog.at_level("INFO"):
-        run = fit(make(Toy), tmp_path, MergeCallback(2, 5, merges=SEVERAL))
-    (said,) = [record.getMessage() for record in caplog.records if "at step 24" in record.getMessage()]
-    found = re.search(r"merges took .* s, (.*)% of the run\n\((.*)% validating them, (.*)% capturing and merging", said)
-    of_run, validating, others = map(float, found.groups())
-    assert of_run == pytest.approx(validating + others, abs=0.2)
-    assert 0 < validating < of_run
-    assert max(map(len, said.splitlines())) <= 80
-    metrics = run.trainer.callback_metrics
-    for text in ("sma: 5 snapshots, 8 steps", "ema: every step"):
-        assert text in said
-    for name in ("val_loss", "merged/val_loss", "merged_late__x_/val_loss"):
-        assert f"{metrics[name]:.4f}" in said
-    assert f"{metrics['merge_gain/val_loss']:+.4f}" in said
-    assert "predicted" not in said
-
-
-def test_the_closing_table_shows_the_prediction_with_its_interval_and_small_numbers():
-    values = {
-        LoggedName("merged", "", "loss"): 1.5,
-        LoggedName("merge_gain", "", "loss"): 0.5,
-        LoggedName("annealed", "", "loss"): 1.25,
-        LoggedName("annealed", "", "loss", "/low"): 1.125,
-        LoggedName("annealed", "", "loss", "/high"): 1.375,
-        LoggedName("merged", "", "mse"): 1e-5,
-        LoggedName("merge_gain", "", "mse"): -2e-5,
-    }
-    logged = {name: LoggedValue(torch.tensor(value)) for name, value in values.items()}
-    live = {name: LoggedValue(torch.tensor(value)) for name, value in (("loss", 2.0), ("mse", 1.25e-5))}
-    merges = {"": "[b]sma[/x]: 2 snapshots, 8 steps"}
-    table = Dashboards("a title [/b]").closing_table(9, live, logged, merges)
-    for text in ("a title [/b] at step 9", "2.0000", "1.5000", "+0.5000", "1.2500 ± 0.1250", "1.25e-05", "-2e-05"):
-        assert text in table
-    assert "[b]sma[/x]: 2" in table
-    assert max(map(len, table.splitlines())) <= 80
 
 
 def test_a_run_without_merges_after_one_with_them_shows_no_table_of_the_other(tmp_path, caplog):
@@ -266,6 +227,27 @@ def test_the_line_of_the_progress_bar_fits_80_columns(tmp_path):
     assert len(f"Epoch 9: 100%|█| 9999/9999 [9:59:59<00:00, 99.99it/s, {fields}]") <= 80
 
 
+def test_the_progress_bar_of_a_resumed_run_shows_where_it_stands_and_how_fast_it_is(tmp_path):
+    class Saving(lightning().Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "8.ckpt")
+
+    class Watched(LiveAndMergedBar):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            bar = self.train_progress_bar
+            seen.setdefault(trainer.global_step, (bar.n, bar.initial, bar.total))
+
+    for options in ({}, {"ckpt_path": tmp_path / "8.ckpt"}):
+        seen = {}
+        callbacks = [Saving(), Watched("val_loss")]
+        options |= {"train": ResumableBatches(), "max_steps": 16, "enable_progress_bar": True}
+        fit(make(Toy), tmp_path, *callbacks, **options)
+        assert seen[15] == (15, min(seen), 16)
+        assert seen[8] == (8, min(seen), 16)
+
+
+@pytest.mark.slow
 def test_forecasts_have_a_line_a_chart_and_a_field(tmp_path):
     bar = LiveAndMergedBar("val_loss", forecast=True)
     callbacks = [MergeCallback(10, 10, forecast=0.1, higher_is_better=["accuracy"]), bar]

@@ -87,6 +87,7 @@ def test_mlflow_has_them_at_the_steps_of_the_live_ones(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
+@pytest.mark.sample(1)
 def test_files_have_them_at_the_steps_of_the_live_ones(tmp_path, kind):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
 

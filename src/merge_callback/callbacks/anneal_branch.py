@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from merge_callback.callbacks.base import MergesOfARun
 from merge_callback.callbacks.pickling import PickledWithoutItsRun
 from merge_callback.checkpoints.stable_run import METADATA, stable_run_in_file
 from merge_callback.live.evaluate import LoggedValue
@@ -25,6 +26,7 @@ from merge_callback.prediction.records import (
 from merge_callback.utilities.calls import ShownAsItsCall
 from merge_callback.utilities.checks import check_count
 from merge_callback.utilities.locations import local_path
+from merge_callback.validation.closing import Decayed
 
 
 class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
@@ -199,7 +201,9 @@ class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
             rank_zero_warn(
                 "AnnealBranch: the validation at the end of the decay logged nothing, so nothing was recorded"
             )
-        elif (rates := learning_rates(trainer.optimizers)) != self._first_rates:
+        if self._is_finished:
+            self._tell(trainer)
+        if self._is_finished and (rates := learning_rates(trainer.optimizers)) != self._first_rates:
             rank_zero_warn(
                 f"AnnealBranch: the run's own schedule moved the rates from {self._first_rates} to {rates} while they"
                 f" decayed, so this was no plain {self.shape} decay"
@@ -216,6 +220,13 @@ class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
                 "AnnealBranch: nothing was annealed, because the run was over before it began:"
                 f" max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}"
             )
+
+    def _tell(self, trainer: Trainer) -> None:
+        """Says what the decay came to, beside the stable run before it. A `MergeCallback` says it by itself."""
+        before = [each for each in self._history if each.step <= (self._start_step or 0)]
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if self._annealed and before and not any(isinstance(each, MergesOfARun) for each in others):
+            rank_zero_info(f"AnnealBranch: {Decayed(before[-1], self._end_step, self._annealed).describe()}")
 
     # Called by validations, after `observe_validations`.
 

@@ -1,5 +1,7 @@
 """A progress bar whose line fits 80 columns."""
 
+import math
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
@@ -20,11 +22,27 @@ class LiveAndMergedBar(ShownAsItsCall, TQDMProgressBar):
         self.metric = metric
         self.forecast = forecast
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Number of the epoch's batches, also in a run that was resumed within it, where Lightning counts the rest."""
+        trainer = self.trainer
+        if trainer.max_epochs != -1 or trainer.max_steps <= 0:
+            return super().total_train_batches
+        remaining = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        return min(trainer.num_training_batches, self._num_done + remaining)
+
+    @property
+    def _num_done(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         # Lightning sets the bar's length when an epoch starts, which does not happen in a run resumed within an epoch.
-        self.train_progress_bar.reset(int(self.total_train_batches))
-        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+        bar, total = self.train_progress_bar, self.total_train_batches
+        bar.reset(None if math.isinf(total) else int(total))
+        # What was done before the interruption took no time of this run.
+        bar.initial = bar.n = self._num_done
+        bar.set_description(f"Epoch {trainer.current_epoch}")
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule

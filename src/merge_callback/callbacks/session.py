@@ -72,7 +72,7 @@ class MergeSession:
         for problem in self.predictions.predictor.read():
             self.messages.warn(f"left out of the records: {problem}", problem)
         names = ", ".join(merge.name for merge in self.merges)
-        self.messages.say(f"{self.capture.describe()}; merges: {names}", "start")
+        self.messages.say(f"{names}: {self.capture.describe()}", "start")
 
     def capture_step(self, following: Rates, updates: RateUpdates = NO_UPDATES) -> None:
         """Captures the weights after the optimizer step ``self.step``, if that is due.

@@ -65,6 +65,7 @@ class TrainerSession(MergeSession):
         elif is_new and self.step > 0:
             self.messages.warn("the checkpoint holds no state of it, so the window starts empty", "resumed")
         self.announce()
+        self._recalibration.explain(pl_module)
 
     def before_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Records the learning rates and the inputs of a training batch."""
@@ -112,7 +113,7 @@ class TrainerSession(MergeSession):
             self.messages.say(
                 f"nothing was captured in {self.step} steps; the first is due at step {window.first_due}", "nothing"
             )
-        if predictions.are_any and not window.phase.is_stable and not predictions.is_checked:
+        if predictions.are_any and not window.phase.is_stable and predictions.decayed is None:
             self.messages.warn(
                 f"the run ended at step {self.step}, in a decay, without a validation there: its last prediction was"
                 " not checked",

@@ -150,7 +150,7 @@ class SnapshotCapture:
         """Returns what is captured, when and where, and how many bytes it takes, in words for the user."""
         during, parts = self.window.during, []
         if self.num_snapshots:
-            parts.append(f"up to {self.num_snapshots} {self.kind.describe(f'{self.window.interval} {during}')}")
+            parts.append(f"up to {self.num_snapshots} {self.kind.describe(self.window.when)}")
         if num := len(self.averages):
             parts.append(f"{num} average{'s' if num > 1 else ''} over every step {during}")
         what = ", and ".join(parts) + self._left_out

@@ -99,21 +99,22 @@ class CaptureWindow:
         return f"nothing was captured yet, so there is no merge: capturing begins {begins}"
 
     @property
+    def when(self) -> str:
+        """When snapshots are taken, in words for the user. An interval that doubles is not mentioned.
+
+        Examples:
+            >>> CaptureWindow(100, [], "stable").when, CaptureWindow(None, [], 20).when
+            ('every 100 steps while the learning rate is constant', 'from step 20 on')
+        """
+        every = f"every {self.every_n_train_steps} steps " if self.every_n_train_steps else ""
+        return every + self.during
+
+    @property
     def during(self) -> str:
-        """When snapshots are taken, in words for the user."""
+        """In which part of the training snapshots are taken, in words for the user."""
         if self.start == "stable":
             return "while the learning rate is constant"
         return "whatever the learning rate does" if self.start == "any" else f"from step {self.start} on"
-
-    @property
-    def interval(self) -> str:
-        """The interval between snapshots, in words for the user.
-
-        Examples:
-            >>> CaptureWindow(100, [], "stable").interval, CaptureWindow(None, [], "stable").interval
-            ('every 100 steps', 'at an interval that doubles')
-        """
-        return f"every {self.every_n_train_steps} steps" if self.every_n_train_steps else "at an interval that doubles"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that changes during training, as plain numbers."""

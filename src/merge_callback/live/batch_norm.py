@@ -105,6 +105,15 @@ class Recalibration:
         if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
             raise ValueError("recalibrate_batches needs a training step that takes batches, not dataloader_iter")
 
+    def explain(self, module: nn.Module) -> None:
+        """Tells the user of batch norm layers whose statistics are not recalibrated."""
+        if self.num_batches is None and (num := len(batch_norms(module))):
+            self._messages.say(
+                f"merges take batch norm statistics, here of {num} layer{'s' if num > 1 else ''}, from the newest"
+                " snapshot; recalibrate_batches=10 calculates them anew for the merged weights",
+                "batch norm",
+            )
+
     def remember(self, module: nn.Module, batch: Any, *, is_saved: bool) -> None:
         """Keeps the inputs of a batch that the module is about to train on.
 

@@ -90,7 +90,7 @@ def forecast(
         shift = fmean(errors) * len(errors) / (len(errors) + 1) * (prediction.high - prediction.value)
         prediction = Prediction(*(end + shift for end in (prediction.value, prediction.low, prediction.high)))
     source = "merges of one ring and the validations so far" if is_of_ring else "the validations so far"
-    if not _is_like_adam(known[-1].optimizer):
+    if not known[-1].is_like_adam:
         source += f", with {known[-1].optimizer} in a wide interval: its numbers come from runs with AdamW"
     if errors:
         source += f", and {len(errors)} real anneals of this run"
@@ -182,12 +182,7 @@ def _is_of_ring(now: StableValidation, metric: str) -> bool:
 
 def _widths(now: StableValidation, metric: str) -> Widths:
     widths = fitted().ring if _is_of_ring(now, metric) else fitted().history
-    return widths if _is_like_adam(now.optimizer) else widths.times(fitted().unlike_adam)
-
-
-def _is_like_adam(optimizer: str) -> bool:
-    """Returns whether all optimizers are of Adam's kind, as those were whose decays chose the numbers, or unknown."""
-    return all("adam" in name.lower() for name in optimizer.split(", ") if name)
+    return widths if now.is_like_adam else widths.times(fitted().unlike_adam)
 
 
 def _refuse_decay(decay: Decay, found: River, num_steps: int | None) -> None:

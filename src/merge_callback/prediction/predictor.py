@@ -157,7 +157,7 @@ class AnnealPredictor:
         if self.is_prior:
             # The benchmark behind the prior covers only losses, and runs whose merge was better than the live model.
             is_like_them = metric in losses and now.merged[metric] < now.live[metric]
-            return _nearest(_prior(), now) if is_like_them else None
+            return _prior_for(now) if is_like_them else None
         alike = [each for each in self._records if each.matched is not None and each.matched.rule == now.rule]
         known = [each for each in alike if each.run != run or each.step <= now.step]
         fits: dict[bool, list[AnnealFit]] = {True: [], False: []}
@@ -203,13 +203,25 @@ def _outcomes(records: Iterable[AnnealRecord], metric: str, now: int | None) -> 
 
 def _nearest(fits: Sequence[AnnealFit], now: StableValidation) -> AnnealFit | None:
     """Returns the fit with the nearest span on a log scale. Prefers linear decays: a uniform merge stands for one."""
-    share = max(now.span_steps, 1) / now.step
-    return min(fits, key=lambda b: (round(abs(math.log(b.span / share)), 1), b.shape != "linear"), default=None)
+    return min(fits, key=lambda b: (round(abs(math.log(b.span / now.share)), 1), b.shape != "linear"), default=None)
 
 
 def is_same_span(span: float, other: float) -> bool:
     """Returns True if two decay spans, as shares of the steps, differ by less than `SAME_SPAN_FACTOR`."""
     return max(span, other) / min(span, other) < SAME_SPAN_FACTOR
+
+
+def _prior_for(now: StableValidation) -> AnnealFit | None:
+    """Returns the nearest fit of the prior. If the run is unlike those that it comes from, its source says so."""
+    fit = _nearest(_prior(), now)
+    if fit is None:
+        return None
+    source = fit.source
+    if not now.is_like_adam:
+        source += f", which comes from runs with AdamW and not {now.optimizer}"
+    if not is_same_span(fit.span, now.share):
+        source += f", whose windows are {'longer' if fit.span > now.share else 'shorter'} than this one"
+    return replace(fit, source=source)
 
 
 @cache

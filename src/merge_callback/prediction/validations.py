@@ -50,6 +50,16 @@ class StableValidation:
     phase: int = 0
     optimizer: str = ""
 
+    @property
+    def is_like_adam(self) -> bool:
+        """Whether all optimizers are of Adam's kind, as those of the project's benchmarks, or unknown."""
+        return all("adam" in name.lower() for name in self.optimizer.split(", ") if name)
+
+    @property
+    def share(self) -> float:
+        """Length of the primary merge's window as a share of all optimizer steps so far."""
+        return max(self.span_steps, 1) / self.step
+
 
 def validation_at(history: Sequence[StableValidation], step: int, max_gap_steps: int) -> StableValidation | None:
     """Returns a stable run's values at a step, linearly interpolated between two validations if necessary.

@@ -1,4 +1,4 @@
-"""Shows logged values beyond plain metrics: as charts in loggers, and as a closing table in the terminal.
+"""Shows logged values as charts in loggers, beyond plain metrics.
 
 TensorBoard gives a run one colour, so live and merged values of one run look alike there. Merged, annealed and forecast
 values are therefore written again as separate runs below the log folder, ``merged``, ``annealed`` and ``forecast``,
@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.utilities.checks import how_to_install
-from merge_callback.utilities.tables import NOTHING, number, text_table
 from merge_callback.validation.logged import BOUNDS, LoggedName
 
 # The diagnostics of a merge that get a chart.
@@ -64,15 +63,13 @@ def _margins(kind: str, metrics: Iterable[str], label: str) -> dict[str, list[An
 
 
 class Dashboards:
-    """Shows a callback's results in the run's loggers and in a closing table. Used only on the rank that logs.
+    """Shows a callback's results in the run's loggers. Used only on the rank that logs.
 
     Args:
-        title: Title of the closing table.
         label: The callback's label in logged names.
     """
 
-    def __init__(self, title: str, label: str = "") -> None:
-        self.title = title
+    def __init__(self, label: str = "") -> None:
         self.label = label
         self._begin()
 
@@ -173,36 +170,3 @@ class Dashboards:
             # escaped: Weights & Biases reads them as paths into nested entries.
             whole = str(name).replace(".", r"\.")
             logger.experiment.define_metric(whole, step_metric="trainer/global_step", summary=f"{best},last")
-
-    def closing_table(
-        self,
-        step: int,
-        live: Mapping[str, LoggedValue],
-        logged: Mapping[LoggedName, LoggedValue],
-        merges: Mapping[str, str],
-    ) -> str:
-        """Returns a text table of live and merged values, gains and predictions that fits into 80 columns.
-
-        Args:
-            step: Optimizer steps at the validation.
-            live: Metric -> live value, on the batches that the merges were evaluated on.
-            logged: The values that the callback logged at the validation.
-            merges: Label of a merge -> what it is made of.
-        """
-        rows = []
-        for name, merged in logged.items():
-            gain = logged.get(LoggedName("merge_gain", name.label, name.metric))
-            if name.kind == "merged" and gain is not None:
-                numbers = [number(value.value) for value in (live[name.metric], merged)]
-                numbers += [number(gain.value, "+"), _predicted(logged, name)]
-                rows.append([name.metric, merges[name.label], *numbers])
-        header = ["metric", "merge", "live", "merged", "gain", "predicted"]
-        return text_table(header, rows, title=f"{self.title} at step {step}", num_left=2)
-
-
-def _predicted(logged: Mapping[LoggedName, LoggedValue], name: LoggedName) -> str:
-    ends = [logged.get(LoggedName("annealed", name.label, name.metric, end)) for end in ("", *BOUNDS)]
-    found = [float(end.value) for end in ends if end is not None]
-    if len(found) < len(ends):
-        return NOTHING
-    return f"{number(found[0])} ± {number(max(abs(end - found[0]) for end in found))}"

@@ -1,21 +1,22 @@
 """Validates merges at each validation of the live model, and logs the results."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
 from merge_callback.capture.merge_set import MergeSet
+from merge_callback.live.batch_norm import batch_norms
 from merge_callback.live.evaluate import LoggedValue, evaluate, num_limited_batches
 from merge_callback.live.learning_rates import optimizer_step
 from merge_callback.live.observe import logged_step, observe_validations, stop_observing_validations
 from merge_callback.utilities.devices import wait_for_device
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.budget import Budget
+from merge_callback.validation.closing import Compared
 from merge_callback.validation.comparison import Comparison, are_sums_known, compare, merged_and_gains
 from merge_callback.validation.count import ValidationCount
 from merge_callback.validation.dashboards import Dashboards
@@ -25,6 +26,7 @@ from merge_callback.validation.frozen import FrozenValues
 from merge_callback.validation.logged import LoggedName, Names
 from merge_callback.validation.moment import moment_of
 from merge_callback.validation.predictions import LoggedPredictions
+from merge_callback.validation.reasons import Circumstances
 from merge_callback.validation.routers import Choices, Routers
 from merge_callback.validation.unmoved import UnmovedValues
 
@@ -69,12 +71,14 @@ class MergedValidation:
         self._routers = routers
         self._began: float | None = None  # when the fit began; None between fits
         self._evaluation: Evaluation | None = None
-        self._dashboards = Dashboards(f"MergeCallback({names.callback!r})", names.label())
-        self._closing: list[Callable[[], str]] = []  # make the closing texts, needed only at the end of a fit
+        self._dashboards = Dashboards(names.label())
+        # The latest comparison with the live model that is told at the end of a fit.
+        self._compared: Compared | None = None
+        self._num_shown = 0
 
     def begin(self, trainer: Trainer) -> None:
         """Starts to observe the validations of a fit, until `close`."""
-        self._began, self._closing = time.perf_counter(), []
+        self._began, self._compared, self._num_shown = time.perf_counter(), None, 0
         self._names.monitored.clear()
         self._names.monitored.update(monitored(trainer.callbacks))  # type: ignore[attr-defined]
         # Another fit may have another limit of batches.
@@ -108,10 +112,15 @@ class MergedValidation:
         stop_observing_validations(trainer, self)
         self._dashboards.close()
         self.budget.elapsed, self._began = self._elapsed(), None
-        if self._closing:
-            lines = [self.budget.summary(), self._frozen.describe(), *(make() for make in self._closing)]
-            self._messages.say("\n".join(filter(None, lines)), "closing")
-            self._closing = []
+        if self._num_shown:
+            decayed, is_frozen = self.predictions.decayed, self.merges.capture.window.is_frozen
+            parts = [
+                "" if self._compared is None else self._compared.describe(is_before_decay=is_frozen),
+                self.predictions.foretold() if decayed is None else decayed.describe(),
+                "\n".join(filter(None, [self._frozen.describe(), self.budget.summary()])),
+            ]
+            self._messages.say("\n\n".join(filter(None, parts)), "closing")
+            self._compared, self._num_shown = None, 0
         # Its results refer to the fit.
         self._frozen = FrozenValues(self.merges)
 
@@ -251,12 +260,29 @@ class MergedValidation:
         logged: Mapping[LoggedName, LoggedValue],
         step: int,
     ) -> None:
-        """Updates the dashboards and prepares the closing table; called on rank 0 alone."""
+        """Updates the dashboards and prepares the closing lines; called on rank 0 alone."""
         began = time.perf_counter()
         primary = evaluation.merges.get(self.merges.primary)
         drawn = (primary.coefficients, primary.intervals) if primary is not None else ({}, [])
         self._dashboards.show(trainer.loggers, logged, step, *drawn)
-        described = {self._names.label(name): f"{name}: {each.description}" for name, each in evaluation.merges.items()}
-        table = partial(self._dashboards.closing_table, evaluation.step, live, logged, described)
-        self._closing = [table, self.predictions.outcomes]
+        self._num_shown += 1
+        # Beside a live model whose rate decays, a merge of before has no place.
+        if not self.merges.capture.window.is_frozen:
+            made_of = {self._names.label(name): (name, each.description) for name, each in evaluation.merges.items()}
+            has_batch_norms = bool(batch_norms(trainer.lightning_module))
+            circumstances = self._circumstances(evaluation, has_batch_norms=has_batch_norms)
+            self._compared = Compared(evaluation.step, live, logged, made_of, circumstances)
         self.budget.spend(time.perf_counter() - began)
+
+    def _circumstances(self, evaluation: Evaluation, *, has_batch_norms: bool) -> Circumstances:
+        capture, primary = self.merges.capture, evaluation.merges.get(self.merges.primary)
+        return Circumstances(
+            step=evaluation.step,
+            num_steps=self.predictions.num_steps,
+            num_snapshots=len(primary.coefficients) if primary is not None and primary.coefficients else None,
+            capacity=capture.num_snapshots,
+            span_steps=evaluation.diagnostics.get("span_steps", 0.0),
+            is_rate_constant=capture.window.phase.is_stable,
+            has_stale_statistics=has_batch_norms and not self.merges.is_recalibrated,
+            history=self.predictions.predictor.history,
+        )

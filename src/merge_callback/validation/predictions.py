@@ -20,7 +20,7 @@ from merge_callback.prediction.predictor import AnnealPredictor, is_same_span
 from merge_callback.prediction.river import Decay
 from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.messages import Messages
-from merge_callback.utilities.tables import number
+from merge_callback.validation.closing import Decayed
 from merge_callback.validation.comparison import Comparison, stable_values
 from merge_callback.validation.evaluation import Evaluation
 from merge_callback.validation.logged import LoggedName, Names, predictions_and_errors
@@ -43,15 +43,13 @@ class LoggedPredictions:
     ) -> None:
         self.predictor = predictor
         self.forecaster = forecaster
-        # Whether the latest validation compared predictions and forecasts with the end of a decay.
-        self.is_checked = False
-        # Value of each forecast metric at the end of a decay, and the step.
-        self._came_to: dict[str, tuple[float, int]] = {}
+        # What came of the run's decay, if the latest validation was at its end.
+        self.decayed: Decayed | None = None
         self._merges = merges
         self._names = names
         self._messages = messages
         # Planned steps of the run, and the metrics where less is better; None until a validation has told.
-        self._num_steps: int | None = None
+        self.num_steps: int | None = None
         self.losses: list[str] | None = None
 
     @property
@@ -72,25 +70,23 @@ class LoggedPredictions:
         """
         capture = self._merges.capture
         step, is_decaying = moment.step, not capture.window.phase.is_stable
-        self.is_checked = is_decaying and moment.is_last
-        if self.is_checked:
-            made = self.forecaster.forecasts
-            self._came_to = {metric: (float(live[metric].value), step) for metric in made if metric in live}
+        is_end_of_decay = is_decaying and moment.is_last
+        self.decayed = self._outcome(step, live) if is_end_of_decay and self.predictor.history else None
         if evaluation is not None and self._merges.primary in evaluation.merges and capture.is_comparable:
             validation = stable_values(evaluation, live, comparison, self._merges, moment.optimizer)
-            self.losses, self._num_steps = self._losses(evaluation), moment.num_steps
+            self.losses, self.num_steps = self._losses(evaluation), moment.num_steps
             self._learn(validation, moment)
             self._forecast(validation)
         if not is_decaying and (evaluation is None or not capture.is_comparable):
             return {}
         logged = predictions_and_errors(
-            self._names, "annealed", self.predictor.predictions, live, is_end_of_decay=self.is_checked
+            self._names, "annealed", self.predictor.predictions, live, is_end_of_decay=is_end_of_decay
         )
         if self.predictor.is_prior and self.predictor.predictions:
             logged[self._names("merge", "is_prior")] = LoggedValue(torch.tensor(1.0))
         made = self.forecaster.forecasts
         # A decay that is much longer or shorter than the one that was forecast says nothing about the forecast.
-        is_as_forecast = self.is_checked and all(
+        is_as_forecast = is_end_of_decay and all(
             is_same_span(each.decay.span_steps, step - each.decay.start) for each in made.values()
         )
         foretold = {metric: each.prediction for metric, each in made.items()}
@@ -119,19 +115,21 @@ class LoggedPredictions:
 
     def _made(self, metric: str, decay: Decay) -> Forecast:
         known = self.predictor
-        return forecast(known.history, metric, decay, anneals=known.own_anneals, num_steps=self._num_steps)
+        return forecast(known.history, metric, decay, anneals=known.own_anneals, num_steps=self.num_steps)
 
     def _learn(self, validation: StableValidation, moment: Moment) -> None:
         for problem in self.predictor.learn(validation, self.losses or (), may_write=moment.may_write):
             self._messages.warn(f"left out of the records: {problem}", problem)
         for metric, fit in self.predictor.fits.items():
-            self._messages.say(f"{self._names('annealed', metric)} predicts {fit}", f"annealed {metric}")
+            # Once of each kind, whatever the numbers.
+            topic = re.sub(r"\d", "", f"annealed {metric} {fit.source}")
+            self._messages.say(f"{self._names('annealed', metric)} predicts {fit}", topic)
         calibration = self.predictor.calibration
         if calibration is not None and not self.predictor.is_prior and not self.predictor.fits:
             self._messages.say(f"uncalibrated until {calibration} holds two real anneals of a kind", "uncalibrated")
 
     def _forecast(self, validation: StableValidation) -> None:
-        reasons, self._came_to = self.forecaster.update(validation.step, self.losses or (), self._made), {}
+        reasons = self.forecaster.update(validation.step, self.losses or (), self._made)
         if len(self.predictor.history) < MIN_VALIDATIONS:
             return
         for metric, reason in reasons.items():
@@ -157,17 +155,17 @@ class LoggedPredictions:
         found = self.predictor.curvature_gain(losses[0], coefficients, evaluation.step)
         return {} if found is None else {"curvature_gain": found}
 
-    def outcomes(self) -> str:
-        """Returns what is forecast, a line a metric, and at the end of a decay also what came of it."""
-        lines = []
-        for metric, made in self.forecaster.forecasts.items():
-            decay = made.decay
-            what = f"for a {decay.shape} decay over {decay.span_steps} steps"
-            if metric in self._came_to:
-                value, step = self._came_to[metric]
-                what = f"{what}, came to {number(value)} after {step - decay.start} steps"
-            lines.append(f"{metric}: {made} {what}")
-        return "\n".join(lines)
+    def foretold(self) -> str:
+        """Returns what is forecast, a line a metric."""
+        return "\n".join(
+            f"{metric}: {made} for a {made.decay.shape} decay over {made.decay.span_steps} steps"
+            for metric, made in self.forecaster.forecasts.items()
+        )
+
+    def _outcome(self, step: int, live: Mapping[str, LoggedValue]) -> Decayed:
+        values = {metric: float(value.value) for metric, value in live.items()}
+        said = dict(self.predictor.predictions), dict(self.forecaster.forecasts)
+        return Decayed(self.predictor.history[-1], step, values, *said)
 
     def forget_since(self, step: int) -> None:
         """Drops the validations at that step and later, and forecasts made there."""
