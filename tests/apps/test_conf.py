@@ -59,6 +59,7 @@ def test_every_argument_stands_in_the_config_with_its_default():
     assert entry == defaults
 
 
+@pytest.mark.slow
 def test_the_choice_of_several_merges_logs_each_of_them(tmp_path):
     config = composed("callbacks/merge=many", f"hydra.runtime.output_dir={tmp_path}")
     HydraConfig.instance().set_config(config)

@@ -185,6 +185,7 @@ def test_a_mistyped_choice_is_answered_with_the_choices(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words"), [("sotu", b"United States"), ("shakespeare", b"Exeunt"), ("stdlib", b"import ")]
 )
+@pytest.mark.sample(1)
 def test_each_corpus_keeps_whole_documents_back(name, words):
     corpus = load_corpus(name)
     kept_back, train = bytes(corpus.validation.numpy()), bytes(corpus.train.numpy())

@@ -82,6 +82,7 @@ def test_records_of_the_run_shift_its_forecasts(folder, tmp_path, capsys):
         run([*arguments, "--records", str(tmp_path / "mistyped.jsonl")])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_or_told_is_named(folder, tmp_path):
     (tmp_path / "broken.ckpt").write_bytes(b"no checkpoint")
     in_valley(tmp_path, MergeCallback(merges={"e": Ema(half_life_steps=5)}), Saving(tmp_path / "ema"), max_steps=400)

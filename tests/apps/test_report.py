@@ -229,7 +229,7 @@ NAMES = {
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 @pytest.mark.parametrize("kind", NAMES)
-@pytest.mark.sample(1)
+@pytest.mark.slow
 def test_whatever_runs_and_metrics_are_called_the_page_shows_them_as_they_are(tmp_path, kind):
     folder, name = tmp_path / "run $\\alpha{$ x", NAMES[kind]
     folder.mkdir()

@@ -86,6 +86,7 @@ def test_a_span_takes_what_lies_in_it():
     assert [cell.steps for cell in cells if cell.rule == "wma"] == [(50, 60), (40, 50, 60)]
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_validation_of_the_live_callbacks_merge(run, tmp_path):
     callback, _ = run
     rows = sweep(run, tmp_path)

@@ -97,6 +97,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("shape", ["linear", "1-sqrt", "cosine"])
+@pytest.mark.sample(4)
 def test_the_multiplier_goes_on_top_of_what_the_scheduler_sets(name, shape, tmp_path, recwarn):
     scheduler, interval, rates = SCHEDULERS[name]
     module = make(Scheduled, optimizers=SGD, scheduler=scheduler, interval=interval)
@@ -161,6 +162,7 @@ def toy():
     return module
 
 
+@pytest.mark.slow
 def test_a_branch_is_recorded_with_what_its_trunk_knew(trunk):
     run, folder = trunk
     record = folder / "anneals.jsonl"

@@ -220,7 +220,7 @@ MERGES = {"sma": "sma", "wma": "wma", "sqrt": "1-sqrt", "qam": "qam", "late": Wi
 @pytest.mark.parametrize("every", [None, 5])
 @pytest.mark.parametrize("storage", ["device", "cpu", "files"])
 @pytest.mark.gpu
-@pytest.mark.sample(1)
+@pytest.mark.slow
 def test_merges_of_means_agree_with_their_twin_over_all_steps_wherever_they_are_kept(tmp_path, every, storage):
     place = tmp_path / "snapshots" if storage == "files" else storage
     callback, tracker = (

@@ -204,6 +204,7 @@ def test_a_copy_of_a_ring_goes_on_as_the_ring_itself(tmp_path, kind, copied):
             torch.testing.assert_close(found[name].double(), mean, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_cost_is_told_by_place(tmp_path, caplog):
     with caplog.at_level("INFO"):
         fit(make(Toy), tmp_path, MergeCallback(2, 3, storage=tmp_path / "snapshots"))

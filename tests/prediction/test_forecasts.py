@@ -246,6 +246,7 @@ def test_a_run_logs_what_a_decay_would_give_and_checks_it_when_it_decays(tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_forecasts_leave_the_training_as_it_is_and_go_on_where_they_were(tmp_path):
     class Saving(Callback):
         def on_validation_end(self, trainer, pl_module):

@@ -250,7 +250,7 @@ def test_records_that_cannot_be_read_end_a_run_at_its_start_only(tmp_path):
     ],
     ids=str,
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 def test_no_odd_line_of_another_writer_ends_a_run_or_changes_a_prediction(tmp_path, odd, when):
     path, plain = tmp_path / "odd.jsonl", tmp_path / "plain.jsonl"
     prefilled(path)

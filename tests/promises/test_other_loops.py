@@ -114,6 +114,7 @@ def hugging_face(folder: Any, *callbacks: TrainerCallback) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.slow
 def test_hugging_faces_trainer_trains_the_same_with_it(tmp_path):
     alone = hugging_face(tmp_path / "alone")
     watched = hugging_face(tmp_path / "watched", merging := Merging(Merger(2, 3)))

@@ -397,6 +397,7 @@ def test_data_is_drawn_as_if_there_were_no_merge(tmp_path, name):
     assert_same_training(without, watched)
 
 
+@pytest.mark.slow
 def test_a_transform_that_training_and_validation_share_draws_for_both_as_before(tmp_path):
     runs = []
     for callbacks in ([], [MergeCallback(2, 3)]):
@@ -544,6 +545,7 @@ class Stopping(Toy):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.slow
 def test_a_merged_validation_in_which_a_run_was_stopped_is_repeated_after_the_resume(tmp_path):
     def module():
         made = make(Stopping)

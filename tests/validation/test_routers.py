@@ -79,6 +79,7 @@ def run(tmp_path_factory):
     return fitted, callback
 
 
+@pytest.mark.slow
 def test_what_is_logged_is_what_plain_counting_finds(run):
     fitted, callback = run
     live = {name: tensor.clone() for name, tensor in fitted.module.state_dict().items()}
