@@ -64,7 +64,7 @@ def test_a_command_that_is_not_there_is_a_wrong_call(capsys):
         (["merge"], "merge-callback merge: checkpoints and output must be given"),
         (["merge", "checkpoint=a.ckpt"], "Could not override 'checkpoint'"),
         (["report"], "the following arguments are required: RUN_OR_RECORDS"),
-        (["report", "nothing.jsonl"], "merge-callback report: nothing.jsonl holds nothing to report on"),
+        (["report", "nothing.jsonl"], "merge-callback report: nothing.jsonl does not exist; give the folder of a run"),
         (["train"], "merge-callback train: the config has no entry 'model'"),
     ],
 )

@@ -1,15 +1,18 @@
 """The report: what is read back, what the figures show, and a page that needs nothing else."""
 
 import re
+import sys
 from dataclasses import replace
 from html import escape
 
 import pytest
+import torch
 
 from merge_callback.apps.demo.command import closing_table
 from merge_callback.apps.figures import plot_errors, plot_predicted_against_actual, plot_validations
-from merge_callback.apps.report import find, page, run
+from merge_callback.apps.report import find, page, run, summary
 from merge_callback.apps.runs import Validation, read_validations
+from merge_callback.apps.wrong_call import WrongCallError
 from merge_callback.prediction.assessment import (
     Assessed,
     Case,
@@ -169,13 +172,14 @@ def test_the_command_writes_the_page_where_it_is_told(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "nothing holds nothing to report on: neither records of anneals nor a merged metric"),
+        (["nothing"], "nothing does not exist; give the folder of a run, its metrics.csv, or records of anneals"),
+        (["empty"], "empty holds nothing to report on: neither records of anneals nor a merged metric"),
         (["run", "--metric", "acc"], "run holds nothing to report on; there are: val_loss"),
         (["run/broken.jsonl"], "line 1, is not a record of an anneal"),
     ],
 )
 def test_what_cannot_be_reported_on_is_said_in_one_line(folder, monkeypatch, arguments, message):
-    (folder.parent / "nothing").mkdir()
+    (folder.parent / "empty").mkdir()
     (folder / "broken.jsonl").write_text("nonsense\n")
     if arguments[0] == "run":
         (folder / "broken.jsonl").unlink()
@@ -183,6 +187,31 @@ def test_what_cannot_be_reported_on_is_said_in_one_line(folder, monkeypatch, arg
     done = merge_callback("report", *arguments)
     assert done.returncode == 2
     assert re.fullmatch(rf"merge-callback report: .*{re.escape(message)}.*\n", done.stderr)
+
+
+def test_the_page_begins_with_one_sentence_and_says_what_it_was_made_of(folder):
+    config = folder / ".hydra" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text("model: ${oc.env:SECRET} <b>\n")
+    append_record(folder / "anneals.jsonl", record(150, 1.75))
+    last = replace(ROWS[1], forecast=Prediction(1.9, 1.8, 2.0), forecast_end=167.0)
+    assert summary(replace(find(folder), validations=[ROWS[0], last])) == (
+        "At step 150, val_loss is 2.2500 live, 2.1250 merged, 2.0000 as predicted if it had been annealed until then"
+        " (1.8750 to 2.2500), 1.9000 as forecast at the end of a decay up to step 167 (1.8000 to 2.0000) and 1.7500"
+        " really annealed from step 135 on."
+    )
+    html = page(find(folder))
+    assert "<p>At step 150, val_loss is 2.2500 live" in html
+    assert f"torch {torch.__version__}" in html
+    assert "model: ${oc.env:SECRET} &lt;b&gt;" in html
+    assert re.search(r"on \d{4}-\d\d-\d\d \d\d:\d\d UTC", html)
+    assert summary(find(folder / "anneals.jsonl")) == "7 real anneals of 2 runs, and no run of its own."
+
+
+def test_without_matplotlib_it_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(WrongCallError, match="matplotlib is not installed: pip install"):
+        run([str(folder)])
 
 
 def test_where_more_is_better_the_lower_panel_shows_gains_all_the_same():

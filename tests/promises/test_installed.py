@@ -73,7 +73,7 @@ def train(command, tmp_path):
 def test_another_project_chooses_its_merge_by_one_word(train):
     output = train("callbacks/merge=decay_1sqrt", "callbacks.merge.num_snapshots=20")
     assert "up to 20 snapshots" in output
-    assert "merges: 1-sqrt" in output
+    assert "1-sqrt: up to" in output
     assert "merged/val/loss" in output
     assert "merge" not in train("callbacks/merge=none", "callbacks.model_checkpoint.monitor=val/loss").lower()
 
@@ -89,7 +89,7 @@ def test_mistyped_groups_and_keys_are_answered_by_hydra_and_experiments_override
     assert "got an unexpected keyword argument 'num_snapshot'" in output
     output = train("experiment=wide_window")
     assert "every 4 steps" in output
-    assert "merges: 1-sqrt" in output
+    assert "1-sqrt: up to" in output
 
 
 @pytest.mark.slow
@@ -112,8 +112,8 @@ def test_a_sweep_over_number_and_interval_ends_in_one_table(train, tmp_path):
     assert len({row["merged"] for row in rows}) == 4
     # A job that fails ends the sweep, and what there is is shown.
     failed = train("-m", "callbacks.merge.num_snapshots=3,0,5", "hydra/callbacks=merge_comparison", fails=True)
-    assert re.search(r"│ 3 +│.*│ +\* +│", failed)
+    assert re.search(r"^3 .* \* (live|merged)$", failed, re.M)
     assert "Comparison: " in failed
-    best = min(rows, key=lambda row: float(row["merged"]))
-    (marked,) = [line for line in output.splitlines() if re.search(r"│ +\* +│", line)]
-    assert f"{float(best['merged']):.4f}" in marked
+    best = min(float(row[which]) for row in rows for which in ("live", "merged"))
+    (marked,) = re.findall(r"^.* \* (?:live|merged)$", output, re.M)
+    assert f"{best:.4f}" in marked

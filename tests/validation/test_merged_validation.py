@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from merge_callback import MergeCallback, Window
+from merge_callback import MergeCallback, MergedCheckpoint, Window
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.validation.logged import Names
 from tests.helpers import reference
@@ -219,6 +219,32 @@ def test_early_stopping_and_checkpoints_monitor_merged_values_of_the_same_valida
     assert run.trainer.global_step < 24
     best = int(torch.tensor(losses).argmin())
     assert torch.load(checkpoint.best_model_path, weights_only=True)["global_step"] == 4 * (best + 1)
+
+
+@pytest.mark.filterwarnings("ignore:The learning rate was not constant")
+def test_a_monitor_of_a_merge_that_is_never_there_gets_its_reason_before_the_run_ends(tmp_path):
+    class Falling(Toy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 24)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    why = r"the learning rate was constant in none of \d+ steps. start='any' captures whatever it does"
+    best = lightning(".callbacks").ModelCheckpoint(tmp_path / "best", monitor="merged/val_loss")
+    with (
+        pytest.warns(UserWarning, match=rf"ModelCheckpoint monitors 'merged/val_loss', which is not there .*: .*{why}"),
+        pytest.raises(Exception, match="could not find the monitored key"),
+    ):
+        fit(make(Falling), tmp_path, MergeCallback(2, 3), best, enable_checkpointing=True)
+    # What waits is not warned of, and a file that is asked for at the end has the reason in its error.
+    callback = MergeCallback(2, 3)
+    waiting = MergedCheckpoint(callback, dirpath=tmp_path / "merged", monitor="merged/val_loss")
+    stopping = lightning(".callbacks").EarlyStopping("merged/val_loss", strict=False, check_on_train_epoch_end=False)
+    with pytest.warns(UserWarning, match="the learning rate was not constant") as said:
+        fit(make(Falling), tmp_path, callback, waiting, stopping, enable_checkpointing=True)
+    assert not any("monitors" in str(warning.message) for warning in said)
+    with pytest.raises(RuntimeError, match=f"nothing was captured, so there is no merge: {why}"):
+        callback.save_merged(tmp_path / "merged.ckpt")
 
 
 @pytest.mark.usefixtures("both_lightnings")

@@ -1,42 +1,50 @@
-"""Compares the jobs of a Hydra multirun in one table: which snapshots, interval or rule give the best merge."""
+"""Compares the jobs of a Hydra multirun in one table: which snapshots, interval or rule give the best model."""
 
 import csv
+import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from merge_callback.apps.runs import Validation, merged_metrics, read_validations
 from merge_callback.utilities.csv_cells import cell_of_text
 from merge_callback.utilities.tables import NOTHING, number, text_table
+from merge_callback.validation.results import FitResult, MetricResult, collecting_results
 
+# What each job writes into its folder.
+RESULT = "merge_result.json"
 # "span": steps from the first to the last snapshot of the merge; "seconds": time that its validation took.
 RESULTS = ["step", "live", "merged", "gain", "predicted", "span", "seconds"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a multirun: its overrides, and its last validation; None if it logged none."""
+    """One job of a multirun: its folder, its overrides, and its last validation; None if it had none."""
 
     folder: Path
     overrides: dict[str, str]
-    last: Validation | None
+    result: FitResult | None
+
+    def values(self, metric: str) -> MetricResult | None:
+        """Returns a metric's values at the last validation; None if there are none."""
+        return None if self.result is None else self.result.metrics.get(metric)
 
 
 def read_jobs(folder: Path, metric: str | None = None) -> tuple[str | None, list[Job]]:
     """Reads the jobs in the folder of a multirun, in the order of their numbers.
 
     Args:
-        folder: Hydra's ``sweep.dir``. The metrics of a job are read from the ``metrics.csv`` of Lightning's CSVLogger.
-        metric: Name of the metric; None takes the first that has a merged value.
+        folder: Hydra's ``sweep.dir``.
+        metric: Name of the metric; None takes the first where less is better, else the first.
 
     Returns:
         The name of the metric, None if no job has one; and the jobs.
@@ -51,56 +59,60 @@ def read_jobs(folder: Path, metric: str | None = None) -> tuple[str | None, list
         # `~key` deletes an entry and has no value.
         pairs = [override.lstrip("+~").partition("=") for override in config["overrides"]["task"]]
         overrides = {key: value for key, _, value in pairs}
-        job_folder = file.parent.parent
         # Hydra writes "???" where a job has no number.
         job_number = int(num) if isinstance(num := config["job"].get("num"), int) else 0
-        found.append((job_number, job_folder, overrides, next(iter(sorted(job_folder.rglob("metrics.csv"))), None)))
-    jobs = sorted(found, key=lambda job: job[0])
-    known = dict.fromkeys(name for *_, file in jobs if file is not None for name in merged_metrics(file))
+        found.append((job_number, Job(file.parent.parent, overrides, _read_result(file.parent.parent / RESULT))))
+    jobs = [job for _, job in sorted(found, key=lambda each: each[0])]
+    known: dict[str, bool] = {}
+    for job in jobs:
+        for name, values in job.result.metrics.items() if job.result is not None else ():
+            known.setdefault(name, values.higher_is_better)
     if metric is not None and known and metric not in known:
-        raise ValueError(f"no job has a merged {metric!r}; there are: {', '.join(known)}")
-    metric = metric or next(iter(known), None)
-    return metric, [Job(where, overrides, _last(file, metric)) for _, where, overrides, file in jobs]
+        raise ValueError(f"no job has logged {metric!r} in its validation; there are: {', '.join(known)}")
+    losses = [name for name, is_higher_better in known.items() if not is_higher_better]
+    return metric or next(iter([*losses, *known]), None), jobs
 
 
-def best(jobs: Sequence[Job]) -> Job | None:
-    """Returns the job with the best merged value at its last validation; None if no job has a finite one."""
-    known = [(job, job.last.live, job.last.merged, job.last.gain) for job in jobs if job.last is not None]
-    finite = [
-        (job, live, merged, better)
-        for job, live, merged, better in known
-        if merged is not None and better is not None and all(map(math.isfinite, (live, merged, better)))
-    ]
-    if not finite:
-        return None
-    # The gain is positive where the merge is better, so its sign shows whether less is better.
-    sign = 1 if sum((live - merged) * better for _, live, merged, better in finite) >= 0 else -1
-    return min(finite, key=lambda each: sign * each[2])[0]
+def best(jobs: Sequence[Job], metric: str) -> tuple[Job, Literal["live", "merged"]] | None:
+    """Returns the job whose last validation had the best value, and whether that was the live or the merged one.
+
+    None if there is no finite value. Of equal values the live one counts, since it needs no merge.
+    """
+    found: list[tuple[float, Job, Literal["live", "merged"]]] = []
+    for job in jobs:
+        if (values := job.values(metric)) is None:
+            continue
+        sign = -1 if values.higher_is_better else 1
+        found.append((sign * values.live, job, "live"))
+        if values.merged is not None:
+            found.append((sign * values.merged, job, "merged"))
+    finite = [each for each in found if math.isfinite(each[0])]
+    return min(finite, key=lambda each: each[0])[1:] if finite else None
 
 
 def comparison_table(jobs: Sequence[Job], metric: str) -> str:
-    """Returns a text table with one row per job: its differing overrides and last validation. The best is marked."""
-    keys, winner = _varied(jobs), best(jobs)
+    """Returns a text table with one row per job: what differs, its last validation, and a star at the best value."""
+    keys, winner = _varied(jobs), best(jobs, metric)
     # Leaves out the seconds, which only programs use, and the step if it is the same for all jobs.
-    shown = dict(zip(RESULTS, zip(*map(_cells, jobs), strict=True), strict=True))
+    shown = dict(zip(RESULTS, zip(*(_cells(job, metric) for job in jobs), strict=True), strict=True))
     del shown["seconds"]
     if len(set(shown["step"])) == 1:
         del shown["step"]
     header = [*_short(keys), *shown, "best"]
     columns = [*([job.overrides.get(key, NOTHING) for job in jobs] for key in keys), *shown.values()]
-    columns.append(["*" if job is winner else "" for job in jobs])
-    title = f"{metric} at the last merged validation of each job"
+    columns.append([f"* {winner[1]}" if winner is not None and job is winner[0] else "" for job in jobs])
+    title = f"{metric} at the last validation of each job"
     return text_table(header, list(zip(*columns, strict=True)), title=title, num_left=len(keys))
 
 
-def write_comparison(file: Path, jobs: Sequence[Job]) -> None:
+def write_comparison(file: Path, jobs: Sequence[Job], metric: str) -> None:
     """Writes the same table as CSV, with full precision and the folders of the jobs."""
     keys = _varied(jobs)
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["folder", *keys, *RESULTS])
         for job in jobs:
-            numbers = ["" if number is None else number for number in _numbers(job.last)]
+            numbers = ["" if number is None else number for number in _numbers(job, metric)]
             settings = (cell_of_text(job.overrides.get(key, "")) for key in keys)
             writer.writerow([cell_of_text(str(job.folder)), *settings, *numbers])
 
@@ -109,14 +121,35 @@ class ComparisonTable(Callback):
     """A Hydra callback (``hydra/callbacks=merge_comparison``) that ends a multirun with one table of its jobs.
 
     Args:
-        metric: Name of the metric, such as ``"val_loss"``; None takes the first that has a merged value.
+        metric: Name of the metric, such as ``"val_loss"``; None takes the first loss that a job has logged.
     """
 
     def __init__(self, metric: str | None = None) -> None:
         self.metric = metric
+        self._job = ExitStack()
+        self._results: list[FitResult] = []
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Says before the first job what would be missing after the last one."""
+        if not _makes_merges(config):
+            sys.stdout.write(
+                "merge_comparison: this config has no MergeCallback, so jobs that do not make one themselves cannot be"
+                " compared. Add `callbacks/merge: pma` to its defaults, or callbacks/merge=pma to the command\n"
+            )
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Collects the results of the fits of a job, in its process."""
+        self._results = self._job.enter_context(collecting_results())
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Prints the table so far after a failed job, which ends the multirun with most launchers."""
+        """Writes the result of the job's last fit into its folder.
+
+        Prints the table so far after a failed job, which ends the multirun with most launchers.
+        """
+        self._job.close()
+        if self._results:
+            file = Path(config.hydra.runtime.output_dir) / RESULT
+            file.write_text(json.dumps(asdict(self._results[-1]), indent=1))
         if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
             self._show(Path(config.hydra.sweep.dir))
 
@@ -132,24 +165,50 @@ class ComparisonTable(Callback):
             return
         if metric is None:
             sys.stdout.write(
-                f"No comparison: in {folder} no job has a metrics.csv with a metric merged/... beside its .hydra."
-                " Jobs need Lightning's CSVLogger, writing below ${hydra:runtime.output_dir}, and MergeCallback\n"
+                f"No comparison: no job in {folder} has a {RESULT}. A job writes one if a fit with a MergeCallback ends"
+                " in it that was validated and logged a metric\n"
             )
             return
-        write_comparison(folder / "comparison.csv", jobs)
+        write_comparison(folder / "comparison.csv", jobs, metric)
         sys.stdout.write(f"{comparison_table(jobs, metric)}\nComparison: {folder / 'comparison.csv'}\n")
 
 
-def _last(metrics_file: Path | None, metric: str | None) -> Validation | None:
-    if metrics_file is None or metric is None:
-        return None
+def _makes_merges(config: DictConfig) -> bool:
+    """Returns whether a config names a MergeCallback, or a sweep may choose one."""
+    known = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(known, dict)
+    told = known.get("hydra", {}).get("overrides", {}).get("task", [])
+    targets = [value for key, value in _entries(known) if key in ("_target_", "class_path")]
+    return any("MergeCallback" in str(target) for target in targets) or any("merge" in str(each) for each in told)
+
+
+def _entries(config: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields all keys and values of nested containers."""
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+        yield key, value
+        if isinstance(value, dict | list):
+            yield from _entries(value)
+
+
+def _read_result(file: Path) -> FitResult | None:
+    """Returns what a job has written; None if there is nothing, or somebody else's."""
     try:
-        validations = read_validations(metrics_file, metric)
-    except ValueError:
+        found = json.loads(file.read_text())
+        metrics = {str(name): MetricResult(**_numbers_only(values)) for name, values in found["metrics"].items()}
+        step, span_steps, seconds = (found[key] for key in ("step", "span_steps", "seconds"))
+        return FitResult(int(step), _number(span_steps), _number(seconds), metrics)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
-    # Some validations may not have evaluated the merge.
-    with_merge = [validation for validation in validations if validation.merged is not None]
-    return next(reversed(with_merge or validations), None)
+
+
+def _numbers_only(values: Mapping[str, Any]) -> dict[str, Any]:
+    is_higher_better = bool(values["higher_is_better"])
+    known = {name: _number(values[name]) for name in ("merged", "gain", "predicted")}
+    return {"live": float(values["live"]), **known, "higher_is_better": is_higher_better}
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _varied(jobs: Sequence[Job]) -> list[str]:
@@ -168,15 +227,15 @@ def _short(keys: Sequence[str]) -> list[str]:
     return list(keys)
 
 
-def _numbers(last: Validation | None) -> list[float | None]:
-    if last is None:
+def _numbers(job: Job, metric: str) -> list[float | None]:
+    result, values = job.result, job.values(metric)
+    if result is None or values is None:
         return [None] * len(RESULTS)
-    predicted = last.predicted.value if last.predicted is not None else None
-    return [last.step, last.live, last.merged, last.gain, predicted, last.span_steps, last.seconds]
+    return [result.step, values.live, values.merged, values.gain, values.predicted, result.span_steps, result.seconds]
 
 
-def _cells(job: Job) -> list[str]:
-    step, *losses, better, predicted, span, seconds = _numbers(job.last)
+def _cells(job: Job, metric: str) -> list[str]:
+    step, *losses, better, predicted, span, seconds = _numbers(job, metric)
     whole = [NOTHING if each is None else f"{each:.0f}" for each in (step, span)]
     values = [NOTHING if each is None else number(each) for each in (*losses, predicted, seconds)]
     return [whole[0], *values[:2], NOTHING if better is None else number(better, "+"), values[2], whole[1], values[3]]

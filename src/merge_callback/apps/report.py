@@ -15,8 +15,10 @@ import base64
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
 from html import escape
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +36,8 @@ from merge_callback.prediction.assessment import (
 )
 from merge_callback.prediction.bias import recovered_share
 from merge_callback.prediction.records import AnnealRecord, records_and_problems
+from merge_callback.utilities.checks import check_installed
+from merge_callback.utilities.tables import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,8 +65,10 @@ def find(source: Path, metric: str | None = None) -> Found:
             there is no loss, it takes the first metric.
 
     Raises:
-        ValueError: If there is nothing to report on, or nothing for that metric.
+        ValueError: If the source does not exist, there is nothing to report on, or nothing for that metric.
     """
+    if not source.exists():
+        raise ValueError(f"{source} does not exist; give the folder of a run, its metrics.csv, or records of anneals")
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     records, left_out = _records_in(files, is_folder=source.is_dir())
     metrics_file = _newest([file for file in files if file.name == "metrics.csv"])
@@ -109,6 +115,7 @@ def page(found: Found) -> str:
     Raises:
         ModuleNotFoundError: If matplotlib, an extra, is not installed.
     """
+    check_installed("matplotlib", "dashboards")
     from merge_callback.apps.figures import plot_errors, plot_predicted_against_actual, plot_validations
 
     cases = cases_of(found.records, found.metric)
@@ -118,7 +125,7 @@ def page(found: Found) -> str:
         "from both": from_earlier_and_others(cases) if len({case.run for case in cases}) > 1 else [],
     }
     assessed = {label: several for label, several in assessed.items() if several}
-    parts = [f"<h1>Merges and anneals: {escape(found.metric)}</h1>", f"<p>{escape(str(found.source))}</p>"]
+    parts = [f"<h1>Merges and anneals: {escape(found.metric)}</h1>", f"<p>{escape(summary(found))}</p>", _about(found)]
     if found.other_metrics:
         parts.append(f"<p>There are also {escape(', '.join(found.other_metrics))}: <code>--metric NAME</code>.</p>")
     if found.left_out:
@@ -149,6 +156,41 @@ def page(found: Found) -> str:
             _table(*validation_table(found.validations)),
         ]
     return _PAGE.format(title=escape(f"Merges and anneals: {found.metric}"), body="\n".join(parts))
+
+
+def summary(found: Found) -> str:
+    """Returns in one sentence where the run stands: live, merged, predicted, forecast and annealed at its end."""
+    anneals = [record for record in found.records if found.metric in record.annealed]
+    if not found.validations:
+        return f"{len(anneals)} real anneals of {len({record.run for record in anneals})} runs, and no run of its own."
+    last, metric = found.validations[-1], found.metric
+    clauses = [f"At step {last.step}, {metric} is {number(last.live)} live"]
+    if last.merged is not None:
+        clauses.append(f"{number(last.merged)} merged")
+    if (predicted := last.predicted) is not None:
+        interval = f"{number(predicted.low)} to {number(predicted.high)}"
+        clauses.append(f"{number(predicted.value)} as predicted if it had been annealed until then ({interval})")
+    if (forecast := last.forecast) is not None:
+        interval = f"{number(forecast.low)} to {number(forecast.high)}"
+        end = "" if last.forecast_end is None else f" up to step {last.forecast_end:.0f}"
+        clauses.append(f"{number(forecast.value)} as forecast at the end of a decay{end} ({interval})")
+    if (real := next((each for each in anneals if each.step == last.step), None)) is not None:
+        clauses.append(f"{number(real.annealed[metric])} really annealed from step {real.start_step} on")
+    *firsts, end = clauses
+    return f"{', '.join(firsts)}{' and ' if firsts else ''}{end}."
+
+
+def _about(found: Found) -> str:
+    """Returns where and when the report was made, with which versions, and the run's config if there is one."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("merge-callback", "torch", "lightning"))
+    now = datetime.now(tz=timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    lines = [f"<p>Made of {escape(str(found.source))} on {now}, with {escape(versions)}.</p>"]
+    configs = [found.source / ".hydra" / "config.yaml", *sorted(found.source.rglob("hparams.yaml"))]
+    config = next((file for file in configs if file.is_file()), None) if found.source.is_dir() else None
+    text = config.read_text(encoding="utf-8", errors="replace").strip() if config is not None else ""
+    if config is not None and text not in ("", "{}"):
+        lines.append(f"<details><summary>{escape(config.name)}</summary><pre>{escape(text)}</pre></details>")
+    return "\n".join(lines)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -208,7 +250,7 @@ def _anneal_table(records: Sequence[AnnealRecord], metric: str, assessed: Mappin
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="table"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
 
 
 def _image(draw: Callable[[], "Figure"], what: str) -> str:
@@ -217,7 +259,7 @@ def _image(draw: Callable[[], "Figure"], what: str) -> str:
 
     light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in light_and_dark(draw))
     source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-    return f'<picture>{source}<img alt="{escape(what)}" src="{light}"></picture>'
+    return f'<div class="wide"><picture>{source}<img alt="{escape(what)}" src="{light}"></picture></div>'
 
 
 _EXPLAINED = """<p>recovered: mean share of the decay's gain that the merge had; predicted: branches that the
@@ -234,10 +276,13 @@ _PAGE = """<!DOCTYPE html>
 @media (prefers-color-scheme: dark) {{ :root {{ --page: #14171a; --text: #e4e4e4; --line: #3a3f45; }} }}
 body {{ font-family: sans-serif; max-width: 70rem; margin: 1rem auto; padding: 0 1rem; }}
 body {{ background: var(--page); color: var(--text); overflow-wrap: anywhere; }}
-.table {{ overflow-x: auto; margin: 1rem 0; }}
+.wide {{ overflow-x: auto; margin: 1rem 0; }}
+pre {{ white-space: pre-wrap; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 td, th {{ padding: 0.2rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; }}
-img {{ max-width: 100%; height: auto; display: block; margin: 1rem 0; }}
+img {{ max-width: 100%; height: auto; display: block; }}
+/* On a phone, pictures keep a size at which they can be read, and are moved with a finger. */
+@media (max-width: 40rem) {{ img {{ max-width: none; width: 40rem; }} }}
 </style></head><body>
 {body}
 </body></html>

@@ -52,6 +52,8 @@ class MergedCheckpoint(ShownAsItsCall, PickledWithoutItsRun, ModelCheckpoint):
 
     # Not the name that Lightning looks for: `ckpt_path="last"` must never find a merge.
     CHECKPOINT_NAME_LAST = "merged-last"
+    # It waits for the value that it monitors, as `EarlyStopping(strict=False)` does.
+    strict = False
 
     def __init__(
         self,

@@ -33,7 +33,8 @@ class LiveAndMergedBar(ShownAsItsCall, TQDMProgressBar):
 
     @property
     def _num_done(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        processed: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        return processed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from merge_callback.validation.evaluation import Evaluated, Evaluation, Results
 from merge_callback.validation.frozen import FrozenValues
 from merge_callback.validation.logged import LoggedName, Names
 from merge_callback.validation.moment import moment_of
+from merge_callback.validation.monitors import warn_of_missing_values, warn_of_repeated_values
 from merge_callback.validation.predictions import LoggedPredictions
 from merge_callback.validation.reasons import Circumstances
+from merge_callback.validation.results import collect, fit_result
 from merge_callback.validation.routers import Choices, Routers
 from merge_callback.validation.unmoved import UnmovedValues
 
@@ -75,10 +78,12 @@ class MergedValidation:
         # The latest comparison with the live model that is told at the end of a fit.
         self._compared: Compared | None = None
         self._num_shown = 0
+        # Step, live and logged values of the latest validation.
+        self._latest: tuple[int, Mapping[str, LoggedValue], Mapping[LoggedName, LoggedValue]] | None = None
 
     def begin(self, trainer: Trainer) -> None:
         """Starts to observe the validations of a fit, until `close`."""
-        self._began, self._compared, self._num_shown = time.perf_counter(), None, 0
+        self._began, self._compared, self._num_shown, self._latest = time.perf_counter(), None, 0, None
         self._names.monitored.clear()
         self._names.monitored.update(monitored(trainer.callbacks))  # type: ignore[attr-defined]
         # Another fit may have another limit of batches.
@@ -90,22 +95,12 @@ class MergedValidation:
         elif trainer.enable_validation:
             num_limited_batches(trainer, self._limit_batches)  # raises now rather than at the first merge
             observe_validations(trainer, self, self._limit_batches)
-            self._warn_of_early_stops(trainer)
+            if self._every_n_validations > 1 or self.budget.share is not None:
+                warn_of_repeated_values(trainer, self._messages)
         else:
             self._messages.say(
                 "there is no validation, so merges are kept for export but not evaluated", "no validation"
             )
-
-    def _warn_of_early_stops(self, trainer: Trainer) -> None:
-        if self._every_n_validations == 1 and self.budget.share is None:
-            return
-        for stopping in trainer.early_stopping_callbacks:
-            if str(stopping.monitor).startswith(("merged", "merge_gain", "annealed", "forecast")):
-                self._messages.warn(
-                    f"where a merged validation is left out, EarlyStopping(monitor={stopping.monitor!r}) sees the"
-                    " previous value again and counts that as no improvement; choose its patience accordingly",
-                    "stopping",
-                )
 
     def close(self, trainer: Trainer) -> None:
         """Ends the fit: logs the results of the last validation and the time that merges took."""
@@ -121,6 +116,9 @@ class MergedValidation:
             ]
             self._messages.say("\n\n".join(filter(None, parts)), "closing")
             self._compared, self._num_shown = None, 0
+        if self._latest is not None and trainer.is_global_zero:
+            collect(partial(fit_result, self._names, *self._latest))
+        self._latest = None
         # Its results refer to the fit.
         self._frozen = FrozenValues(self.merges)
 
@@ -142,6 +140,7 @@ class MergedValidation:
         merges.drop_unusable()
         merges.drop_nonfinite(step)
         if not merges.are_any_ready:
+            warn_of_missing_values(trainer, self._messages, merges.capture.window.why_empty)
             return
         device = trainer.lightning_module.device
         wait_for_device(device)
@@ -203,6 +202,7 @@ class MergedValidation:
             if trainer.is_global_zero:
                 self._show(trainer, evaluation, live, logged, step)
             self._evaluation = evaluation.without_sums()
+        self._latest = optimizer_step(trainer), live, logged
         return {str(name): value for name, value in logged.items()}
 
     def _check_names(self, live: Mapping[str, LoggedValue]) -> None:
