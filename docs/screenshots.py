@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests import browser
+from tests.helpers import browser
 
 PICTURES = Path(__file__).parent / "pictures"
 

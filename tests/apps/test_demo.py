@@ -103,7 +103,7 @@ def test_the_merge_beats_the_live_model_on_real_text_and_predicts_an_anneal_it_h
     assert abs(predicted.value - annealed) < 0.25 * (full[-1].live - annealed)
     assert f"{annealed:.4f}" in output
     assert (folder / "live_and_merged.png").stat().st_size > 10_000
-    assert list((folder / "tensorboard").glob("events*"))
+    assert list((folder / "tensorboard" / "live").glob("events*"))
 
 
 @pytest.mark.slow

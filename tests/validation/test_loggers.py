@@ -61,7 +61,17 @@ def test_weights_and_biases_has_them_and_knows_their_best(tmp_path):
     ]
     for name in ("val_loss", *NAMES):
         assert [row["trainer/global_step"] for row in rows if name in row] == STEPS, name
-    assert rows[-1]["merged/val_loss"] == run.trainer.callback_metrics["merged/val_loss"].item()
+    *_, final = [row["merged/val_loss"] for row in rows if "merged/val_loss" in row]
+    assert final == run.trainer.callback_metrics["merged/val_loss"].item()
+    # One chart of all that is known of the first loss, at the end with every validation.
+    path = "chart/val_loss_table.path"
+    *_, last = [row[path] for row in rows if path in row]
+    table = json.loads(next((tmp_path / "wandb").glob(f"offline-run-*/files/{last}")).read_text())
+    assert table["columns"] == ["step", "lineKey", "lineVal"]
+    drawn = {key: [(step, value) for step, line, value in table["data"] if line == key] for _, key, _ in table["data"]}
+    assert [step for step, _ in drawn["live"]] == [step for step, _ in drawn["merged"]] == STEPS
+    assert drawn["merged"][-1][1] == final
+    assert "annealed (predicted)" in drawn
     metrics = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
     best = {metric.name: (metric.summary.min, metric.summary.max, metric.summary.last) for metric in metrics}
     assert best["merged/val_loss"] == best["merged_wma__all_/val_loss"] == (True, False, True)

@@ -240,8 +240,9 @@ def test_a_monitor_of_a_merge_that_is_never_there_gets_its_reason_before_the_run
     callback = MergeCallback(2, 3)
     waiting = MergedCheckpoint(callback, dirpath=tmp_path / "merged", monitor="merged/val_loss")
     stopping = lightning(".callbacks").EarlyStopping("merged/val_loss", strict=False, check_on_train_epoch_end=False)
+    callbacks = [callback, waiting, stopping, lightning(".callbacks").ModelCheckpoint(tmp_path / "plain")]
     with pytest.warns(UserWarning, match="the learning rate was not constant") as said:
-        fit(make(Falling), tmp_path, callback, waiting, stopping, enable_checkpointing=True)
+        fit(make(Falling), tmp_path, *callbacks, enable_checkpointing=True)
     assert not any("monitors" in str(warning.message) for warning in said)
     with pytest.raises(RuntimeError, match=f"nothing was captured, so there is no merge: {why}"):
         callback.save_merged(tmp_path / "merged.ckpt")

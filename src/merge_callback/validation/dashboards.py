@@ -4,8 +4,8 @@ TensorBoard gives a run one colour, so live and merged values of one run look al
 values are therefore written again as separate runs below the log folder, ``merged``, ``annealed`` and ``forecast``,
 under the name of the live metric. So one chart shows all of them, each in its own colour. The layout of the Custom
 Scalars page is stored in these runs too. A user may have written one for the run itself; TensorBoard shows both. For
-Weights & Biases, merged values and gains are defined with their best value. Other loggers need only the metrics, whose
-names they all accept.
+Weights & Biases, merged values and gains are defined with their best value, and one chart shows all values of the first
+loss. Other loggers need only the metrics, whose names they all accept.
 """
 
 import os
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.utilities.checks import how_to_install
 from merge_callback.validation.logged import BOUNDS, LoggedName
+from merge_callback.validation.wandb_charts import WandbCharts
 
 # The diagnostics of a merge that get a chart.
 DIAGNOSTICS = ("num_snapshots", "span_steps", "spread", "seconds", "num_skipped")
@@ -79,24 +80,28 @@ class Dashboards:
         # Parts of TensorBoard's layout already written, and names already defined in Weights & Biases.
         self._laid_out: set[tuple[str, str]] = set()
         self._defined: set[str] = set()
+        self._wandb: dict[int, tuple[Any, WandbCharts]] = {}
         self._is_without_figures = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves out open writers: a copy opens its own."""
-        return self.__dict__ | {"_runs": {}}
+        """Leaves out open writers and loggers: a copy opens its own."""
+        return self.__dict__ | {"_runs": {}, "_wandb": {}}
 
     def show(
         self,
         loggers: Iterable[Any],
+        live: Mapping[str, LoggedValue],
         logged: Mapping[LoggedName, LoggedValue],
         step: int,
         coefficients: Mapping[int, float],
+        *,
         intervals: Sequence[Sequence[int]] = (),
     ) -> None:
         """Updates the charts after a validation.
 
         Args:
             loggers: The Trainer's loggers.
+            live: Metric -> live value.
             logged: The values that the callback logs at this validation.
             step: The step under which Lightning logs them.
             coefficients: Coefficients of the primary merge by snapshot step; empty if it is not made of snapshots.
@@ -116,9 +121,15 @@ class Dashboards:
                     self._draw(logger, coefficients, intervals, step)
             elif "WandbLogger" in kinds:
                 self._define_in_wandb(logger, written)
+                _, charts = self._wandb.setdefault(id(logger), (logger, WandbCharts(self.label)))
+                charts.add(live, written, step)
+                if is_drawn:
+                    charts.draw(logger)
 
     def close(self) -> None:
-        """Closes all writers, at the end of a fit."""
+        """Draws the last charts and closes all writers, at the end of a fit."""
+        for logger, charts in self._wandb.values():
+            charts.draw(logger)
         for run in self._runs.values():
             run.close()
         self._begin()

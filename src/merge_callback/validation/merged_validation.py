@@ -263,8 +263,8 @@ class MergedValidation:
         """Updates the dashboards and prepares the closing lines; called on rank 0 alone."""
         began = time.perf_counter()
         primary = evaluation.merges.get(self.merges.primary)
-        drawn = (primary.coefficients, primary.intervals) if primary is not None else ({}, [])
-        self._dashboards.show(trainer.loggers, logged, step, *drawn)
+        coefficients, intervals = (primary.coefficients, primary.intervals) if primary is not None else ({}, [])
+        self._dashboards.show(trainer.loggers, live, logged, step, coefficients, intervals=intervals)
         self._num_shown += 1
         # Beside a live model whose rate decays, a merge of before has no place.
         if not self.merges.capture.window.is_frozen:
