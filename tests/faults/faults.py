@@ -16,8 +16,8 @@ FAULTS = [
     ),
     (
         "the merge is validated before anything was captured",
-        "        if not merges.are_any_ready:\n            return\n        device",
-        "        device",
+        "            warn_of_missing_values(trainer, self._messages, merges.capture.window.why_empty)\n            return\n",
+        "            pass\n",
         "test_nothing_is_logged_before_the_first_snapshot",
     ),
     (
@@ -545,14 +545,14 @@ FAULTS = [
     ),
     (
         "the best job of a sweep has the smallest value also where more is better",
-        "    sign = 1 if sum(",
-        "    sign = 1 if True or sum(",
-        "test_the_best_merge_is_found_whether_less_or_more_is_better",
+        "        sign = -1 if values.higher_is_better else 1\n",
+        "        sign = 1\n",
+        "test_the_best_is_found_whether_live_or_merged_and_whether_less_or_more_is_better",
     ),
     (
-        "one job that diverged makes the worst merge the best",
-        "all(map(math.isfinite, (live, merged, better)))",
-        "True",
+        "a job that diverged is the best",
+        "    finite = [each for each in found if math.isfinite(each[0])]\n",
+        "    finite = found\n",
         "test_a_job_that_diverged_is_not_the_best_and_makes_no_other_so",
     ),
     (
@@ -1397,8 +1397,8 @@ FAULTS = [
     ),
     (
         "accuracies are forecast",
-        "self.forecaster.update(validation.step, self.losses or (), self._made), {}\n",
-        "self.forecaster.update(validation.step, validation.merged, self._made), {}\n",
+        "self.forecaster.update(validation.step, self.losses or (), self._made)\n",
+        "self.forecaster.update(validation.step, validation.merged, self._made)\n",
         "test_a_run_logs_what_a_decay_would_give_and_checks_it_when_it_decays",
     ),
     (
@@ -1523,8 +1523,80 @@ FAULTS = [
     ),
     (
         "intervals of other optimizers are as narrow as those of Adam",
-        "    return widths if _is_like_adam(now.optimizer) else widths.times(fitted().unlike_adam)\n",
+        "    return widths if now.is_like_adam else widths.times(fitted().unlike_adam)\n",
         "    return widths\n",
         "test_with_optimizers_unlike_adam_the_interval_is_wider_and_says_why",
+    ),
+    (
+        "a merge of before a decay is set beside the annealed model",
+        "        if not self.merges.capture.window.is_frozen:\n            made_of",
+        "        if True:\n            made_of",
+        "test_a_decay_is_told_as_one",
+    ),
+    (
+        "every interval holds what came",
+        '    holds = "yes" if said.low <= came <= said.high else "no"\n',
+        '    holds = "yes"\n',
+        "test_each_interval_holds_or_does_not",
+    ),
+    (
+        "a forecast of another decay is judged by the one that came",
+        "NOTHING if of_other else holds]\n",
+        "holds]\n",
+        "test_a_forecast_of_another_length_is_neither_right_nor_wrong",
+    ),
+    (
+        "a branch and a MergeCallback both say what its decay came to",
+        " and not any(isinstance(each, MergesOfARun) for each in others)",
+        "",
+        "test_a_branch_tells_what_its_decay_came_to",
+    ),
+    (
+        "a loss that falls is no reason for a merge that lags behind",
+        "                if moved > -gain / 2:\n",
+        "                if False:\n",
+        "test_a_loss_that_falls_faster_than_averaging_gains_is_a_reason_and_else_there_is_chance",
+    ),
+    (
+        "names of metrics are cut in tables",
+        "    if len(lines[0]) > WIDTH and len(header) > 1:\n",
+        "    if False:\n",
+        "test_long_names_stand_above_their_rows_and_are_never_broken",
+    ),
+    (
+        "nan has a sign in tables",
+        '    if math.isnan(value):\n        return "nan"\n',
+        "",
+        "test_no_name_is_broken_no_nan_has_a_sign_and_further_metrics_are_counted",
+    ),
+    (
+        "the bar of a resumed run counts what was done before as fast work",
+        "        bar.initial = bar.n = self._num_done\n",
+        "        bar.n = self._num_done\n",
+        "test_the_progress_bar_of_a_resumed_run_shows_where_it_stands_and_how_fast_it_is",
+    ),
+    (
+        "what waits for a merge is warned of",
+        'if _is_of_merge(monitor) and getattr(each, "strict", True):',
+        "if _is_of_merge(monitor):",
+        "test_a_monitor_of_a_merge_that_is_never_there_gets_its_reason_before_the_run_ends",
+    ),
+    (
+        "a prior of AdamW says nothing under other optimizers",
+        "    if not now.is_like_adam:\n        source +=",
+        "    if False:\n        source +=",
+        "test_a_prior_of_other_optimizers_or_spans_says_so",
+    ),
+    (
+        "jobs of a sweep leave no values without a CSV logger",
+        "            collect(partial(fit_result, self._names, *self._latest))\n",
+        "            pass\n",
+        "test_values_come_from_the_jobs_whatever_their_logger",
+    ),
+    (
+        "the chart in Weights & Biases ends at a power of two",
+        "        for logger, charts in self._wandb.values():\n            charts.draw(logger)\n",
+        "",
+        "test_weights_and_biases_has_them_and_knows_their_best",
     ),
 ]
