@@ -10,11 +10,13 @@ takes about four minutes.
 """
 
 import hashlib
+import json
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -29,6 +31,8 @@ from merge_callback.prediction.records import AnnealRecord, read_records
 from merge_callback.utilities.tables import NOTHING, text_table
 
 METRIC = "val_loss"
+# With it TensorBoard begins with the chart of live, merged, annealed and forecast values; else it sorts by name.
+PINNED = json.dumps([{"plugin": "scalars", "tag": METRIC}], separators=(",", ":"))
 
 
 def run(config: DictConfig) -> None:
@@ -60,6 +64,7 @@ def run(config: DictConfig) -> None:
     python = Path(sys.executable) if ".." in python.parts else python
     command = python.with_name("merge-callback")
     print(f"Charts: {python} -m tensorboard.main --logdir {folder / 'tensorboard'}")
+    print(f"    then open http://localhost:6006/?pinnedCards={quote(PINNED)}")
     print(f"Report: {command} report {folder}")
     if anneals:
         start = folder / "checkpoints" / f"step-{anneals[-1].start_step}.ckpt"
