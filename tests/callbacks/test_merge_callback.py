@@ -127,7 +127,7 @@ def test_before_anything_was_captured_asking_for_the_merge_says_so(tmp_path):
     callback = MergeCallback(100, 3)
     for ask in (callback.merged_state_dict, callback.coefficients, callback.implied_decay):
         with pytest.raises(
-            RuntimeError, match=r"nothing was captured yet: no fit .*in trainer.callbacks.* has used this"
+            RuntimeError, match=r"no fit has used this MergeCallback object. .* is in trainer.callbacks"
         ):
             ask()
     run = fit(make(Toy), tmp_path, callback)

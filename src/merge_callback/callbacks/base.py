@@ -41,6 +41,8 @@ class MergesOfARun(ShownAsItsCall):
     _session: MergeSession
     # What uses such an object.
     _RUN = "loop"
+    # Where another object may be that was used instead.
+    _COPIES = ""
     _ELSEWHERE = {  # noqa: RUF012
         "decay": "for an average over every step write merges=Ema(half_life_steps=...), where a decay of d a step is a"
         " half-life of log(0.5) / log(d) steps",
@@ -157,7 +159,8 @@ class MergesOfARun(ShownAsItsCall):
     def captured_merges(self) -> MergeSet:
         """Returns the merges of a run; raises RuntimeError if no run has used this object."""
         if self._session.module is None:
-            raise RuntimeError(f"nothing was captured yet: no {self._RUN} has used this {type(self).__name__} object")
+            who = f"no {self._RUN} has used this {type(self).__name__} object"
+            raise RuntimeError(f"nothing was captured yet: {who}{self._COPIES}")
         return self._session.merges
 
     # For the building of sessions.

@@ -85,7 +85,11 @@ class MergeCallback(MergesOfARun, PickledWithoutItsRun):
     """
 
     _session: TrainerSession
-    _RUN = "fit (some package may have copied the callbacks: the one that was used is in trainer.callbacks)"
+    _RUN = "fit"
+    _COPIES = (
+        ". Some packages copy callbacks before a fit; the one that was used is in trainer.callbacks, or where the"
+        " package keeps the Trainer's arguments, such as nf.models[0].trainer_kwargs['callbacks'] in neuralforecast"
+    )
 
     def __init__(
         self,

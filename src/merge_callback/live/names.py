@@ -58,16 +58,19 @@ class Selection:
 
 
 EVERYTHING = Selection()
+# So many names show how parameters are called.
+MAX_NAMES = 20
 
 
 def check_patterns(module: nn.Module, selection: Selection) -> None:
     """Raises ValueError if a pattern matches no parameter, trainable or not, since it is probably mistyped.
 
     Raises:
-        ValueError: If a pattern matches nothing. The message names the pattern and all parameters.
+        ValueError: If a pattern matches nothing. The message names the pattern and some of the parameters.
     """
     names = [clean_name(name) for name, _ in module.named_parameters()]
     for argument, patterns in (("include", selection.include), ("exclude", selection.exclude)):
         for pattern in patterns:
             if not any(fits(name, pattern) for name in names):
-                raise ValueError(f"{argument}={pattern!r} fits no parameter; there are {', '.join(names)}")
+                known = ", ".join([*names[:MAX_NAMES], *(["..."] if len(names) > MAX_NAMES else [])])
+                raise ValueError(f"{argument}={pattern!r} fits no parameter; there are {known}")
