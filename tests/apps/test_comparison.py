@@ -175,7 +175,7 @@ def test_values_come_from_the_jobs_whatever_their_logger(sweep, tmp_path, ends, 
     trainer = Trainer(
         max_steps=12,
         val_check_interval=4,
-        callbacks=[MergeCallback(1, 4)],
+        callbacks=[MergeCallback(1, 4), MergeCallback(1, 4, name="late", start=1000)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -193,6 +193,7 @@ def test_the_page_begins_with_one_sentence_and_says_what_it_was_made_of(folder):
     config = folder / ".hydra" / "config.yaml"
     config.parent.mkdir()
     config.write_text("model: ${oc.env:SECRET} <b>\n")
+    append_record(folder / "anneals.jsonl", replace(record(150, 9.0, run="of another model"), matched=None))
     append_record(folder / "anneals.jsonl", record(150, 1.75))
     last = replace(ROWS[1], forecast=Prediction(1.9, 1.8, 2.0), forecast_end=167.0)
     assert summary(replace(find(folder), validations=[ROWS[0], last])) == (
@@ -205,7 +206,7 @@ def test_the_page_begins_with_one_sentence_and_says_what_it_was_made_of(folder):
     assert f"torch {torch.__version__}" in html
     assert "model: ${oc.env:SECRET} &lt;b&gt;" in html
     assert re.search(r"on \d{4}-\d\d-\d\d \d\d:\d\d UTC", html)
-    assert summary(find(folder / "anneals.jsonl")) == "7 real anneals of 2 runs, and no run of its own."
+    assert summary(find(folder / "anneals.jsonl")) == "8 real anneals of 3 runs, and no run of its own."
 
 
 def test_without_matplotlib_it_says_what_to_install(folder, monkeypatch):

@@ -16,7 +16,7 @@ FAULTS = [
     ),
     (
         "the merge is validated before anything was captured",
-        "            warn_of_missing_values(trainer, self._messages, merges.capture.window.why_empty)\n            return\n",
+        "            warn_of_missing_values(trainer, self._messages, self._labels, merges.capture.window.why_empty)\n            return\n",
         "            pass\n",
         "test_nothing_is_logged_before_the_first_snapshot",
     ),
@@ -1547,8 +1547,8 @@ FAULTS = [
     ),
     (
         "a branch and a MergeCallback both say what its decay came to",
-        " and not any(isinstance(each, MergesOfARun) for each in others)",
-        "",
+        "        if self._annealed and before and not is_said:\n",
+        "        if self._annealed and before:\n",
         "test_a_branch_tells_what_its_decay_came_to",
     ),
     (
@@ -1577,8 +1577,8 @@ FAULTS = [
     ),
     (
         "what waits for a merge is warned of",
-        'if _is_of_merge(monitor) and getattr(each, "strict", True):',
-        "if _is_of_merge(monitor):",
+        'if _needs_merge(monitor, labels) and getattr(each, "strict", True):',
+        "if _needs_merge(monitor, labels):",
         "test_a_monitor_of_a_merge_that_is_never_there_gets_its_reason_before_the_run_ends",
     ),
     (

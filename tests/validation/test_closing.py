@@ -16,7 +16,8 @@ from merge_callback.prediction.validations import StableValidation
 from merge_callback.validation.closing import MAX_METRICS, Compared, Decayed
 from merge_callback.validation.logged import LoggedName
 from merge_callback.validation.reasons import Circumstances
-from tests.helpers.toys import Base, ResumableBatches, Toy, fit, lightning, make
+from merge_callback.validation.results import collecting_results
+from tests.helpers.toys import Base, ResumableBatches, Toy, batches, fit, lightning, make
 from tests.prediction.test_predictor import Decaying
 
 SEVERAL = {"sma": "sma", "late (x)": "wma", "ema": Ema(half_life=0.1)}
@@ -157,6 +158,8 @@ def test_a_forecast_of_another_length_is_neither_right_nor_wrong():
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*the checkpoint holds no state of it:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*the learning rate was not constant:UserWarning")
 def test_a_branch_tells_what_its_decay_came_to(tmp_path, caplog):
     class Saving(lightning().Callback):
         def on_validation_end(self, trainer, pl_module):
@@ -171,15 +174,16 @@ def test_a_branch_tells_what_its_decay_came_to(tmp_path, caplog):
     came = f"{dict(branch.logged('val_loss'))[23]:.4f}"
     rows = [line.split() for line in said.splitlines() if line.startswith("val_loss")]
     assert rows == [["val_loss", "live", f"{live:.4f}", came], ["val_loss", "merged", f"{merged:.4f}", came]]
-    # With a MergeCallback there is one such table, too.
-    caplog.clear()
-    both = [MergeCallback(1, 4), AnnealBranch(8)]
-    fit(make(Toy), tmp_path / "both", *both, max_steps=30, ckpt_path=tmp_path / "16.ckpt")
-    assert caplog.text.count("came to") == 1
+    # Beside a MergeCallback there is one such table, too, whether that one knows what was before or not.
+    for number, merge in enumerate([MergeCallback(1, 4), MergeCallback(merges=Ema(half_life=0.1), name="other")]):
+        caplog.clear()
+        both = [merge, AnnealBranch(8)]
+        fit(make(Toy), tmp_path / str(number), *both, max_steps=30, ckpt_path=tmp_path / "16.ckpt")
+        assert caplog.text.count("came to") == 1
 
 
 REASONS = {
-    "the window is young: 3 of 10 snapshots": {"num_snapshots": 3},
+    "the window is young: 3 of 10 snapshots": {"num_snapshots": 3, "span_steps": 50.0},
     "the window is short: 5 steps, 0.5% of the training so far": {"span_steps": 5.0},
     "it is early: step 1000 of 20000": {"num_steps": 20_000},
     "the learning rate moved while the snapshots were taken": {"is_rate_constant": False},
@@ -239,3 +243,65 @@ def test_batch_norm_layers_are_mentioned_at_the_start_unless_they_are_recalibrat
     caplog.clear()
     fit(make(Toy), tmp_path / "recalibrated", MergeCallback(2, 5, recalibrate_batches=2))
     assert "batch norm" not in caplog.text
+
+
+def test_a_ring_that_was_thinned_is_not_young():
+    circumstances = Circumstances(**{**vars(USUAL), "num_snapshots": 7, "span_steps": 192.0})
+    values = {("merged", "", "loss"): 1.5, ("merge_gain", "", "loss"): -0.5}
+    assert "none of the usual reasons is seen" in compared(values, {"loss": 1.0}, circumstances).describe()
+
+
+def test_reasons_are_those_of_the_primary_merge_whatever_the_callback_is_called():
+    values = {
+        ("merged", "_b", "loss"): 1.5,
+        ("merge_gain", "_b", "loss"): -0.5,
+        ("merged", "_b_late", "loss"): 0.5,
+        ("merge_gain", "_b_late", "loss"): 0.5,
+    }
+    merges = {"_b": ("sma", "10 snapshots, 90 steps"), "_b_late": ("late", "5 snapshots, 40 steps")}
+    assert "loss is worse merged than live" in compared(values, {"loss": 1.0}, merges=merges).describe()
+    values[("merge_gain", "_b", "loss")] = 0.1
+    assert "worse" not in compared(values, {"loss": 1.0}, merges=merges).describe()
+
+
+def test_with_fewer_batches_the_merged_value_is_the_one_beside_the_live_one():
+    values = {("merged", "", "largest"): 0.7, ("merge_gain", "", "largest"): -0.5}
+    (row,) = [
+        line.split() for line in compared(values, {"largest": 1.5}).describe().splitlines() if "largest " in line
+    ][:1]
+    assert row == ["largest", "1.5000", "2.0000", "-0.5000"]
+
+
+def test_without_anything_to_compare_there_is_no_table():
+    assert compared({}, {}).describe() == ""
+    assert Decayed(StableValidation(80, 8, {"a": 1.0}, {"a": 1.0}), 90, {"b": 1.0}).describe() == ""
+
+
+def test_a_metric_that_the_last_validation_did_not_log_came_to_nothing(tmp_path, caplog):
+    class Now(Decaying):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if self.trainer.global_step < 20:
+                self.log("early", 1.0)
+
+    with collecting_results() as results:
+        fit(make(Now), tmp_path, MergeCallback(1, 4))
+    table = closing(caplog).partition("after the decay")[2]
+    assert "val_loss" in table
+    assert "early" not in table
+    assert set(results[-1].metrics) == {"val_loss", "val_accuracy"}
+
+
+def test_each_fit_tells_of_its_own_decay(tmp_path, caplog):
+    class Long(Toy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (40 - step) / 24))
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    run = fit(make(Long), tmp_path, MergeCallback(1, 4))
+    assert "after the decay, at step 24" in closing(caplog)
+    caplog.clear()
+    run.trainer.fit_loop.epoch_loop.max_steps = 27
+    run.trainer.fit(run.module, batches(), batches(24, 8, shuffle=False, seed=1))
+    assert "after the decay" not in caplog.text

@@ -13,7 +13,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from merge_callback import Ema, LiveAndMergedBar, MergeCallback
 from merge_callback.validation.dashboards import scalar_layout
 from merge_callback.validation.figures import pixels, plot_merge
-from tests.helpers.toys import BusyToy, ResumableBatches, Toy, assert_same_training, fit, lightning, make
+from tests.helpers.toys import BusyToy, ResumableBatches, Toy, assert_same_training, batches, fit, lightning, make
 from tests.prediction.test_forecasts import SHORT, Valley
 
 SEVERAL = {"sma": "sma", "late (x)": "wma", "ema": Ema(half_life=0.1)}
@@ -245,6 +245,25 @@ def test_the_progress_bar_of_a_resumed_run_shows_where_it_stands_and_how_fast_it
         fit(make(Toy), tmp_path, *callbacks, **options)
         assert seen[15] == (15, min(seen), 16)
         assert seen[8] == (8, min(seen), 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "totals"),
+    [
+        ({"max_steps": 13}, [5, 5, 3]),
+        ({"max_steps": 4, "accumulate_grad_batches": 2}, [5, 2]),
+        ({"max_epochs": 2, "max_steps": -1}, [5, 5]),
+    ],
+)
+def test_the_progress_bar_s_last_epoch_is_as_long_as_it_will_be(tmp_path, options, totals):
+    class Watched(LiveAndMergedBar):
+        def on_train_epoch_start(self, *arguments):
+            super().on_train_epoch_start(*arguments)
+            seen.append(self.train_progress_bar.total)
+
+    seen = []
+    fit(make(Toy), tmp_path, Watched("val_loss"), train=batches(40), enable_progress_bar=True, **options)
+    assert seen == totals
 
 
 @pytest.mark.slow

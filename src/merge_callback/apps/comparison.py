@@ -149,7 +149,10 @@ class ComparisonTable(Callback):
         self._job.close()
         if self._results:
             file = Path(config.hydra.runtime.output_dir) / RESULT
-            file.write_text(json.dumps(asdict(self._results[-1]), indent=1))
+            # Of several callbacks in one fit, the first that has a merge.
+            last = [each for each in self._results if each.step == self._results[-1].step]
+            result = next((each for each in last if each.span_steps is not None), last[0])
+            file.write_text(json.dumps(asdict(result), indent=1))
         if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
             self._show(Path(config.hydra.sweep.dir))
 
@@ -166,7 +169,7 @@ class ComparisonTable(Callback):
         if metric is None:
             sys.stdout.write(
                 f"No comparison: no job in {folder} has a {RESULT}. A job writes one if a fit with a MergeCallback ends"
-                " in it that was validated and logged a metric\n"
+                " in its own process that was validated and logged a metric (not in processes that ddp_spawn starts)\n"
             )
             return
         write_comparison(folder / "comparison.csv", jobs, metric)

@@ -12,6 +12,7 @@ first loss; --output FILE, by default report.html in the folder that is read.
 
 import argparse
 import base64
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,10 +175,16 @@ def summary(found: Found) -> str:
         interval = f"{number(forecast.low)} to {number(forecast.high)}"
         end = "" if last.forecast_end is None else f" up to step {last.forecast_end:.0f}"
         clauses.append(f"{number(forecast.value)} as forecast at the end of a decay{end} ({interval})")
-    if (real := next((each for each in anneals if each.step == last.step), None)) is not None:
+    if (real := next((each for each in anneals if _is_of_run(each, metric, last)), None)) is not None:
         clauses.append(f"{number(real.annealed[metric])} really annealed from step {real.start_step} on")
     *firsts, end = clauses
     return f"{', '.join(firsts)}{' and ' if firsts else ''}{end}."
+
+
+def _is_of_run(record: AnnealRecord, metric: str, last: Validation) -> bool:
+    """Returns whether an anneal ended at this validation of its run; the records may be of several runs."""
+    outcome = record.outcome(metric)
+    return record.step == last.step and outcome is not None and math.isclose(outcome.live, last.live, rel_tol=1e-6)
 
 
 def _about(found: Found) -> str:

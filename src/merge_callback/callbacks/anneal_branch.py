@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from merge_callback.callbacks.base import MergesOfARun
+from merge_callback.callbacks.merge_callback import MergeCallback
 from merge_callback.callbacks.pickling import PickledWithoutItsRun
 from merge_callback.checkpoints.stable_run import METADATA, stable_run_in_file
 from merge_callback.live.evaluate import LoggedValue
@@ -222,11 +222,12 @@ class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
             )
 
     def _tell(self, trainer: Trainer) -> None:
-        """Says what the decay came to, beside the stable run before it. A `MergeCallback` says it by itself."""
+        """Says what the decay came to, beside the stable run before it, unless a `MergeCallback` says it."""
         before = [each for each in self._history if each.step <= (self._start_step or 0)]
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if self._annealed and before and not any(isinstance(each, MergesOfARun) for each in others):
-            rank_zero_info(f"AnnealBranch: {Decayed(before[-1], self._end_step, self._annealed).describe()}")
+        is_said = any(isinstance(each, MergeCallback) and each.session.predictions.decayed for each in others)
+        if self._annealed and before and not is_said:
+            rank_zero_info(f"AnnealBranch: {Decayed(before[-1], optimizer_step(trainer), self._annealed).describe()}")
 
     # Called by validations, after `observe_validations`.
 

@@ -1,6 +1,7 @@
 """A progress bar whose line fits 80 columns."""
 
 import math
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -21,6 +22,8 @@ class LiveAndMergedBar(ShownAsItsCall, TQDMProgressBar):
         super().__init__(refresh_rate)
         self.metric = metric
         self.forecast = forecast
+        # Batches of the epoch that were done before it was resumed.
+        self._num_done = 0
 
     @property
     def total_train_batches(self) -> int | float:
@@ -28,22 +31,24 @@ class LiveAndMergedBar(ShownAsItsCall, TQDMProgressBar):
         trainer = self.trainer
         if trainer.max_epochs != -1 or trainer.max_steps <= 0:
             return super().total_train_batches
-        remaining = (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
+        num_accumulated = trainer.accumulate_grad_batches
+        remaining = (trainer.max_steps - trainer.global_step) * num_accumulated - self._num_done % num_accumulated
         return min(trainer.num_training_batches, self._num_done + remaining)
-
-    @property
-    def _num_done(self) -> int:
-        processed: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-        return processed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        self._num_done = done if done < trainer.num_training_batches else 0
         # Lightning sets the bar's length when an epoch starts, which does not happen in a run resumed within an epoch.
         bar, total = self.train_progress_bar, self.total_train_batches
         bar.reset(None if math.isinf(total) else int(total))
         # What was done before the interruption took no time of this run.
         bar.initial = bar.n = self._num_done
         bar.set_description(f"Epoch {trainer.current_epoch}")
+
+    def on_train_epoch_start(self, trainer: Trainer, *arguments: Any) -> None:
+        self._num_done = 0
+        super().on_train_epoch_start(trainer, *arguments)
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule

@@ -96,8 +96,9 @@ class CaptureWindow:
         """The error message for a merge that is requested before anything was captured."""
         if self.start == "stable" and self.phase.num_begun == 0 and (moved := self.phase.num_unsettled_steps):
             return (
-                f"nothing was captured, so there is no merge: the learning rate was constant in none of {moved} steps."
-                " start='any' captures whatever it does, and start=STEP from a step on"
+                "nothing was captured yet, so there is no merge: capturing begins once the learning rate is constant,"
+                f" which it was in none of {moved} steps; if it never is, start='any' captures whatever it does, and"
+                " start=STEP from a step on"
             )
         due = "with the first step" if self.first_due is None else f"at step {self.first_due}"
         begins = "once the learning rate is constant" if self.start == "stable" else due

@@ -13,7 +13,7 @@ Lightning keeps these loops private. Only this file and `observe` use their priv
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,7 +117,7 @@ def evaluate(trainer: Trainer, limit_batches: int | float | None = None) -> dict
         recorder = BatchRecorder(loop._max_batches if limit_batches is not None else [0] * len(loop._max_batches))
         stack.enter_context(_recording(connector, loop, recorder))
         loop.run()
-        return _epoch_values(loop._results, connector.callback_metrics, recorder)
+        return _epoch_values(loop._results, loop._results.items(), connector.callback_metrics, recorder)
 
 
 @contextmanager
@@ -180,11 +180,11 @@ def _recording(connector: Any, loop: Any, recorder: BatchRecorder) -> Iterator[N
 
 
 def _epoch_values(
-    results: Any, callback_metrics: Mapping[str, Tensor], recorder: BatchRecorder
+    results: Any, items: Iterable[tuple[str, Any]], callback_metrics: Mapping[str, Tensor], recorder: BatchRecorder
 ) -> dict[str, LoggedValue]:
     """Returns the values that one evaluation loop logged for the epoch; ``callback_metrics`` may hold others too."""
     values = {}
-    for place, item in results.items():
+    for place, item in items:
         if not item.meta.on_epoch:
             continue
         # A value logged for step and epoch is monitored as `name` and as `name_epoch`, and written as the latter.

@@ -111,7 +111,9 @@ class _ObservedRun:
 
     def _publish(self, recorder: BatchRecorder) -> None:
         results = self.trainer.fit_loop.epoch_loop.val_loop._results
-        logged = _epoch_values(results, self.trainer.callback_metrics, recorder)
+        # Of a metric that this validation did not log, Lightning keeps the value of the one before.
+        now_logged = ((place, item) for place, item in results.items() if not item.has_reset)
+        logged = _epoch_values(results, now_logged, self.trainer.callback_metrics, recorder)
         live = {name: value for name, value in logged.items() if name not in self.published}
         now: set[str] = set()
         for observer in self.observers:

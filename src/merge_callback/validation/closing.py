@@ -11,6 +11,7 @@ from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.tables import NOTHING, number, text_table
 from merge_callback.validation.logged import BOUNDS, LoggedName
 from merge_callback.validation.reasons import Circumstances
+from merge_callback.validation.results import beside
 
 # A table of more metrics is not read; all of them are in the loggers.
 MAX_METRICS = 20
@@ -22,9 +23,9 @@ class Compared:
 
     Args:
         step: Optimizer steps at the validation.
-        live: Metric -> live value, on the batches that the merges were evaluated on.
+        live: Metric -> live value.
         logged: The values that the callback logged at the validation.
-        merges: Label of a merge -> its name, and what it is made of.
+        merges: Label of a merge -> its name, and what it is made of; the primary one comes first.
         circumstances: What may make a merge worse than the live model.
     """
 
@@ -44,6 +45,8 @@ class Compared:
         metrics = list(dict.fromkeys(name.metric for name in shown))
         kept = set(metrics[:MAX_METRICS])
         rows = [self._row(name) for name in shown if name.metric in kept]
+        if not rows:
+            return ""
         when = f"at step {self.step}{', before the decay' if is_before_decay else ''}"
         names, made_of = zip(*self.merges.values(), strict=True) if self.merges else ((), ())
         if len(names) == 1:
@@ -59,9 +62,10 @@ class Compared:
         return "\n".join([*lines, *self._why_worse(shown)])
 
     def _row(self, name: LoggedName) -> list[str]:
-        values = [number(value.value) for value in (self.live[name.metric], self.logged[name])]
-        gain = number(self._gain(name) or 0.0, "+")
-        return [name.metric, self.merges[name.label][0], *values, gain, self._predicted(name)]
+        live, gain = float(self.live[name.metric].value), self._gain(name) or 0.0
+        merged = beside(live, gain, higher_is_better=bool(self.logged[name].higher_is_better))
+        values = [number(live), number(merged), number(gain, "+")]
+        return [name.metric, self.merges[name.label][0], *values, self._predicted(name)]
 
     def _gain(self, name: LoggedName) -> float | None:
         found = self.logged.get(LoggedName("merge_gain", name.label, name.metric))
@@ -75,7 +79,8 @@ class Compared:
         return f"{number(found[0])} ± {number(max(abs(end - found[0]) for end in found))}"
 
     def _why_worse(self, shown: list[LoggedName]) -> list[str]:
-        gains = {name.metric: gain for name in shown if not name.label and (gain := self._gain(name)) is not None}
+        primary = next(iter(self.merges), None)
+        gains = {name.metric: self._gain(name) or 0.0 for name in shown if name.label == primary}
         worse = {metric: gain for metric, gain in gains.items() if gain < 0}
         return self.circumstances.explain(worse) if worse else []
 
@@ -110,6 +115,8 @@ class Decayed:
                 rows.append(_said(metric, "predicted", predicted, came))
             if (foretold := self.forecasts.get(metric)) is not None:
                 rows.append(_said(metric, "forecast", foretold.prediction, came, self._other_length(foretold)))
+        if not rows:
+            return ""
         header = ["metric", "said", "value", "interval", "came to", "holds"]
         start = self.before.step
         title = f"after the decay, at step {self.step}, and what step {start} had said"

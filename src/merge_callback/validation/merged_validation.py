@@ -84,6 +84,7 @@ class MergedValidation:
     def begin(self, trainer: Trainer) -> None:
         """Starts to observe the validations of a fit, until `close`."""
         self._began, self._compared, self._num_shown, self._latest = time.perf_counter(), None, 0, None
+        self.predictions.decayed = None
         self._names.monitored.clear()
         self._names.monitored.update(monitored(trainer.callbacks))  # type: ignore[attr-defined]
         # Another fit may have another limit of batches.
@@ -96,18 +97,22 @@ class MergedValidation:
             num_limited_batches(trainer, self._limit_batches)  # raises now rather than at the first merge
             observe_validations(trainer, self, self._limit_batches)
             if self._every_n_validations > 1 or self.budget.share is not None:
-                warn_of_repeated_values(trainer, self._messages)
+                warn_of_repeated_values(trainer, self._messages, self._labels)
         else:
             self._messages.say(
                 "there is no validation, so merges are kept for export but not evaluated", "no validation"
             )
+
+    @property
+    def _labels(self) -> list[str]:
+        return [self._names.label(merge.name) for merge in self.merges]
 
     def close(self, trainer: Trainer) -> None:
         """Ends the fit: logs the results of the last validation and the time that merges took."""
         stop_observing_validations(trainer, self)
         self._dashboards.close()
         self.budget.elapsed, self._began = self._elapsed(), None
-        if self._num_shown:
+        if self._num_shown or self.predictions.decayed is not None:
             decayed, is_frozen = self.predictions.decayed, self.merges.capture.window.is_frozen
             parts = [
                 "" if self._compared is None else self._compared.describe(is_before_decay=is_frozen),
@@ -140,7 +145,7 @@ class MergedValidation:
         merges.drop_unusable()
         merges.drop_nonfinite(step)
         if not merges.are_any_ready:
-            warn_of_missing_values(trainer, self._messages, merges.capture.window.why_empty)
+            warn_of_missing_values(trainer, self._messages, self._labels, merges.capture.window.why_empty)
             return
         device = trainer.lightning_module.device
         wait_for_device(device)

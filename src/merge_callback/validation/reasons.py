@@ -53,7 +53,9 @@ class Circumstances:
         ]
 
     def _window(self) -> str:
-        if self.num_snapshots is not None and self.num_snapshots < self.capacity:
+        # A full ring that was thinned has fewer snapshots, but covers its share.
+        is_short = self.span_steps < EARLY_SHARE * self.step
+        if self.num_snapshots is not None and self.num_snapshots < self.capacity and is_short:
             return f"the window is young: {self.num_snapshots} of {self.capacity} snapshots"
         if self.span_steps < YOUNG_SHARE * self.step:
             share = self.span_steps / self.step

@@ -37,6 +37,16 @@ class FitResult:
     metrics: dict[str, MetricResult]
 
 
+def beside(live: float, gain: float, *, higher_is_better: bool) -> float:
+    """Returns the merged value that belongs beside a live one, also if the merge was validated on fewer batches.
+
+    Examples:
+        >>> beside(2.0, 0.5, higher_is_better=False), beside(0.5, 0.25, higher_is_better=True)
+        (1.5, 0.75)
+    """
+    return live + gain if higher_is_better else live - gain
+
+
 def fit_result(
     names: Names, step: int, live: Mapping[str, LoggedValue], logged: Mapping[LoggedName, LoggedValue]
 ) -> FitResult:
@@ -55,8 +65,9 @@ def fit_result(
 
     metrics = {}
     for metric, value in live.items():
-        merged, gain, predicted = (found(kind, metric) for kind in ("merged", "merge_gain", "annealed"))
+        gain, predicted = (found(kind, metric) for kind in ("merge_gain", "annealed"))
         is_higher_better = names.is_higher_better(metric, value)
+        merged = None if gain is None else beside(float(value.value), gain, higher_is_better=is_higher_better)
         metrics[metric] = MetricResult(float(value.value), merged, gain, predicted, is_higher_better)
     return FitResult(step, found("merge", "span_steps"), found("merge", "seconds"), metrics)
 
