@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from merge_callback import MergeCallback
 from merge_callback.apps.comparison import ComparisonTable, best, comparison_table, read_jobs, write_comparison
+from merge_callback.validation.results import FitResult, result_of_last_fit
 from tests.helpers.toys import Toy, batches, make
 
 # Step, and live and merged value of a loss and of an accuracy. The third job has the best merged loss, the first the
@@ -30,7 +31,7 @@ def write_result(folder, step, loss, accuracy, **more):
         gain = merged - live if is_higher_better else live - merged
         values = {"live": live, "merged": merged, "gain": gain, "predicted": None, **more}
         metrics[name] = values | {"higher_is_better": is_higher_better}
-    result = {"step": step, "span_steps": 18.0, "seconds": 0.5, "metrics": metrics}
+    result = {"callback": "merge", "step": step, "span_steps": 18.0, "seconds": 0.5, "metrics": metrics}
     (folder / "merge_result.json").write_text(json.dumps(result))
 
 
@@ -206,3 +207,15 @@ def test_what_would_be_missing_is_said_before_the_first_job(capsys):
     assert not said({"trainer": {"callbacks": [target]}})
     assert not said({"callbacks": {"merge": target, "other": "${missing}"}})
     assert not said({}, "callbacks/merge=pma,lawa")
+
+
+def test_of_several_fits_and_callbacks_the_last_fit_s_first_callback_with_a_merge_counts():
+    def result(callback, span_steps, seconds):
+        return FitResult(callback, 100, span_steps, seconds, {})
+
+    # Two fits of as many steps, as folds are.
+    results = [result("merge", 9.0, 1.0), result("late", 5.0, 2.0), result("merge", 9.0, 3.0), result("late", 5.0, 4.0)]
+    assert result_of_last_fit(results).seconds == 3.0
+    assert result_of_last_fit([*results[:2], result("merge", None, 3.0), results[3]]).seconds == 4.0
+    assert result_of_last_fit(results[:1]).seconds == 1.0
+    assert result_of_last_fit([result("merge", None, 1.0), result("late", None, 2.0)]).seconds == 1.0

@@ -1599,4 +1599,28 @@ FAULTS = [
         "",
         "test_weights_and_biases_has_them_and_knows_their_best",
     ),
+    (
+        "a metric that a validation did not log has the value of an earlier one",
+        "for place, item in results.items() if not item.has_reset)",
+        "for place, item in results.items())",
+        "test_a_metric_that_the_last_validation_did_not_log_came_to_nothing",
+    ),
+    (
+        "a merged value of fewer batches stands beside a live one of all",
+        "        merged = beside(live, gain, higher_is_better=bool(self.logged[name].higher_is_better))\n",
+        "        merged = float(self.logged[name].value)\n",
+        "test_with_fewer_batches_the_merged_value_is_the_one_beside_the_live_one",
+    ),
+    (
+        "what an earlier fit's decay came to is told at the end of the next one",
+        "        self.predictions.decayed = None\n",
+        "",
+        "test_each_fit_tells_of_its_own_decay",
+    ),
+    (
+        "the result of a job is that of its first fit",
+        "            break\n        last.insert(0, result)\n",
+        "            pass\n        last.insert(0, result)\n",
+        "test_of_several_fits_and_callbacks_the_last_fit_s_first_callback_with_a_merge_counts",
+    ),
 ]

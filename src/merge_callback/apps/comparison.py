@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from merge_callback.utilities.csv_cells import cell_of_text
 from merge_callback.utilities.tables import NOTHING, number, text_table
-from merge_callback.validation.results import FitResult, MetricResult, collecting_results
+from merge_callback.validation.results import FitResult, MetricResult, collecting_results, result_of_last_fit
 
 # What each job writes into its folder.
 RESULT = "merge_result.json"
@@ -149,10 +149,7 @@ class ComparisonTable(Callback):
         self._job.close()
         if self._results:
             file = Path(config.hydra.runtime.output_dir) / RESULT
-            # Of several callbacks in one fit, the first that has a merge.
-            last = [each for each in self._results if each.step == self._results[-1].step]
-            result = next((each for each in last if each.span_steps is not None), last[0])
-            file.write_text(json.dumps(asdict(result), indent=1))
+            file.write_text(json.dumps(asdict(result_of_last_fit(self._results)), indent=1))
         if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
             self._show(Path(config.hydra.sweep.dir))
 
@@ -199,7 +196,7 @@ def _read_result(file: Path) -> FitResult | None:
         found = json.loads(file.read_text())
         metrics = {str(name): MetricResult(**_numbers_only(values)) for name, values in found["metrics"].items()}
         step, span_steps, seconds = (found[key] for key in ("step", "span_steps", "seconds"))
-        return FitResult(int(step), _number(span_steps), _number(seconds), metrics)
+        return FitResult(str(found["callback"]), int(step), _number(span_steps), _number(seconds), metrics)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
 

@@ -26,7 +26,7 @@ SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
 }
 
-# Bytes of a file after which the system is asked for as many again, and those after them.
+# Each time so many bytes of a file were read, the system is asked to read twice as many beyond them.
 READ_AHEAD = 2**22
 
 

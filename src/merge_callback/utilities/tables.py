@@ -29,7 +29,7 @@ def number(value: SupportsFloat, sign: str = "") -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str, num_left: int = 1) -> str:
-    """Returns a table as text. If it is wider than 80 columns, first cells stand above their rows, on lines of theirs.
+    """Returns a table as text. If it is wider than 80 columns, the first cell of a row stands on a line above it.
 
     Args:
         header: Names of the columns. A column in which every cell is ``"-"`` is left out.

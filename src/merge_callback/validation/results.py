@@ -1,6 +1,6 @@
 """The last values of a fit, for programs that compare fits, whatever logger these have."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,12 +25,14 @@ class FitResult:
     """The last validation of a fit.
 
     Args:
+        callback: Name of the callback; several of one fit have different ones.
         step: Optimizer steps done.
         span_steps: Steps that the primary merge covers; None if there was no merge.
         seconds: Time that the validation of the merges took; None if there was none.
         metrics: Metric -> its values with the primary merge, in the order in which they were logged.
     """
 
+    callback: str
     step: int
     span_steps: float | None
     seconds: float | None
@@ -69,7 +71,22 @@ def fit_result(
         is_higher_better = names.is_higher_better(metric, value)
         merged = None if gain is None else beside(float(value.value), gain, higher_is_better=is_higher_better)
         metrics[metric] = MetricResult(float(value.value), merged, gain, predicted, is_higher_better)
-    return FitResult(step, found("merge", "span_steps"), found("merge", "seconds"), metrics)
+    return FitResult(names.callback, step, found("merge", "span_steps"), found("merge", "seconds"), metrics)
+
+
+def result_of_last_fit(results: Sequence[FitResult]) -> FitResult:
+    """Returns, of the callbacks of the last fit, the result of the first one that has a merge, else of the first one.
+
+    Args:
+        results: What was collected; at least one.
+    """
+    last: list[FitResult] = []
+    for result in reversed(results):
+        # Where a name occurs again, an earlier fit ended.
+        if result.callback in [each.callback for each in last]:
+            break
+        last.insert(0, result)
+    return next((each for each in last if each.span_steps is not None), last[0])
 
 
 _collected: ContextVar[list[FitResult] | None] = ContextVar("collected", default=None)
