@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from merge_callback import MergeCallback
-from tests.helpers.toys import Toy, fit, lightning, make
+from tests.helpers.toys import BusyToy, Toy, assert_same_training, fit, lightning, make
 
 # Names that not every logger would take as they are.
 MERGES = {"sma": "sma", "1-sqrt": "1-sqrt", "wma (all)": "wma", "v0.2": "wma"}
@@ -81,6 +81,25 @@ def test_weights_and_biases_has_them_and_knows_their_best(tmp_path):
     assert {metric.step_metric for metric in metrics if metric.name in best and "merge" in metric.name} == {
         "trainer/global_step"
     }
+
+
+@pytest.mark.slow
+def test_training_with_the_chart_in_weights_and_biases_is_bit_identical_to_training_without_the_callback(tmp_path):
+    import wandb  # noqa: PLC0415
+
+    def run(name, *callbacks):
+        loggers = lightning(".loggers")
+        chart = loggers.WandbLogger(save_dir=tmp_path / name, offline=True, project="merges")
+        done = fit(make(BusyToy), tmp_path / name, *callbacks, logger=[loggers.CSVLogger(tmp_path / name), chart])
+        wandb.finish()
+        return done
+
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "watched").mkdir()
+    bare, watched = run("bare"), run("watched", MergeCallback(2, 5, calibration="prior"))
+    wandb.teardown()
+    assert watched.logged("merged/val_loss")
+    assert_same_training(bare, watched)
 
 
 @pytest.mark.slow
