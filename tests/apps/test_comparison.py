@@ -213,9 +213,12 @@ def test_of_several_fits_and_callbacks_the_last_fit_s_first_callback_with_a_merg
     def result(callback, span_steps, seconds):
         return FitResult(callback, 100, span_steps, seconds, {})
 
-    # Two fits of as many steps, as folds are.
-    results = [result("merge", 9.0, 1.0), result("late", 5.0, 2.0), result("merge", 9.0, 3.0), result("late", 5.0, 4.0)]
-    assert result_of_last_fit(results).seconds == 3.0
-    assert result_of_last_fit([*results[:2], result("merge", None, 3.0), results[3]]).seconds == 4.0
-    assert result_of_last_fit(results[:1]).seconds == 1.0
-    assert result_of_last_fit([result("merge", None, 1.0), result("late", None, 2.0)]).seconds == 1.0
+    # Fits of as many steps, as folds are, and callbacks of other names, as of two stages of a job.
+    first, second = [result("merge", 9.0, 1.0), result("late", 5.0, 2.0)], [result("finetune", 9.0, 3.0)]
+    assert result_of_last_fit([first, second]).seconds == 3.0
+    assert result_of_last_fit([second, first]).seconds == 1.0
+    assert result_of_last_fit([second, [result("merge", None, 1.0), first[1]]]).seconds == 2.0
+    assert result_of_last_fit([first, [result("merge", None, 5.0), result("late", None, 6.0)]]).seconds == 5.0
+    # A fit that was not validated has none.
+    assert result_of_last_fit([first, []]).seconds == 1.0
+    assert result_of_last_fit([]) is None

@@ -294,3 +294,11 @@ def test_of_several_versions_of_a_run_the_newest_is_shown(tmp_path):
     for number in ("nan", "inf"):
         (tmp_path / "version_11" / "metrics.csv").write_text(CSV.replace("74,,2.5", f"74,,{number}"))
         assert page(find(tmp_path)).count("data:image") == 2
+
+
+def test_a_callback_with_a_name_is_reported_on_too(tmp_path):
+    header = "step,val_loss,merged_pma/val_loss,merged_pma_late/val_loss,merge_gain_pma/val_loss,merge_pma/span_steps\n"
+    (tmp_path / "metrics.csv").write_text(header + "9,2.5,2.25,2.4,0.25,8\n")
+    found = find(tmp_path)
+    assert found.metric == "val_loss"
+    assert [(each.step, each.merged, each.gain, each.span_steps) for each in found.validations] == [(10, 2.25, 0.25, 8)]

@@ -11,6 +11,7 @@ from torch import nn
 from merge_callback import AnnealBranch, MergeCallback, SpikeRecovery
 from merge_callback.live.learning_rates import RateOverlay, learning_rates
 from merge_callback.prediction.records import read_records
+from merge_callback.prediction.validations import read_validation, run_identity
 from tests.helpers.toys import Base, ResumableBatches, Toy, Tracker, fit, make, same
 
 
@@ -480,3 +481,33 @@ def test_a_run_that_is_saved_in_the_middle_of_a_lowered_step_resumes_exactly(tmp
     assert same(dict(whole.state_dict()), dict(resumed.module.state_dict()))
     ours, theirs = (float(each.trainer.optimizers[0].param_groups[0]["lr"]) for each in (run, resumed))
     assert ours == theirs
+
+
+def test_a_decay_takes_over_from_the_lowered_rates_of_a_recovery():
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], 1.0)
+    lowered = RateOverlay([optimizer], lambda: 0.5, is_decay=False)
+    decay = RateOverlay([optimizer], lambda: 0.25)
+    lowered.remove()
+    parameter.grad = torch.ones(())
+    optimizer.step()
+    assert parameter.item() == -0.25
+    with pytest.raises(ValueError, match="decay already"):
+        RateOverlay([optimizer], lambda: 0.5, is_decay=False)
+    decay.remove()
+    optimizer.step()
+    assert parameter.item() == -1.25
+
+
+def test_of_several_callbacks_the_one_that_reads_the_records_has_the_branch(tmp_path):
+    record = tmp_path / "anneals.jsonl"
+
+    def callbacks():
+        return MergeCallback(1, 4, name="often"), MergeCallback(10, 2, name="seldom", calibration=record)
+
+    fit(toy(), tmp_path / "trunk", *callbacks(), Keeper(tmp_path, 12), train=ResumableBatches())
+    branch(tmp_path, *callbacks(), AnnealBranch(4, record=record))
+    (found,) = read_records(record)
+    state = torch.load(tmp_path / "12.ckpt", weights_only=True)["callbacks"][callbacks()[1].state_key]
+    assert found.run == run_identity([read_validation(each) for each in state["history"]])
+    assert found.forecast.step == 12

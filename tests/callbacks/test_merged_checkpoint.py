@@ -245,3 +245,38 @@ def test_what_is_saved_at_an_end_is_not_ranked():
         MergedCheckpoint(callback, at="end")
     with pytest.raises(ValueError, match="at='stable_end' saves one merge, whatever it is worth"):
         MergedCheckpoint(callback, at="stable_end", monitor="merged/val_loss")
+
+
+@QUIET
+def test_a_fast_dev_run_leaves_no_file(tmp_path):
+    callback = MergeCallback(1, 3)
+    saving = MergedCheckpoint(callback, at="stable_end", dirpath=tmp_path / "c")
+    options = {"max_steps": -1, "val_check_interval": None, "fast_dev_run": 4, "enable_checkpointing": True}
+    fit(make(Toy), tmp_path, callback, saving, **options)
+    assert callback.snapshot_steps
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@QUIET
+def test_a_monitor_that_no_validation_logs_is_told_of_once_with_those_there_are(tmp_path):
+    callback = MergeCallback(1, 3)
+    saving = MergedCheckpoint(callback, dirpath=tmp_path / "c", monitor="merged/val_los")
+    with pytest.warns(
+        UserWarning, match="'merged/val_los' is not among the metrics .* at step 4.*merged/val_l"
+    ) as said:
+        fit(make(Toy), tmp_path, callback, saving, enable_checkpointing=True)
+    assert sum("is not among" in str(warning.message) for warning in said) == 1
+
+
+@QUIET
+@pytest.mark.parametrize("monitor", ["merged/val_accuracy", "merge_gain/val_loss"])
+def test_a_mode_that_would_keep_the_worst_merge_is_told_of(tmp_path, monitor):
+    callback = MergeCallback(1, 3)
+    saving = MergedCheckpoint(callback, dirpath=tmp_path / "c", monitor=monitor)
+    with pytest.warns(UserWarning, match=r"has mode='min', but more of it is better"):
+        fit(make(Toy), tmp_path, callback, saving, enable_checkpointing=True)
+
+
+def test_the_merge_to_save_is_not_called_name():
+    with pytest.raises(TypeError, match=r"MergedCheckpoint takes no name=; .* write merge="):
+        MergedCheckpoint(MergeCallback(), name="sma")

@@ -169,10 +169,16 @@ def test_a_snapshot_with_nan_is_refused_by_name_and_the_window_stays():
     module.weight.data.fill_(torch.nan)
     with pytest.warns(UserWarning, match=r"No snapshot at step 3: weight holds NaN or inf. The window stays.*\[1, 2\]"):
         capture.after_step(module, 3, [1.0], [1.0])
+    # Once for all that follow: warnings are errors here.
+    for step in (4, 5):
+        capture.after_step(module, step, [1.0], [1.0])
     assert capture.steps == [1, 2]
-    module.weight.data.fill_(4)
-    capture.after_step(module, 4, [1.0], [1.0])
-    assert capture.steps == [2, 4]
+    module.weight.data.fill_(6)
+    capture.after_step(module, 6, [1.0], [1.0])
+    assert capture.steps == [2, 6]
+    module.weight.data.fill_(torch.nan)
+    with pytest.warns(UserWarning, match="No snapshot at step 7"):
+        capture.after_step(module, 7, [1.0], [1.0])
 
 
 def test_a_refused_snapshot_leaves_a_full_window_unthinned():
@@ -185,6 +191,16 @@ def test_a_refused_snapshot_leaves_a_full_window_unthinned():
     with pytest.warns(UserWarning, match="No snapshot at step 5"):
         capture.after_step(module, 5, [1.0], [1.0])
     assert capture.steps == [1, 2, 3, 4]
+
+
+def test_parameters_that_become_trainable_before_the_first_snapshot_are_nothing_to_warn_of():
+    module = nn.Sequential(nn.Linear(1, 1).requires_grad_(False), nn.Linear(1, 1))
+    capture = SnapshotCapture(1, 5, [], "stable", None)
+    capture.prepare(module)
+    module.requires_grad_(True)
+    capture.after_step(module, 1, [1.0], [1.0])
+    assert capture.steps == [1]
+    assert len(capture.ring.storage.layout.places) == 4
 
 
 def test_newly_trainable_parameters_begin_a_new_window_with_a_warning():

@@ -228,10 +228,10 @@ def test_files_that_are_cut_short_packed_again_old_or_hostile_are_refused(tmp_pa
     (tmp_path / "empty_1.pt").touch()
     for name, message in (
         ("short", "was cut short"),
-        ("old", "is in torch's old format or in none; load it and save it again"),
+        ("old", "is no file of torch.save, or one in its old format; load it and save it again"),
         ("packed", "the values of storage 0 are not there, or compressed"),
         ("hostile", "holds no tensors of a model"),
-        ("empty", "is in torch's old format or in none"),
+        ("empty", "is empty"),
         ("missing", "there is no checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -287,7 +287,7 @@ FAULTS = [
     ),
     (
         "the prediction moves on while the run decays",
-        "self._merges.primary in evaluation.merges and capture.is_comparable:",
+        "self._merges.primary in evaluation.merges and is_comparable:",
         "self._merges.primary in evaluation.merges:",
         "test_a_prediction_is_checked_by_the_decay_of_the_run_itself",
     ),

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 
 from merge_callback import Ema, MergeCallback, PowerEma, SnapshotMemory, Window
 from tests.helpers.toys import ResumableBatches, Toy, assert_same_training, fit, lightning, make, same
+from tests.prediction.test_predictor import Decaying
 
 # Lightning's advice; these runs leave callbacks out on purpose.
 pytestmark = [
@@ -227,7 +228,7 @@ def test_a_checkpoint_with_other_trainable_parameters_drops_the_window_and_names
     resumed_with(tmp_path, path, callback, Frozen, max_steps=16)
     expected = (
         "MergeCallback('merge'): resumed, but its window of 4 snapshots was dropped:"
-        " out.weight has shape None in the model and [3, 6] in the snapshots"
+        " out.weight is in the snapshots, and not merged now"
     )
     assert merge_warnings(recwarn) == [expected]
     assert callback.snapshot_steps == [14, 16]
@@ -302,3 +303,34 @@ def test_what_no_merge_needs_any_more_is_told_of_as_that(tmp_path):
     _, path = checkpoint_of(tmp_path, MergeCallback(2, 3), Toy, max_steps=8)
     with pytest.warns(UserWarning, match="the 3 snapshots of the window are left out: no merge needs them"):
         fit(make(Toy), tmp_path / "again", MergeCallback(merges=Ema(half_life_steps=3)), max_steps=12, ckpt_path=path)
+    before = MergeCallback(2, 3, merges={"sma": "sma", "ema": Ema(half_life_steps=3)})
+    _, path = checkpoint_of(tmp_path / "both", before, Toy, max_steps=8)
+    with pytest.warns(UserWarning, match="the average 'ema' of the checkpoint is left out: no merge needs it"):
+        fit(make(Toy), tmp_path / "alone", MergeCallback(2, 3), max_steps=12, ckpt_path=path)
+
+
+def test_a_checkpoint_of_another_run_begins_a_new_window_also_for_the_same_callback_and_module(tmp_path):
+    """Its weights are not those that the snapshots of the earlier fit come from."""
+    _, path = checkpoint_of(tmp_path, None, max_steps=12)
+    callback, module = MergeCallback(2, 4), make(Toy)
+    fit(module, tmp_path / "own", callback, max_steps=8)
+    assert callback.snapshot_steps == [2, 4, 6, 8]
+    with pytest.warns(UserWarning, match="the checkpoint holds no state of it, so the window starts empty"):
+        fit(module, tmp_path / "foreign", callback, max_steps=16, train=ResumableBatches(), ckpt_path=path)
+    assert callback.snapshot_steps == [14, 16]
+
+
+@pytest.mark.parametrize("average", [Ema(half_life=0.1), PowerEma(0.1)])
+def test_what_is_logged_of_an_average_in_a_decay_is_the_same_after_a_resume(tmp_path, average):
+    def run(folder, **resumed):
+        callback = MergeCallback(2, 4, merges=average)
+        ended = fit(make(Decaying), tmp_path / folder, callback, train=ResumableBatches(), **resumed)
+        ended.trainer.save_checkpoint(tmp_path / f"{folder}.ckpt")
+        return dict(ended.logged("merge/span_steps"))
+
+    whole = run("whole")
+    run("stopped", max_steps=19)
+    resumed = run("resumed", ckpt_path=str(tmp_path / "stopped.ckpt"))
+    assert resumed == {step: whole[step] for step in resumed}
+    # The average ends with the constant rate, so it reaches back no further as steps go by.
+    assert whole[23] == whole[19]

@@ -324,11 +324,11 @@ class Losses(Sharded):
             self.log("best", 1.0, rank_zero_only=True)
 
 
-def compared(folder: Path, kind: str) -> dict[str, Any]:
-    callback = MergeCallback(2, 3, limit_batches=2)
+def compared(folder: Path, kind: str, limit_batches: int = 2, **options: Any) -> dict[str, Any]:
+    callback = MergeCallback(2, 3, limit_batches=limit_batches)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")
-        run = fit_sharded(folder / kind, "ddp", callback, module=make(Losses, kind=kind))
+        run = fit_sharded(folder / kind, "ddp", callback, module=make(Losses, kind=kind), **options)
     names = ("val_loss", "merged/val_loss", "merge_gain/val_loss", "merge_gain_stderr/val_loss")
     return {name: float(run.epoch_metrics[-1][name]) for name in names}
 
@@ -336,6 +336,18 @@ def compared(folder: Path, kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["plain", "rank zero at the end", "rank zero by batch", "tokens"])
 def test_ranks_agree_on_gains_from_few_batches_whatever_each_of_them_logs(tmp_path, two_ranks, kind):
     first, second = two_ranks.run(compared, tmp_path, kind)
+    assert first == second
+    assert first["merge_gain_stderr/val_loss"] > 0
+
+
+def compared_unevenly(folder: Path) -> dict[str, Any]:
+    """Rank 0 validates on more batches than the limit, and rank 1 on as many."""
+    num_batches = 6 - 2 * torch.distributed.get_rank()
+    return compared(folder, "plain", 4, validation=batches(4 * num_batches, 4, shuffle=False, seed=1))
+
+
+def test_a_limit_that_is_one_for_some_ranks_alone_holds_for_all(tmp_path, two_ranks):
+    first, second = two_ranks.run(compared_unevenly, tmp_path)
     assert first == second
     assert first["merge_gain_stderr/val_loss"] > 0
     assert first["merged/val_loss"] == pytest.approx(first["val_loss"] - first["merge_gain/val_loss"], abs=1e-6)

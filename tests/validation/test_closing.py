@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from merge_callback import AnnealBranch, Ema, MergeCallback
+from merge_callback import AnnealBranch, Ema, MergeCallback, Window
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.prediction.bias import Prediction
 from merge_callback.prediction.forecasts import Forecast
 from merge_callback.prediction.river import Composition, Decay
 from merge_callback.prediction.validations import StableValidation
 from merge_callback.validation.closing import MAX_METRICS, Compared, Decayed
+from merge_callback.validation.evaluation import Evaluated, Evaluation
 from merge_callback.validation.logged import LoggedName
-from merge_callback.validation.reasons import Circumstances
+from merge_callback.validation.reasons import Circumstances, circumstances
 from merge_callback.validation.results import collecting_results
-from tests.helpers.toys import Base, ResumableBatches, Toy, batches, fit, lightning, make
+from tests.helpers.toys import Base, BusyToy, ResumableBatches, Toy, batches, fit, lightning, make
 from tests.prediction.test_predictor import Decaying
 
 SEVERAL = {"sma": "sma", "late (x)": "wma", "ema": Ema(half_life=0.1)}
@@ -26,6 +27,7 @@ USUAL = Circumstances(
     num_steps=2000,
     num_snapshots=10,
     capacity=10,
+    is_growing=False,
     span_steps=100.0,
     is_rate_constant=True,
     has_stale_statistics=False,
@@ -48,7 +50,8 @@ def compared(values, live, circumstances=USUAL, merges=None):
 def test_a_run_ends_with_live_and_merged_values_and_what_they_cost(tmp_path, caplog):
     run = fit(make(Toy), tmp_path, MergeCallback(2, 5, merges=SEVERAL))
     said = closing(caplog)
-    found = re.search(r"merges took .* s, (.*)% of the run\n\((.*)% validating them, (.*)% capturing and merging", said)
+    costs = r"merges took .* s, (.*)% of the run\n\((.*)% validating them, (.*)% capturing, merging, drawing\)"
+    found = re.search(costs, said)
     of_run, validating, others = map(float, found.groups())
     assert of_run == pytest.approx(validating + others, abs=0.2)
     assert 0 < validating < of_run
@@ -183,7 +186,7 @@ def test_a_branch_tells_what_its_decay_came_to(tmp_path, caplog):
 
 
 REASONS = {
-    "the window is young: 3 of 10 snapshots": {"num_snapshots": 3, "span_steps": 50.0},
+    "the window is young: 3 of 10 snapshots": {"num_snapshots": 3, "is_growing": True},
     "the window is short: 5 steps, 0.5% of the training so far": {"span_steps": 5.0},
     "it is early: step 1000 of 20000": {"num_steps": 20_000},
     "the learning rate moved while the snapshots were taken": {"is_rate_constant": False},
@@ -245,10 +248,21 @@ def test_batch_norm_layers_are_mentioned_at_the_start_unless_they_are_recalibrat
     assert "batch norm" not in caplog.text
 
 
-def test_a_ring_that_was_thinned_is_not_young():
-    circumstances = Circumstances(**{**vars(USUAL), "num_snapshots": 7, "span_steps": 192.0})
-    values = {("merged", "", "loss"): 1.5, ("merge_gain", "", "loss"): -0.5}
-    assert "none of the usual reasons is seen" in compared(values, {"loss": 1.0}, circumstances).describe()
+def test_a_ring_that_was_full_is_not_young_again(tmp_path):
+    """A thinned ring has fewer snapshots, and a short window uses few of them."""
+    states = {}
+    for num_steps, capacity in ((4, 10), (24, 6), (24, 24)):
+        callback = MergeCallback(num_snapshots=capacity, merges=Window(span=0.05))
+        run = fit(make(Toy), tmp_path / f"{num_steps} {capacity}", callback, max_steps=num_steps)
+        validation = callback.session.validation
+        steps, merges = callback.snapshot_steps, validation.merges
+        evaluation = Evaluation(
+            num_steps, {"window": Evaluated(None, {steps[-1]: 1.0}, [], None, "", {})}, None, {"span_steps": 1.0}, False
+        )
+        states[num_steps, len(steps)] = circumstances(evaluation, merges, num_steps, [], False).is_growing
+        assert run.trainer.global_step == num_steps
+    assert len(states) == 3
+    assert [states[key] for key in sorted(states)] == [True, False, False]
 
 
 def test_reasons_are_those_of_the_primary_merge_whatever_the_callback_is_called():
@@ -264,12 +278,26 @@ def test_reasons_are_those_of_the_primary_merge_whatever_the_callback_is_called(
     assert "worse" not in compared(values, {"loss": 1.0}, merges=merges).describe()
 
 
-def test_with_fewer_batches_the_merged_value_is_the_one_beside_the_live_one():
-    values = {("merged", "", "largest"): 0.7, ("merge_gain", "", "largest"): -0.5}
-    (row,) = [
-        line.split() for line in compared(values, {"largest": 1.5}).describe().splitlines() if "largest " in line
-    ][:1]
-    assert row == ["largest", "1.5000", "2.0000", "-0.5000"]
+def row_of(said, metric):
+    (row,) = [line.split() for line in said.splitlines() if line.startswith(f"{metric} ")]
+    return row
+
+
+def test_a_sound_merge_beside_a_broken_live_model_is_shown():
+    values = {("merged", "", "loss"): 0.5, ("merge_gain", "", "loss"): math.nan}
+    assert row_of(compared(values, {"loss": math.nan}).describe(), "loss") == ["loss", "nan", "0.5000", "nan"]
+
+
+def test_with_fewer_batches_live_and_merged_value_are_of_the_same_batches(tmp_path, caplog):
+    """An accuracy less its gain, on other batches, might be more than one."""
+    run = fit(make(BusyToy), tmp_path, MergeCallback(2, 3, limit_batches=1))
+    _, live, merged, gain = row_of(closing(caplog), "val_accuracy")
+    metrics = run.epoch_metrics[-1]
+    assert merged == f"{metrics['merged/val_accuracy']:.4f}"
+    assert gain == f"{metrics['merge_gain/val_accuracy']:+.4f}"
+    assert float(merged) - float(live) == pytest.approx(float(gain), abs=2e-4)
+    # Means over batches are told of the whole validation.
+    assert row_of(closing(caplog), "val_loss")[1] == f"{metrics['val_loss']:.4f}"
 
 
 def test_without_anything_to_compare_there_is_no_table():
@@ -284,12 +312,12 @@ def test_a_metric_that_the_last_validation_did_not_log_came_to_nothing(tmp_path,
             if self.trainer.global_step < 20:
                 self.log("early", 1.0)
 
-    with collecting_results() as results:
+    with collecting_results() as fits:
         fit(make(Now), tmp_path, MergeCallback(1, 4))
     table = closing(caplog).partition("after the decay")[2]
     assert "val_loss" in table
     assert "early" not in table
-    assert set(results[-1].metrics) == {"val_loss", "val_accuracy"}
+    assert set(fits[-1][-1].metrics) == {"val_loss", "val_accuracy"}
 
 
 def test_each_fit_tells_of_its_own_decay(tmp_path, caplog):

@@ -209,17 +209,21 @@ def test_an_interrupted_run_shows_what_there_is(tmp_path, caplog):
 
 def test_two_values_of_one_name_are_refused(tmp_path):
     callbacks = [MergeCallback(2, 5, merges={"sma": "sma", "late": "wma"}), MergeCallback(2, 5, name="late")]
-    with pytest.raises(
-        ValueError, match=r"merged_late/val_loss is logged twice; give the callback, or its merge, another"
-    ):
-        fit(make(Toy), tmp_path, *callbacks)
+    both = r"MergeCallback\(name='merge'\) and MergeCallback\(name='late'\) would both log merged_late/"
+    module = make(Toy)
+    with pytest.raises(ValueError, match=both):
+        fit(module, tmp_path, *callbacks)
+    # Before anything was trained.
+    assert module.trainer.global_step == 0
 
 
-def test_the_line_of_the_progress_bar_fits_80_columns(tmp_path):
+@pytest.mark.parametrize("name", ["merge", "pma"])
+@pytest.mark.sample(1)
+def test_the_line_of_the_progress_bar_fits_80_columns(tmp_path, name):
     """Of the bar that shows live and merged values and nothing else; with Lightning's own there is more beside them."""
     bar = LiveAndMergedBar("val_loss")
     logger = lightning(".loggers").CSVLogger(tmp_path)
-    callbacks = [MergeCallback(2, 5), bar]
+    callbacks = [MergeCallback(2, 5, name=name), bar]
     run = fit(make(Toy), tmp_path, *callbacks, enable_progress_bar=True, max_steps=16, logger=logger)
     shown = bar.get_metrics(run.trainer, run.module)
     assert list(shown) == ["live", "merged"]

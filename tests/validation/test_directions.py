@@ -59,6 +59,14 @@ def test_the_first_that_tells_counts():
     assert more("other") is None
 
 
+def test_what_lightning_adds_to_a_name_tells_nothing_else():
+    names = Names("merge", "sma", monitored=monitored([Monitoring("merged/quality/dataloader_idx_0", "max")]))
+    value = LoggedValue(torch.tensor(1.0))
+    for name in ("quality", "quality_epoch", "quality/dataloader_idx_0", "quality/dataloader_idx_1"):
+        assert names.direction(name, value) is True
+        assert f"more of {name} is better" in Names("merge", "sma").unknown({name: value})
+
+
 def test_what_monitors_a_merged_value_tells_of_the_live_one():
     class Monitoring:
         def __init__(self, monitor, mode):

@@ -1,11 +1,16 @@
 """Every logger has the merged values at the steps of the live ones, under names it takes as they are."""
 
 import json
+import pickle
 import struct
 
 import pytest
+import torch
 
 from merge_callback import MergeCallback
+from merge_callback.live.evaluate import LoggedValue
+from merge_callback.validation.logged import LoggedName
+from merge_callback.validation.wandb_charts import WandbChart
 from tests.helpers.toys import BusyToy, Toy, assert_same_training, fit, lightning, make
 
 # Names that not every logger would take as they are.
@@ -81,6 +86,20 @@ def test_weights_and_biases_has_them_and_knows_their_best(tmp_path):
     assert {metric.step_metric for metric in metrics if metric.name in best and "merge" in metric.name} == {
         "trainer/global_step"
     }
+
+
+def test_the_chart_of_a_resumed_run_has_the_points_of_before():
+    def value(number):
+        return LoggedValue(torch.tensor(number))
+
+    whole, stopped, resumed = WandbChart(""), WandbChart(""), WandbChart("")
+    for step in (4, 8, 12):
+        if step == 12:
+            resumed.load_state_dict(pickle.loads(pickle.dumps(stopped.state_dict())))
+        for chart in [whole, stopped if step < 12 else resumed]:
+            chart.add({"val_loss": value(2.0 / step)}, {LoggedName("merged", "", "val_loss"): value(1.0 / step)}, step)
+    assert resumed.state_dict() == whole.state_dict()
+    assert len(whole.state_dict()["points"]["live"]) == 3
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What a merged validation logs: names and values, gains, limits, monitors."""
 
+import sys
 import warnings
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from merge_callback import MergeCallback, MergedCheckpoint, Window
+from merge_callback import Ema, MergeCallback, MergedCheckpoint, Window
 from merge_callback.live.evaluate import LoggedValue
+from merge_callback.validation.directions import first_loss
 from merge_callback.validation.logged import Names
+from merge_callback.validation.results import collecting_results
 from tests.helpers import reference
 from tests.helpers.toys import BusyToy, Toy, Tracker, assert_same_training, batches, fit, lightning, make, same
 
@@ -213,7 +216,9 @@ def test_early_stopping_and_checkpoints_monitor_merged_values_of_the_same_valida
         "merged/val_loss", patience=1, mode="max", check_on_train_epoch_end=False
     )
     checkpoint = lightning(".callbacks").ModelCheckpoint(tmp_path / "best", monitor="merged/val_loss", save_top_k=1)
-    run = fit(make(Toy), tmp_path, stopping, MergeCallback(2, 3), checkpoint, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="EarlyStopping.*has mode='max', but less of it is better") as said:
+        run = fit(make(Toy), tmp_path, stopping, MergeCallback(2, 3), checkpoint, enable_checkpointing=True)
+    assert sum("has mode=" in str(warning.message) for warning in said) == 1
     losses = [value for _, value in run.logged("merged/val_loss")]
     assert checkpoint.best_model_score.item() == pytest.approx(min(losses))
     assert run.trainer.global_step < 24
@@ -272,8 +277,11 @@ def test_an_exception_in_the_merged_validation_arrives_and_the_live_weights_are_
     module, callback = make(Failing), MergeCallback(2, 3)
     arrives = SystemExit if error is KeyboardInterrupt else error
     rng = []
-    with pytest.raises(arrives):
+    with pytest.raises(arrives) as raised:
         fit(module, tmp_path, callback, Remember(rng))
+    notes = getattr(raised.value, "__notes__", [])
+    if error is RuntimeError and sys.version_info >= (3, 11):
+        assert "in the validation of the merge 'sma', which is before that of the live model" in notes
     assert same(dict(module.state_dict()), module.trained)
     assert same(torch.get_rng_state(), rng[-1])
     assert "on_validation_epoch_end" not in vars(module)
@@ -303,3 +311,72 @@ def test_early_stopping_that_would_count_left_out_validations_is_told_of(tmp_pat
         warnings.simplefilter("always")
         fit(make(Toy), tmp_path, MergeCallback(1, 4, **options), stopping)
     assert any("patience" in str(warning.message) for warning in told) == is_told
+
+
+@pytest.mark.parametrize(
+    ("merges", "options", "why"),
+    [
+        # The first validation is left out, so there is no earlier value to see again.
+        ("sma", {"evaluate_every_n_validations": 2}, "leaves this validation out"),
+        # Of two merges, the one that is monitored is not there yet.
+        ({"sma": "sma", "ema": Ema(half_life_steps=4)}, {"every_n_train_steps": 9}, "begins once"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:MergeCallback.*where a merged validation is left out")
+def test_a_strict_monitor_of_one_merge_that_is_not_there_is_warned_of(tmp_path, merges, options, why):
+    stopping = lightning(".callbacks").EarlyStopping("merged/val_loss", check_on_train_epoch_end=False)
+    callback = MergeCallback(**({"every_n_train_steps": 1, "num_snapshots": 4, "merges": merges} | options))
+    with (
+        pytest.warns(UserWarning, match=f"EarlyStopping monitors 'merged/val_loss', .* not there at step 4: .*{why}"),
+        pytest.raises(RuntimeError, match="which is not available"),
+    ):
+        fit(make(Toy), tmp_path, callback, stopping)
+
+
+def test_each_of_several_early_stoppings_is_told_of_left_out_validations(tmp_path):
+    stoppings = [lightning(".callbacks").EarlyStopping(f"merged/{name}", strict=False) for name in ("val_loss", "x")]
+    with pytest.warns(UserWarning, match="patience") as told:
+        fit(make(Toy), tmp_path, MergeCallback(1, 4, evaluate_every_n_validations=2), *stoppings)
+    assert sum("patience" in str(warning.message) for warning in told) == 2
+
+
+class TwoRates(Toy):
+    """A constant rate for 12 steps, then a tenth of it."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 12 else 0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+
+def test_a_merge_of_an_earlier_rate_is_not_set_beside_the_live_model_of_the_new_one(tmp_path, caplog):
+    # Validated at steps 12 and 16, with snapshots of the first rate.
+    fit(make(TwoRates), tmp_path / "one", MergeCallback(6, 4), max_steps=17)
+    assert "sma (2 snapshots, 6 steps), at step 12, before the learning rate changed" in caplog.text
+    caplog.clear()
+    # The first snapshot of the new rate is that of step 18.
+    fit(make(TwoRates), tmp_path / "two", MergeCallback(6, 4), max_steps=20)
+    assert "sma (1 snapshot, 0 steps), at step 20\n" in caplog.text
+
+
+def test_a_validation_without_a_metric_is_told_of(tmp_path, caplog):
+    class Silent(Toy):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    fit(make(Silent), tmp_path, MergeCallback(2, 3))
+    assert caplog.text.count("the validation logs no metric of its epoch, so merges cannot be compared") == 1
+
+
+def test_what_a_module_logs_to_set_the_axis_of_its_logger_is_no_result(tmp_path, caplog):
+    class OwnAxis(Toy):
+        def validation_step(self, batch, batch_idx):
+            self.log("step", float(self.trainer.global_step))
+            super().validation_step(batch, batch_idx)
+
+    with collecting_results() as fits:
+        fit(make(OwnAxis), tmp_path, MergeCallback(2, 3, forecast=0.1))
+    assert first_loss({name: each.higher_is_better for name, each in fits[-1][0].metrics.items()}) == "val_loss"
+    assert [line for line in caplog.text.splitlines() if line.startswith("val_loss ")]
+    assert not [line for line in caplog.text.splitlines() if line.startswith("step ")]
+    assert "forecast/step" not in caplog.text

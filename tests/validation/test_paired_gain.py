@@ -1,11 +1,14 @@
 """With a limit of batches: the gain is that on the same batches, and the live model is not validated twice for it."""
 
+import copy
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import CombinedLoader
 from torch.nn import functional as F
 
@@ -172,6 +175,18 @@ def test_what_a_validation_found_does_not_keep_the_strategy_alive(tmp_path):
     evaluation = callback.session.validation._evaluation
     assert evaluation is not None
     assert all(value.sums is None for value in evaluation.values["sma"].values())
+
+
+def test_nor_does_a_copy_of_the_callback_within_the_fit(tmp_path):
+    class Copies(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                copied.append(pickle.dumps(copy.deepcopy(callback.session.validation._latest)))
+
+    copied, callback = [], MergeCallback(2, 3, limit_batches=2)
+    run(tmp_path, LossAlone, callback, Copies())
+    assert copied
+    assert not any(b"Strategy" in each for each in copied)
 
 
 @pytest.mark.parametrize("name", ["stderr", "stderr_x"])

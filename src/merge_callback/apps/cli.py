@@ -184,3 +184,7 @@ def _run_with_config(name: str, run: Callable[[DictConfig], None], rest: Sequenc
     except (HydraException, OmegaConfBaseException) as error:
         # Under a debugger or a tracer Hydra raises these errors instead of printing them.
         raise WrongCallError("\n".join(dict.fromkeys(_causes(error)))) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from merge_callback.utilities.csv_cells import cell_of_text
 from merge_callback.utilities.tables import NOTHING, number, text_table
+from merge_callback.validation.directions import first_loss
 from merge_callback.validation.results import FitResult, MetricResult, collecting_results, result_of_last_fit
 
 # What each job writes into its folder.
@@ -69,8 +70,7 @@ def read_jobs(folder: Path, metric: str | None = None) -> tuple[str | None, list
             known.setdefault(name, values.higher_is_better)
     if metric is not None and known and metric not in known:
         raise ValueError(f"no job has logged {metric!r} in its validation; there are: {', '.join(known)}")
-    losses = [name for name, is_higher_better in known.items() if not is_higher_better]
-    return metric or next(iter([*losses, *known]), None), jobs
+    return metric or first_loss(known), jobs
 
 
 def best(jobs: Sequence[Job], metric: str) -> tuple[Job, Literal["live", "merged"]] | None:
@@ -127,7 +127,7 @@ class ComparisonTable(Callback):
     def __init__(self, metric: str | None = None) -> None:
         self.metric = metric
         self._job = ExitStack()
-        self._results: list[FitResult] = []
+        self._fits: list[list[FitResult]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Says before the first job what would be missing after the last one."""
@@ -139,7 +139,7 @@ class ComparisonTable(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Collects the results of the fits of a job, in its process."""
-        self._results = self._job.enter_context(collecting_results())
+        self._fits = self._job.enter_context(collecting_results())
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Writes the result of the job's last fit into its folder.
@@ -147,9 +147,9 @@ class ComparisonTable(Callback):
         Prints the table so far after a failed job, which ends the multirun with most launchers.
         """
         self._job.close()
-        if self._results:
+        if (result := result_of_last_fit(self._fits)) is not None:
             file = Path(config.hydra.runtime.output_dir) / RESULT
-            file.write_text(json.dumps(asdict(result_of_last_fit(self._results)), indent=1))
+            file.write_text(json.dumps(asdict(result), indent=1))
         if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
             self._show(Path(config.hydra.sweep.dir))
 

@@ -25,6 +25,7 @@ from merge_callback.prediction.planning import Option, describe, later, option, 
 from merge_callback.prediction.records import AnnealRecord, read_records
 from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.tables import NOTHING, number, text_table
+from merge_callback.validation.directions import first_loss_by_name
 
 SPANS = (0.05, 0.1, 0.2)
 MORE_STEPS = 1000
@@ -144,4 +145,4 @@ def chosen_metric(history: Sequence[StableValidation], asked: str | None) -> str
         raise ValueError(f"--metric {asked!r} is not logged with a merge; there are: {', '.join(names)}")
     if asked is None and not names:
         raise ValueError("the last validation has no merged metric")
-    return asked or next((name for name in names if "loss" in name.lower()), names[0])
+    return asked or first_loss_by_name(names) or names[0]

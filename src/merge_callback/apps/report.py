@@ -39,6 +39,7 @@ from merge_callback.prediction.bias import recovered_share
 from merge_callback.prediction.records import AnnealRecord, records_and_problems
 from merge_callback.utilities.checks import check_installed
 from merge_callback.utilities.tables import number
+from merge_callback.validation.directions import first_loss_by_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +79,7 @@ def find(source: Path, metric: str | None = None) -> Found:
     if not known or (metric is not None and metric not in known):
         there = f"; there are: {', '.join(known)}" if known else ": neither records of anneals nor a merged metric"
         raise ValueError(f"{source} holds nothing to report on{there}")
-    metric = metric or next((name for name in known if "loss" in name.lower()), known[0])
+    metric = metric or first_loss_by_name(known) or known[0]
     validations = read_validations(metrics_file, metric) if metrics_file and metric in with_merge else []
     return Found(source, metric, validations, records, [name for name in known if name != metric], left_out)
 

@@ -1,6 +1,7 @@
 """Reads back the metrics that a run's CSVLogger wrote."""
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def validation_table(validations: Sequence[Validation]) -> tuple[list[str], list
 
 
 def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
-    """Reads the validations that a run's CSVLogger wrote.
+    """Reads the validations that a run's CSVLogger wrote; of several callbacks those of the default or first one.
 
     Args:
         metrics_file: The logger's ``metrics.csv``.
@@ -52,6 +53,7 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
     Raises:
         ValueError: If the file has no such metric; the message names those it has.
     """
+    label = _label(_names(metrics_file))
     with metrics_file.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
@@ -62,7 +64,7 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
         return float(row[name]) if row.get(name) else None
 
     def prediction(row: dict[str, str], kind: str) -> Prediction | None:
-        name = f"{kind}/{metric}"
+        name = f"{kind}{label}/{metric}"
         value, low, high = (number(row, key) for key in (name, f"{name}/low", f"{name}/high"))
         return None if value is None or low is None or high is None else Prediction(value, low, high)
 
@@ -71,13 +73,13 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
             # Lightning's loggers count steps from zero: the row of step 74 is written when 75 are done.
             step=int(row["step"]) + 1,
             live=float(row[metric]),
-            merged=number(row, f"merged/{metric}"),
-            gain=number(row, f"merge_gain/{metric}"),
+            merged=number(row, f"merged{label}/{metric}"),
+            gain=number(row, f"merge_gain{label}/{metric}"),
             predicted=prediction(row, "annealed"),
             forecast=prediction(row, "forecast"),
-            forecast_end=number(row, "merge/forecast_end"),
-            span_steps=number(row, "merge/span_steps"),
-            seconds=number(row, "merge/seconds"),
+            forecast_end=number(row, f"merge{label}/forecast_end"),
+            span_steps=number(row, f"merge{label}/span_steps"),
+            seconds=number(row, f"merge{label}/seconds"),
         )
         for row in rows
         if row[metric]
@@ -86,6 +88,20 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
 
 def merged_metrics(metrics_file: Path) -> list[str]:
     """Returns the names of the metrics that have merged values in a ``metrics.csv``."""
+    names = _names(metrics_file)
+    prefix = f"merged{_label(names)}/"
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def _names(metrics_file: Path) -> Sequence[str]:
     with metrics_file.open(newline="") as file:
-        names = csv.DictReader(file).fieldnames or ()
-    return [name.removeprefix("merged/") for name in names if name.startswith("merged/")]
+        return csv.DictReader(file).fieldnames or ()
+
+
+def _label(names: Sequence[str]) -> str:
+    """Returns the label of the callback to read: the default one if it is there, else the first one.
+
+    A callback's name begins the labels of its further merges, so the shortest label of all is one of a primary merge.
+    """
+    labels = [found[1] for name in names if (found := re.match(r"merged(_[^/]*)?/", name))]
+    return min((label or "" for label in labels), key=len, default="")

@@ -110,8 +110,7 @@ def run(config: DictConfig) -> None:
                 file.add(cell, found[cell])
         metric = str(wanted)
         by_cell = {cell: metrics[metric] for cell, metrics in found.items()}
-    sys.stdout.write(sweep_table(by_cell, metric, asked.mode))
-    sys.stdout.write(f"Values: {file.path}\n")
+    sys.stdout.write(f"{sweep_table(by_cell, metric, asked.mode)}\nValues: {file.path}\n")
     for end in sorted({cell.end for cell in by_cell}):
         picture = folder / f"{safe_name(metric)}-{end}.png"
         heat_maps({cell: value for cell, value in by_cell.items() if cell.end == end}, metric).savefig(picture)

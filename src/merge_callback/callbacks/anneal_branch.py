@@ -37,7 +37,8 @@ class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
     rates stay those of the schedulers, so a run that continues from the branch has them back. Training data continue
     where the stable run stopped, if the loader can resume.
 
-    The branch reads from the checkpoint's `MergeCallback` state which run it comes from, and that run's validations.
+    The branch reads from the checkpoint's `MergeCallback` state which run it comes from, and that run's validations. Of
+    several callbacks, that with ``calibration=record`` counts, else the first one.
 
     Args:
         span_steps: Length of the decay in optimizer steps.
@@ -123,7 +124,7 @@ class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
         self._loaded_start = state_dict["start_step"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._run, self._history = stable_run_in_checkpoint(checkpoint)
+        self._run, self._history = stable_run_in_checkpoint(checkpoint, self._calibrated(trainer))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -136,7 +137,7 @@ class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
         end = start + span_steps
         self._check(trainer, end, span_steps)
         if self.trunk is not None:
-            self._run, self._history = self._later_stable_run(self.trunk)
+            self._run, self._history = self._later_stable_run(self.trunk, self._calibrated(trainer))
         self._start_step, self._end_step, self._annealed = start, end, None
         self._first_rates = learning_rates(trainer.optimizers)
         self._overlay = RateOverlay(trainer.optimizers, lambda: self.multiplier(optimizer_step(trainer)))
@@ -226,8 +227,10 @@ class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
         before = [each for each in self._history if each.step <= (self._start_step or 0)]
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         is_said = any(isinstance(each, MergeCallback) and each.session.predictions.decayed for each in others)
-        if self._annealed and before and not is_said:
-            rank_zero_info(f"AnnealBranch: {Decayed(before[-1], optimizer_step(trainer), self._annealed).describe()}")
+        if not self._annealed or not before or is_said:
+            return
+        if text := Decayed(before[-1], optimizer_step(trainer), self._annealed).describe():
+            rank_zero_info(f"AnnealBranch: {text}")
 
     # Called by validations, after `observe_validations`.
 
@@ -254,8 +257,17 @@ class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
         if optimizer_step(trainer) >= end:
             raise ValueError(f"{planned}, but this checkpoint is already there: the branch has ended")
 
-    def _later_stable_run(self, path: str | os.PathLike[str]) -> tuple[str | None, list[StableValidation]]:
-        run, history = stable_run_in_file(Path(path), f"trunk={str(path)!r}")
+    def _calibrated(self, trainer: Trainer) -> str | None:
+        """Returns the key of the state of the callback that reads the record; None if there is none."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        readers = [each for each in callbacks if isinstance(each, MergeCallback) and each.calibration is not None]
+        record = Path(str(self.record)).absolute()
+        return next((each.state_key for each in readers if Path(str(each.calibration)).absolute() == record), None)
+
+    def _later_stable_run(
+        self, path: str | os.PathLike[str], callback: str | None
+    ) -> tuple[str | None, list[StableValidation]]:
+        run, history = stable_run_in_file(Path(path), f"trunk={str(path)!r}", callback)
         is_same = run is not None and self._run in (None, run)
         if not is_same or len(history) < len(self._history):
             raise ValueError(f"trunk={str(path)!r} is not a later checkpoint of the run that this branch comes from")

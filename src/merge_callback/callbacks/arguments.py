@@ -1,8 +1,9 @@
 """Checks the arguments of `MergeCallback`, with errors that name argument and value, and builds a session from them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -48,6 +49,20 @@ def check_name(name: Any) -> None:
     if not isinstance(name, str) or not name:
         raise ValueError(f"name must be a non-empty string, got {name!r}")
     _refuse_taken("name", name)
+
+
+def refuse_same_names(labels: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError if two callbacks of a Trainer would log values under the same name.
+
+    Args:
+        labels: Name of each callback -> the labels of its merges in logged names.
+    """
+    for (name, own), (other, theirs) in combinations(labels.items(), 2):
+        if same := [label for label in own if label in theirs]:
+            raise ValueError(
+                f"MergeCallback(name={name!r}) and MergeCallback(name={other!r}) would both log merged{same[0]}/...;"
+                " give one of them, or its merge, another name"
+            )
 
 
 def _refuse_taken(what: str, name: str) -> None:

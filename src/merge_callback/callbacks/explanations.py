@@ -31,7 +31,8 @@ def explain_phase(
     if not window.is_frozen:
         return
     if merges.are_any_ready:
-        kept = f"the window of {len(steps)} snapshots up to step {steps[-1]}" if steps else "the average"
+        size = f"{len(steps)} snapshot{'s' if len(steps) > 1 else ''}"
+        kept = f"the window of {size} up to step {steps[-1]}" if steps else "the average"
         messages.say(
             f"the learning rate moved at step {step}: {kept} stays as it is until the rate is constant again",
             "frozen",

@@ -184,6 +184,9 @@ class MergeCallback(MergesOfARun, PickledWithoutItsRun):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         arguments.refuse_strategy(trainer.strategy)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        known = {each.name: each.session.validation.labels for each in callbacks if isinstance(each, MergeCallback)}
+        arguments.refuse_same_names(known)
         self._pending = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -227,7 +230,9 @@ class MergeCallback(MergesOfARun, PickledWithoutItsRun):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continues the session of the previous fit, or begins a new one."""
-        if self._pending is not None or not self._session.is_continued_by(trainer, pl_module):
+        # A checkpoint, also one without a state of this callback, brings other weights.
+        is_loaded = self._pending is not None or trainer.ckpt_path is not None
+        if is_loaded or not self._session.is_continued_by(trainer, pl_module):
             self.parts.check(pl_module)
             self._session = self._new_session()
         self._session.begin(trainer, pl_module, self._pending)

@@ -50,6 +50,7 @@ class MergedCheckpoint(ShownAsItsCall, PickledWithoutItsRun, ModelCheckpoint):
         >>> callbacks = [merging, MergedCheckpoint(merging, monitor="merged/val_loss", filename="merged-{step}")]
     """
 
+    _ELSEWHERE = {"name": "to save another merge than the first write merge='...'"}  # noqa: RUF012
     # Not the name that Lightning looks for: `ckpt_path="last"` must never find a merge.
     CHECKPOINT_NAME_LAST = "merged-last"
     # It waits for the value that it monitors, as `EarlyStopping(strict=False)` does.
@@ -84,6 +85,7 @@ class MergedCheckpoint(ShownAsItsCall, PickledWithoutItsRun, ModelCheckpoint):
     def begin_anew(self) -> None:
         # Whether a merge is to be saved at the next validation, which tells what it is worth.
         self._is_due = False
+        self._is_missing_said = False
         # With `at`: of how many constant rates the merge was saved.
         self._num_saved = 0
 
@@ -110,6 +112,9 @@ class MergedCheckpoint(ShownAsItsCall, PickledWithoutItsRun, ModelCheckpoint):
 
     def _save_stable_end(self, trainer: Trainer) -> None:
         """Saves the merge of the latest constant rate, unless that was done when it ended."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Lightning saves no checkpoints then.
+            return
         session = self.merge_callback.session
         if session.capture.window.phase.num_begun > self._num_saved and session.merges[self.merge].is_ready:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -129,10 +134,16 @@ class MergedCheckpoint(ShownAsItsCall, PickledWithoutItsRun, ModelCheckpoint):
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         session = self.merge_callback.session
-        name = session.merges[self.merge].name
-        self._is_due = self.monitor is not None and not (
-            self.monitor in monitor_candidates and session.validation.evaluated_at(optimizer_step(trainer), name)
-        )
+        step, name = optimizer_step(trainer), session.merges[self.merge].name
+        is_evaluated, is_there = session.validation.evaluated_at(step, name), self.monitor in monitor_candidates
+        self._is_due = self.monitor is not None and not (is_there and is_evaluated)
+        if self._is_due and is_evaluated and not self._is_missing_said:
+            self._is_missing_said = True
+            there = ", ".join(sorted(key for key in monitor_candidates if key.startswith("merge"))) or "none"
+            rank_zero_warn(
+                f"MergedCheckpoint: {self.monitor!r} is not among the metrics of the validation at step {step}, so"
+                f" nothing is saved until it is. Those of merges are: {there}"
+            )
         if not self._is_due:
             with self._unchanged_without_a_file():
                 super()._save_topk_checkpoint(trainer, monitor_candidates)

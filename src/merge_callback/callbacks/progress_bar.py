@@ -54,8 +54,11 @@ class LiveAndMergedBar(ShownAsItsCall, TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)
-        shown = {"live": self.metric, "merged": "merged"}
+        # A callback that has a name shows it in the bar.
+        merged = next((key for key in metrics if key == "merged" or key.startswith("merged_")), "merged")
+        shown = {"live": self.metric, "merged": merged}
         found = {name: metrics[key] for name, key in shown.items() if key in metrics}
-        if self.forecast and (foretold := trainer.callback_metrics.get(f"forecast/{self.metric}")) is not None:
+        forecast = f"forecast{merged.removeprefix('merged')}/{self.metric}"
+        if self.forecast and (foretold := trainer.callback_metrics.get(forecast)) is not None:
             found["forecast"] = float(foretold)
         return found

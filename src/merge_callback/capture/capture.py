@@ -83,6 +83,7 @@ class SnapshotCapture:
         self._left_out = ""
         # The tensors to capture, and the number of their `find` that the layout is known to fit.
         self._live: LiveTensors | None = None
+        self._is_skipping = False  # whether the latest snapshot could not be taken, so that this is said once
         self._fitting = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,9 +92,9 @@ class SnapshotCapture:
         return self.__dict__ | {"_live": None}
 
     @property
-    def is_comparable(self) -> bool:
-        """Whether merges and the live model belong to the same stable phase, which still goes on."""
-        return self.window.phase.is_stable and not (self.window.is_outdated and self.num_snapshots)
+    def is_current(self) -> bool:
+        """Whether merges are made of what is captured now, and not frozen or of an earlier learning rate."""
+        return not self.window.is_frozen and not (self.window.is_outdated and self.num_snapshots)
 
     @property
     def steps(self) -> list[int]:
@@ -231,12 +232,15 @@ class SnapshotCapture:
         assert self.ring is not None
         problem = self.kind.problem(step)
         if problem is not None and not self.sharding.is_sharded:
-            warnings.warn(f"{problem}. The window stays as it was, at steps {self.steps}.", stacklevel=2)
+            if not self._is_skipping:
+                until = f"The window stays as it was, at steps {self.steps}, until a snapshot can be taken."
+                warnings.warn(f"{problem}. {until}", stacklevel=2)
+            self._is_skipping = True
             self.kind.restart(step)
             return
         if not self.window.make_room_(self.ring, step):
             return
-        own_buffers = local_clones(buffers)
+        self._is_skipping, own_buffers = False, local_clones(buffers)
         self.kind.close(self.ring, step, parameters)
         if problem is None:
             self.buffers = own_buffers
@@ -248,9 +252,9 @@ class SnapshotCapture:
         """Allocates ring and averages for these parameters, unless the present ones fit them."""
         if self.layout is not None and self.layout.fits(parameters):
             return
-        if self.layout is not None:
-            kept = [f"the window of {len(self.steps)} snapshots"] if self.ring is not None else []
-            kept += [f"the average {name!r}" for name in self.averages.names]
+        kept = [f"the window of {len(self.steps)} snapshots"] if self.steps else []
+        kept += [f"the average {name!r}" for name in self.averages.names if self.averages[name].step is not None]
+        if kept:
             warnings.warn(
                 f"The trainable parameters changed before step {step}: {' and '.join(kept)} does not fit them any more,"
                 " and a new one begins.",

@@ -51,17 +51,17 @@ class Merge(Protocol):
             ValueError: If the merge is made alone and is an average that holds NaN or inf.
         """
 
-    def span_steps(self, step: int) -> float:
-        """Returns how many optimizer steps the merge reaches back from ``step``."""
+    def span_steps(self) -> float:
+        """Returns how many optimizer steps the merge reaches back from the newest weights in it."""
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:
         """Floating-point buffers that belong to the merge, by name."""
 
-    def diagnostics(self, row: Sequence[Tensor], step: int) -> dict[str, float]:
+    def diagnostics(self, row: Sequence[Tensor]) -> dict[str, float]:
         """Returns numbers about the merge to log. All ranks must call it together."""
 
-    def describe(self, step: int) -> str:
+    def describe(self) -> str:
         """Returns what the merge is made of, in a few words."""
 
     def composition(self, step: int) -> Composition | None:
@@ -114,7 +114,7 @@ class WindowMerge:
         assert self._capture.ring is not None
         return self._capture.ring.combine(list(self.coefficients().values()))
 
-    def span_steps(self, step: int) -> float:
+    def span_steps(self) -> float:
         places = [place for place, value in enumerate(self.coefficients().values()) if value != 0]
         return float(covered(self._covered[places[0] : places[-1] + 1]).span_steps)
 
@@ -122,14 +122,14 @@ class WindowMerge:
     def buffers(self) -> Mapping[str, Tensor]:
         return self._capture.buffers
 
-    def diagnostics(self, row: Sequence[Tensor], step: int) -> dict[str, float]:
+    def diagnostics(self, row: Sequence[Tensor]) -> dict[str, float]:
         spread = self._capture.spread(list(self.coefficients().values()), row)
         num_snapshots = float(self._num_used)
-        return {"num_snapshots": num_snapshots, "span_steps": self.span_steps(step), "spread": spread}
+        return {"num_snapshots": num_snapshots, "span_steps": self.span_steps(), "spread": spread}
 
-    def describe(self, step: int) -> str:
+    def describe(self) -> str:
         what, num = self._capture.kind.noun, self._num_used
-        return f"{num} {what}{'s' if num > 1 else ''}, {self.span_steps(step):.0f} steps"
+        return f"{num} {what}{'s' if num > 1 else ''}, {self.span_steps():.0f} steps"
 
     def composition(self, step: int) -> Composition | None:
         num_samples, correlation = self._capture.kind.num_samples, fitted().correlation_steps
@@ -178,18 +178,19 @@ class AverageMerge:
             self._check_finite()
         return self._capture.averages.row(self.name)
 
-    def span_steps(self, step: int) -> float:
-        return self._average.span_steps(step)
+    def span_steps(self) -> float:
+        # As of its last update: while the learning rate moves, there is none.
+        return self._average.span_steps(self._capture.averages[self.name].step or 0)
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:
         return self._capture.averages.buffers
 
-    def diagnostics(self, row: Sequence[Tensor], step: int) -> dict[str, float]:
-        return {"span_steps": self.span_steps(step)}
+    def diagnostics(self, row: Sequence[Tensor]) -> dict[str, float]:
+        return {"span_steps": self.span_steps()}
 
-    def describe(self, step: int) -> str:
-        return f"every step, about {self.span_steps(step):.0f}"
+    def describe(self) -> str:
+        return f"every step, about {self.span_steps():.0f}"
 
     def composition(self, step: int) -> Composition | None:
         return None

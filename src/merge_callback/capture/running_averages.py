@@ -192,7 +192,7 @@ class RunningAverages:
             buffers: Live floating-point buffers; the saved ones are moved to their devices.
 
         Returns:
-            A clause for the user about each average that could not be restored.
+            A clause for the user about each average that could not be restored, or is not needed.
         """
         lost = []
         for name, shadow in self._shadows.items():
@@ -204,4 +204,8 @@ class RunningAverages:
         if len(lost) < len(self._shadows):
             saved_buffers = state["buffers"].items()
             self.buffers = {name: buffer.to(buffers[name].device, copy=True) for name, buffer in saved_buffers}
-        return [f"the checkpoint holds no average {name!r} with this profile: it restarts" for name in lost]
+        unused = [name for name in state["profiles"] if name not in self._shadows]
+        return [
+            *(f"the checkpoint holds no average {name!r} with this profile: it restarts" for name in lost),
+            *(f"the average {name!r} of the checkpoint is left out: no merge needs it" for name in unused),
+        ]

@@ -206,8 +206,12 @@ def _difference(live: Mapping[str, list[int]], saved: Mapping[str, list[int]]) -
         # Shapes were not known yet when the state was saved, so nothing was captured.
         return None
     for name in [*live, *saved]:
-        if live.get(name) != saved.get(name):
-            return f"{name} has shape {live.get(name)} in the model and {saved.get(name)} in the snapshots"
+        if name not in live or name not in saved:
+            return (
+                f"{name} is in the {'snapshots, and not merged now' if name in saved else 'merge now, and not in them'}"
+            )
+        if live[name] != saved[name]:
+            return f"{name} has shape {live[name]} in the model and {saved[name]} in the snapshots"
     return None
 
 

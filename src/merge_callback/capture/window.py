@@ -78,6 +78,11 @@ class CaptureWindow:
         return max((required_span(rule, step) for rule in self._rules), default=0.0)
 
     @property
+    def was_thinned(self) -> bool:
+        """Whether the interval between two snapshots has doubled at this learning rate."""
+        return self.schedule.interval > (self.every_n_train_steps or 1)
+
+    @property
     def is_frozen(self) -> bool:
         """Whether nothing is captured at the present learning rate."""
         return self.start == "stable" and not self.phase.is_stable

@@ -10,13 +10,19 @@ from merge_callback.prediction.validations import StableValidation
 METADATA = "meta.pt"
 
 
-def stable_run_in_file(path: Path, what: str) -> tuple[str | None, list[StableValidation]]:
+def stable_run_in_file(path: Path, what: str, callback: str | None = None) -> tuple[str | None, list[StableValidation]]:
     """Returns identifier and validations of the run in a checkpoint, a file or a folder; ``(None, [])`` without them.
 
+    Args:
+        path: The checkpoint.
+        what: What the message of an error begins with.
+        callback: As for `stable_run_in_checkpoint`.
+
     Raises:
-        ValueError: If it cannot be read; the message begins with ``what``.
+        ValueError: If it cannot be read.
     """
     try:
-        return stable_run_in_checkpoint(read_entries(path / METADATA if path.is_dir() else path))
+        entries = read_entries(path / METADATA if path.is_dir() else path)
+        return stable_run_in_checkpoint(entries, callback)
     except BROKEN as error:
         raise ValueError(f"{what} is no checkpoint that can be read: {error}") from error

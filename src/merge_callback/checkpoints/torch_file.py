@@ -68,10 +68,11 @@ def read_torch_file(path: Path, part: BinaryIO | None = None, start: int = 0) ->
     """
     with path.open("rb") as whole:
         stream = part or whole
-        is_begun = stream.read(2) == b"PK"
+        begin = stream.read(2)
         if not zipfile.is_zipfile(stream):
-            kind = "was cut short" if is_begun else "is in torch's old format or in none; load it and save it again"
-            raise ValueError(f"{path} {kind}")
+            kind = "was cut short" if begin == b"PK" else "is no file of torch.save" if begin else "is empty"
+            older = "" if begin in (b"PK", b"") else ", or one in its old format; load it and save it again"
+            raise ValueError(f"{path} {kind}{older}")
         with zipfile.ZipFile(stream) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             pickled = next((name for name in entries if name.rpartition("/")[2] == "data.pkl"), None)

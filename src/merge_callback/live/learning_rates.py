@@ -26,7 +26,8 @@ class RateOverlay:
             a short reduction, such as after a loss spike.
 
     Raises:
-        ValueError: If an optimizer has no learning rate, or another overlay already multiplies its rates.
+        ValueError: If an optimizer has no learning rate, or another decay already multiplies its rates. A short
+            reduction ends when a decay begins.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class RateOverlay:
             name = type(optimizer).__name__
             if not isinstance(optimizer, Optimizer) or any(group.get("lr") is None for group in optimizer.param_groups):
                 raise ValueError(f"the optimizer {name} has no learning rate that could be multiplied")
+            if (present := _overlays.get(optimizer)) is not None and is_decay and not present.is_decay:
+                present.remove()
             if optimizer in _overlays:
                 raise ValueError(f"the rates of {name} decay already; a run takes one AnnealBranch at a time")
         self._handles = [

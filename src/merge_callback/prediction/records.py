@@ -167,9 +167,17 @@ def completed(record: AnnealRecord, history: Sequence[StableValidation]) -> Anne
     )
 
 
-def stable_run_in_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str | None, list[StableValidation]]:
-    """Returns identifier and validations of the run in a `MergeCallback` checkpoint; ``(None, [])`` without them."""
-    for state in (checkpoint.get("callbacks") or {}).values():
+def stable_run_in_checkpoint(
+    checkpoint: Mapping[str, Any], callback: str | None = None
+) -> tuple[str | None, list[StableValidation]]:
+    """Returns identifier and validations of the run in a checkpoint; ``(None, [])`` without them.
+
+    Args:
+        checkpoint: The checkpoint of a run with a `MergeCallback`.
+        callback: Key of the state to prefer if there are several callbacks; else the first one counts.
+    """
+    states = checkpoint.get("callbacks") or {}
+    for state in [states.get(callback), *states.values()]:
         if isinstance(state, Mapping) and "history" in state:
             history = [read_validation(values) for values in state["history"]]
             return run_identity(history), history

@@ -1,6 +1,21 @@
-"""Info lines and warnings of a callback, on rank zero."""
+"""Info lines and warnings of a callback, on rank zero, and notes on errors."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+
+@contextmanager
+def noted(what: str) -> Iterator[None]:
+    """Adds a note to an error that is raised inside the context, where Python has notes (3.11)."""
+    try:
+        yield
+    except Exception as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(what)
+        raise
 
 
 class Messages:

@@ -49,10 +49,10 @@ class Budget:
         Examples:
             >>> print(Budget(share=None, elapsed=100.0, spent=12.0, validating=9.0).summary())
             merges took 12.0 s, 12.0% of the run
-            (9.0% validating them, 3.0% capturing and merging weights)
+            (9.0% validating them, 3.0% capturing, merging, drawing)
         """
         all_, validating = (seconds / self.elapsed for seconds in (self.spent, self.validating))
-        parts = f"{validating:.1%} validating them, {all_ - validating:.1%} capturing and merging weights"
+        parts = f"{validating:.1%} validating them, {all_ - validating:.1%} capturing, merging, drawing"
         return f"merges took {self.spent:.1f} s, {all_:.1%} of the run\n({parts})"
 
     def spend(self, seconds: float, *, is_costly: bool = False) -> None:

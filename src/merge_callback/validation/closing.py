@@ -9,9 +9,9 @@ from merge_callback.prediction.forecasts import Forecast
 from merge_callback.prediction.predictor import is_same_span
 from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.tables import NOTHING, number, text_table
+from merge_callback.validation.directions import is_a_quality
 from merge_callback.validation.logged import BOUNDS, LoggedName
 from merge_callback.validation.reasons import Circumstances
-from merge_callback.validation.results import beside
 
 # A table of more metrics is not read; all of them are in the loggers.
 MAX_METRICS = 20
@@ -23,31 +23,32 @@ class Compared:
 
     Args:
         step: Optimizer steps at the validation.
-        live: Metric -> live value.
+        live: Metric -> live value, as it stands beside the merged one.
         logged: The values that the callback logged at the validation.
         merges: Label of a merge -> its name, and what it is made of; the primary one comes first.
-        circumstances: What may make a merge worse than the live model.
+        circumstances: What may make the primary merge worse than the live model; None if it was not validated.
     """
 
     step: int
     live: Mapping[str, LoggedValue]
     logged: Mapping[LoggedName, LoggedValue]
     merges: Mapping[str, tuple[str, str]]
-    circumstances: Circumstances
+    circumstances: Circumstances | None
 
-    def describe(self, *, is_before_decay: bool = False) -> str:
+    def describe(self, since: str = "") -> str:
         """Returns a table of live and merged values, gains and predictions, and why a merge may be worse.
 
         Args:
-            is_before_decay: Whether the run has decayed since.
+            since: What the title adds to the step, such as ``", before the decay"``.
         """
-        shown = [name for name in self.logged if name.kind == "merged" and self._gain(name) is not None]
+        qualities = [name for name in self.logged if name.kind == "merged" and is_a_quality(name.metric)]
+        shown = [name for name in qualities if self._gain(name) is not None]
         metrics = list(dict.fromkeys(name.metric for name in shown))
         kept = set(metrics[:MAX_METRICS])
         rows = [self._row(name) for name in shown if name.metric in kept]
         if not rows:
             return ""
-        when = f"at step {self.step}{', before the decay' if is_before_decay else ''}"
+        when = f"at step {self.step}{since}"
         names, made_of = zip(*self.merges.values(), strict=True) if self.merges else ((), ())
         if len(names) == 1:
             title, rows = f"{names[0]} ({made_of[0]}), {when}", [[row[0], NOTHING, *row[2:]] for row in rows]
@@ -62,9 +63,8 @@ class Compared:
         return "\n".join([*lines, *self._why_worse(shown)])
 
     def _row(self, name: LoggedName) -> list[str]:
-        live, gain = float(self.live[name.metric].value), self._gain(name) or 0.0
-        merged = beside(live, gain, higher_is_better=bool(self.logged[name].higher_is_better))
-        values = [number(live), number(merged), number(gain, "+")]
+        live, merged = (float(value.value) for value in (self.live[name.metric], self.logged[name]))
+        values = [number(live), number(merged), number(self._gain(name) or 0.0, "+")]
         return [name.metric, self.merges[name.label][0], *values, self._predicted(name)]
 
     def _gain(self, name: LoggedName) -> float | None:
@@ -82,7 +82,7 @@ class Compared:
         primary = next(iter(self.merges), None)
         gains = {name.metric: self._gain(name) or 0.0 for name in shown if name.label == primary}
         worse = {metric: gain for metric, gain in gains.items() if gain < 0}
-        return self.circumstances.explain(worse) if worse else []
+        return self.circumstances.explain(worse) if worse and self.circumstances is not None else []
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Decayed:
     def describe(self) -> str:
         """Returns a table of it, with whether each interval holds what came."""
         rows = []
-        for metric in [name for name in self.before.live if name in self.values][:MAX_METRICS]:
+        metrics = [name for name in self.before.live if name in self.values and is_a_quality(name)]
+        for metric in metrics[:MAX_METRICS]:
             came = self.values[metric]
             for what, known in (("live", self.before.live), ("merged", self.before.merged)):
                 if metric in known:

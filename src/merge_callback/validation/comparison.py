@@ -21,6 +21,8 @@ class Comparison:
 
     Args:
         live: Metric -> live value, on the batches of the merges.
+        beside: Metric -> live value that fits the merged one: for means over batches that of the whole validation,
+            else that on the batches of the merges.
         merged: Merge -> metric -> merged value. If the merges had fewer batches than the live model, means over batches
             are the live value of the whole validation less the difference on those batches, so that the two can be set
             side by side.
@@ -30,6 +32,7 @@ class Comparison:
     """
 
     live: Mapping[str, LoggedValue]
+    beside: Mapping[str, LoggedValue]
     merged: dict[str, dict[str, LoggedValue]] = field(default_factory=dict)
     differences: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -48,7 +51,9 @@ def are_sums_known(merges: Mapping[str, Evaluated]) -> bool:
 
 def compare(evaluation: Evaluation, live: Mapping[str, LoggedValue]) -> Comparison:
     """Compares the merges of an evaluation with the live validation that followed. All ranks must call it together."""
-    found = Comparison(_on_same_batches(evaluation, live))
+    on_same = _on_same_batches(evaluation, live)
+    firsts = {metric for values in evaluation.values.values() for metric, value in values.items() if value.sums is None}
+    found = Comparison(on_same, dict(live) | {metric: value for metric, value in on_same.items() if metric in firsts})
     for merge, values in evaluation.values.items():
         merged, differences = dict(values), {}
         for metric, value in values.items():

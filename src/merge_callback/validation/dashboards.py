@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.utilities.checks import how_to_install
 from merge_callback.validation.logged import BOUNDS, LoggedName
-from merge_callback.validation.wandb_charts import WandbCharts
+from merge_callback.validation.wandb_charts import WandbChart
 
 # The diagnostics of a merge that get a chart.
 DIAGNOSTICS = ("num_snapshots", "span_steps", "spread", "seconds", "num_skipped")
@@ -72,6 +72,7 @@ class Dashboards:
 
     def __init__(self, label: str = "") -> None:
         self.label = label
+        self.chart = WandbChart(label)
         self._begin()
 
     def _begin(self) -> None:
@@ -80,12 +81,12 @@ class Dashboards:
         # Parts of TensorBoard's layout already written, and names already defined in Weights & Biases.
         self._laid_out: set[tuple[str, str]] = set()
         self._defined: set[str] = set()
-        self._wandb: dict[int, tuple[Any, WandbCharts]] = {}
+        self._wandb: list[Any] = []
         self._is_without_figures = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out open writers and loggers: a copy opens its own."""
-        return self.__dict__ | {"_runs": {}, "_wandb": {}}
+        return self.__dict__ | {"_runs": {}, "_wandb": []}
 
     def show(
         self,
@@ -112,6 +113,7 @@ class Dashboards:
         # True for powers of two.
         is_drawn = self._num_shown & (self._num_shown - 1) == 0
         written = {name: value for name, value in logged.items() if value.logger}
+        self._wandb.clear()
         for logger in loggers:
             # By name: `lightning` and `pytorch_lightning` each have their own logger classes.
             kinds = {base.__name__ for base in type(logger).__mro__}
@@ -121,15 +123,15 @@ class Dashboards:
                     self._draw(logger, coefficients, intervals, step)
             elif "WandbLogger" in kinds:
                 self._define_in_wandb(logger, written)
-                _, charts = self._wandb.setdefault(id(logger), (logger, WandbCharts(self.label)))
-                charts.add(live, written, step)
-                if is_drawn:
-                    charts.draw(logger)
+                self._wandb.append(logger)
+        if self._wandb:
+            self.chart.add(live, written, step)
+            if is_drawn:
+                self.chart.draw(self._wandb)
 
     def close(self) -> None:
         """Draws the last charts and closes all writers, at the end of a fit."""
-        for logger, charts in self._wandb.values():
-            charts.draw(logger)
+        self.chart.draw(self._wandb)
         for run in self._runs.values():
             run.close()
         self._begin()

@@ -1,7 +1,7 @@
 """Whether more of a metric is better: by what monitors it, or by its name."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Words in names of metrics where more is better.
@@ -42,7 +42,37 @@ def more_is_better(metric: str) -> bool | None:
 
 def is_a_quality(metric: str) -> bool:
     """Returns whether a metric may say how good a model is, other than a count, a time or a learning rate."""
-    return not _NEITHER & set(_words(metric))
+    return not _NEITHER & set(_words(plain_name(metric)))
+
+
+def plain_name(metric: str) -> str:
+    """Returns the name under which a module has logged a metric, without what Lightning adds to it.
+
+    Examples:
+        >>> plain_name("acc_epoch"), plain_name("acc/dataloader_idx_0")
+        ('acc', 'acc')
+    """
+    return metric.partition("/dataloader_idx_")[0].removesuffix("_epoch")
+
+
+def first_loss(metrics: Mapping[str, bool]) -> str | None:
+    """Returns the metric to show where there is room for one: the first loss, else the first quality, else the first.
+
+    Args:
+        metrics: Metric -> whether more of it is better. The result is None if there is none.
+
+    Examples:
+        >>> first_loss({"step": False, "accuracy": True, "loss": False})
+        'loss'
+    """
+    qualities = [metric for metric in metrics if is_a_quality(metric)]
+    losses = [metric for metric in qualities if not metrics[metric]]
+    return next(iter([*losses, *qualities, *metrics]), None)
+
+
+def first_loss_by_name(metrics: Iterable[str]) -> str | None:
+    """Returns the same as `first_loss`, where only names are known."""
+    return first_loss({metric: more_is_better(metric) is not False for metric in metrics})
 
 
 def _words(metric: str) -> Iterable[str]:
@@ -54,7 +84,7 @@ def _words(metric: str) -> Iterable[str]:
 
 
 def monitored(callbacks: Iterable[Any]) -> dict[str, bool]:
-    """Returns metric -> whether more is better, according to callbacks with a ``monitor`` and a ``mode``.
+    """Returns plain metric -> whether more is better, according to callbacks with a ``monitor`` and a ``mode``.
 
     The monitor of a merged value tells of the live one.
     """
@@ -62,5 +92,5 @@ def monitored(callbacks: Iterable[Any]) -> dict[str, bool]:
     for callback in callbacks:
         monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
         if isinstance(monitor, str) and mode in ("min", "max"):
-            found.setdefault(_OF_MERGES.sub("", monitor), mode == "max")
+            found.setdefault(plain_name(_OF_MERGES.sub("", monitor)), mode == "max")
     return found

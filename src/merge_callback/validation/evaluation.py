@@ -1,6 +1,8 @@
 """What a validation of the merges has found."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from merge_callback.capture.merges import Merge
 from merge_callback.live.evaluate import LoggedValue
@@ -55,8 +57,8 @@ class Evaluation:
 
     def without_sums(self) -> "Evaluation":
         """Returns the same without the running sums, which refer to the trainer's strategy."""
-        merges = {name: replace(each, values=_without_sums(each.values)) for name, each in self.merges.items()}
-        return replace(self, merges=merges, live=None if self.live is None else _without_sums(self.live))
+        merges = {name: replace(each, values=without_sums(each.values)) for name, each in self.merges.items()}
+        return replace(self, merges=merges, live=None if self.live is None else without_sums(self.live))
 
     @property
     def values(self) -> dict[str, dict[str, LoggedValue]]:
@@ -64,5 +66,9 @@ class Evaluation:
         return {name: each.values for name, each in self.merges.items()}
 
 
-def _without_sums(values: dict[str, LoggedValue]) -> dict[str, LoggedValue]:
+_Name = TypeVar("_Name")
+
+
+def without_sums(values: Mapping[_Name, LoggedValue]) -> dict[_Name, LoggedValue]:
+    """Returns logged values without their running sums, which refer to the trainer's strategy."""
     return {name: replace(value, sums=None) for name, value in values.items()}

@@ -10,7 +10,7 @@ import torch
 from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.names import fits
 from merge_callback.prediction.bias import Prediction
-from merge_callback.validation.directions import is_a_quality, more_is_better
+from merge_callback.validation.directions import is_a_quality, more_is_better, plain_name
 
 
 def safe_name(name: str) -> str:
@@ -60,7 +60,7 @@ class Names:
         callback: Name of the callback.
         primary: Name of its primary merge.
         higher_is_better: Patterns of metrics where more is better.
-        monitored: Metric -> whether more is better, according to callbacks that monitor it.
+        monitored: Plain name of a metric -> whether more is better, according to callbacks that monitor it.
 
     Examples:
         >>> names = Names("merge", primary="sma")
@@ -97,7 +97,7 @@ class Names:
             return True
         if value.higher_is_better is not None:
             return value.higher_is_better
-        monitored = self.monitored.get(metric)
+        monitored = self.monitored.get(plain_name(metric))
         return more_is_better(metric) if monitored is None else monitored
 
     def unknown(self, live: Mapping[str, LoggedValue]) -> str:
@@ -115,8 +115,7 @@ class Names:
         A pattern for ``acc`` also fits the names that Lightning derives from it: ``acc_epoch``,
         ``acc/dataloader_idx_0``.
         """
-        plain = metric.partition("/dataloader_idx_")[0].removesuffix("_epoch")
-        return any(fits(name, patterns) for name in (metric, plain))
+        return any(fits(name, patterns) for name in (metric, plain_name(metric)))
 
 
 def predictions_and_errors(

@@ -15,21 +15,21 @@ from merge_callback.live.evaluate import LoggedValue, evaluate, num_limited_batc
 from merge_callback.live.learning_rates import optimizer_step
 from merge_callback.live.observe import logged_step, observe_validations, stop_observing_validations
 from merge_callback.utilities.devices import wait_for_device
-from merge_callback.utilities.messages import Messages
+from merge_callback.utilities.messages import Messages, noted
 from merge_callback.validation.budget import Budget
 from merge_callback.validation.closing import Compared
 from merge_callback.validation.comparison import Comparison, are_sums_known, compare, merged_and_gains
 from merge_callback.validation.count import ValidationCount
 from merge_callback.validation.dashboards import Dashboards
 from merge_callback.validation.directions import monitored
-from merge_callback.validation.evaluation import Evaluated, Evaluation, Results
+from merge_callback.validation.evaluation import Evaluated, Evaluation, Results, without_sums
 from merge_callback.validation.frozen import FrozenValues
 from merge_callback.validation.logged import LoggedName, Names
 from merge_callback.validation.moment import moment_of
-from merge_callback.validation.monitors import warn_of_missing_values, warn_of_repeated_values
+from merge_callback.validation.monitors import warn_of_contrary_modes, warn_of_missing_values, warn_of_repeated_values
 from merge_callback.validation.predictions import LoggedPredictions
-from merge_callback.validation.reasons import Circumstances
-from merge_callback.validation.results import collect, fit_result
+from merge_callback.validation.reasons import circumstances
+from merge_callback.validation.results import begin_fit, collect, fit_result
 from merge_callback.validation.routers import Choices, Routers
 from merge_callback.validation.unmoved import UnmovedValues
 
@@ -78,13 +78,14 @@ class MergedValidation:
         # The latest comparison with the live model that is told at the end of a fit.
         self._compared: Compared | None = None
         self._num_shown = 0
-        # Step, live and logged values of the latest validation.
+        # Step, live values beside merged ones, and logged values of the latest validation.
         self._latest: tuple[int, Mapping[str, LoggedValue], Mapping[LoggedName, LoggedValue]] | None = None
 
     def begin(self, trainer: Trainer) -> None:
         """Starts to observe the validations of a fit, until `close`."""
         self._began, self._compared, self._num_shown, self._latest = time.perf_counter(), None, 0, None
         self.predictions.decayed = None
+        begin_fit()
         self._names.monitored.clear()
         self._names.monitored.update(monitored(trainer.callbacks))  # type: ignore[attr-defined]
         # Another fit may have another limit of batches.
@@ -97,14 +98,15 @@ class MergedValidation:
             num_limited_batches(trainer, self._limit_batches)  # raises now rather than at the first merge
             observe_validations(trainer, self, self._limit_batches)
             if self._every_n_validations > 1 or self.budget.share is not None:
-                warn_of_repeated_values(trainer, self._messages, self._labels)
+                warn_of_repeated_values(trainer, self._messages, self.labels)
         else:
             self._messages.say(
                 "there is no validation, so merges are kept for export but not evaluated", "no validation"
             )
 
     @property
-    def _labels(self) -> list[str]:
+    def labels(self) -> list[str]:
+        """Labels of the merges in logged names."""
         return [self._names.label(merge.name) for merge in self.merges]
 
     def close(self, trainer: Trainer) -> None:
@@ -113,9 +115,9 @@ class MergedValidation:
         self._dashboards.close()
         self.budget.elapsed, self._began = self._elapsed(), None
         if self._num_shown or self.predictions.decayed is not None:
-            decayed, is_frozen = self.predictions.decayed, self.merges.capture.window.is_frozen
+            decayed = self.predictions.decayed
             parts = [
-                "" if self._compared is None else self._compared.describe(is_before_decay=is_frozen),
+                "" if self._compared is None else self._compared.describe(self._since()),
                 self.predictions.foretold() if decayed is None else decayed.describe(),
                 "\n".join(filter(None, [self._frozen.describe(), self.budget.summary()])),
             ]
@@ -136,16 +138,23 @@ class MergedValidation:
         self._evaluation = None
         self.count.begin(trainer)
         if self.count.number % self._every_n_validations:
+            why = f"evaluate_every_n_validations={self._every_n_validations} leaves this validation out"
+            warn_of_missing_values(trainer, self._messages, self.labels, why)
             return
+        is_limited = self._is_limited(trainer)
         results = self._frozen.repeat(trainer)
-        is_free = results is not None and self._routers is None and not self._needs_live(trainer, results)
+        is_free = (
+            results is not None and self._routers is None and not (is_limited and not are_sums_known(results.merges))
+        )
         if not is_free and not self._fits_budget(trainer):
+            warn_of_missing_values(trainer, self._messages, self.labels, "max_overhead leaves this validation out")
             return
         step, merges = optimizer_step(trainer), self.merges
         merges.drop_unusable()
         merges.drop_nonfinite(step)
+        missing = [self._names.label(merge.name) for merge in merges if not merge.is_ready]
+        warn_of_missing_values(trainer, self._messages, missing, merges.capture.window.why_empty)
         if not merges.are_any_ready:
-            warn_of_missing_values(trainer, self._messages, self._labels, merges.capture.window.why_empty)
             return
         device = trainer.lightning_module.device
         wait_for_device(device)
@@ -153,34 +162,34 @@ class MergedValidation:
         if results is None:
             results = self._validate_merges(trainer, step)
             self._frozen.keep(results, step)
-        live = self._validated(trainer, self._limit_batches) if self._needs_live(trainer, results) else None
+        needs_live = is_limited and not are_sums_known(results.merges)
+        live = self._validated(trainer, self._limit_batches) if needs_live else None
         diagnostics = dict(results.diagnostics)
         if self._routers is not None and results.choices:
             diagnostics |= self._routers.compare(results.choices, self._choices(trainer))
         wait_for_device(device)
         diagnostics["seconds"] = time.perf_counter() - began
         self.budget.spend(diagnostics["seconds"], is_costly=not is_free)
-        is_limited = self._is_limited(trainer)
         self._evaluation = Evaluation(step, results.merges, live, diagnostics, is_limited=is_limited)
 
     def _is_limited(self, trainer: Trainer) -> bool:
+        """Whether the merges have fewer batches than the live model, on any rank. All ranks must call it together."""
+        if self._limit_batches is None:
+            return False
         num_batches, num_live_batches = num_limited_batches(trainer, self._limit_batches)
-        return num_batches < num_live_batches
-
-    def _needs_live(self, trainer: Trainer, results: Results) -> bool:
-        """Whether the live validation will not tell all that the merges are compared with."""
-        return self._is_limited(trainer) and not are_sums_known(results.merges)
+        return trainer.strategy.reduce_boolean_decision(num_batches < num_live_batches, all=False)
 
     def _validate_merges(self, trainer: Trainer, step: int) -> Results:
         results = Results()
         for merge, row in self.merges.rows(step):
             if merge.name == self.merges.primary:
-                results.diagnostics.update(merge.diagnostics(row, step))
-            with self.merges.swapped_in(trainer.lightning_module, merge, row):
+                results.diagnostics.update(merge.diagnostics(row))
+            what = f"in the validation of the merge {merge.name!r}, which is before that of the live model"
+            with noted(what), self.merges.swapped_in(trainer.lightning_module, merge, row):
                 values = self._validated(trainer, self._limit_batches)
                 if merge.name == self.merges.primary:
                     results.choices.update(self._choices(trainer))
-            made_of = merge.ring_coefficients(), merge.intervals, merge.composition(step), merge.describe(step)
+            made_of = merge.ring_coefficients(), merge.intervals, merge.composition(step), merge.describe()
             results.merges[merge.name] = Evaluated(merge, *made_of, values)
             # Frees this merge's memory before the next merge is made.
             del row
@@ -189,25 +198,25 @@ class MergedValidation:
     def after_validation(self, trainer: Trainer, live: Mapping[str, LoggedValue]) -> dict[str, LoggedValue]:
         """Returns what to log beside the live values: merged values, gains, predictions and diagnostics."""
         self._frozen.see(live.keys())
-        comparison = Comparison(live)
+        comparison = Comparison(live, live)
         if self._evaluation is not None:
             comparison = compare(self._evaluation, live)
         logged = self.predictions.after_validation(moment_of(trainer), self._evaluation, live, comparison)
         if self.budget.share is not None:
             logged[self._names("merge", "num_skipped")] = LoggedValue(torch.tensor(float(self.budget.num_skipped)))
         if (evaluation := self._evaluation) is not None:
-            step = logged_step(trainer, live)
             logged |= merged_and_gains(self._names, comparison, live)
             primary = evaluation.values.get(self.merges.primary, {})
             self._unmoved.look(primary, comparison.live, evaluation.diagnostics.get("spread", 0.0))
             self._check_names(live)
+            warn_of_contrary_modes(trainer, self._messages, self._names, live)
             device = trainer.lightning_module.device
             for key, diagnostic in (evaluation.diagnostics | self.predictions.curvature_gain(evaluation)).items():
                 logged[self._names("merge", key)] = LoggedValue(torch.tensor(diagnostic, device=device))
             if trainer.is_global_zero:
-                self._show(trainer, evaluation, live, logged, step)
+                self._show(trainer, evaluation, live, comparison.beside, logged)
             self._evaluation = evaluation.without_sums()
-        self._latest = optimizer_step(trainer), live, logged
+        self._latest = optimizer_step(trainer), without_sums(comparison.beside), without_sums(logged)
         return {str(name): value for name, value in logged.items()}
 
     def _check_names(self, live: Mapping[str, LoggedValue]) -> None:
@@ -215,6 +224,9 @@ class MergedValidation:
 
         Also says which metrics are taken for losses.
         """
+        if not live:
+            self._messages.say("the validation logs no metric of its epoch, so merges cannot be compared", "no metric")
+            return
         self._messages.say(self._names.unknown(live), "directions")
         for pattern in self._names.higher_is_better:
             if not any(self._names.fits(name, pattern) for name in live):
@@ -224,11 +236,13 @@ class MergedValidation:
 
     def state_dict(self) -> dict[str, Any]:
         budget = asdict(replace(self.budget, elapsed=self._elapsed()))
-        return {"count": self.count.state_dict(), "budget": budget}
+        return {"count": self.count.state_dict(), "budget": budget, "chart": self._dashboards.chart.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, except the share of time, which the user may have changed."""
         self.count.load_state_dict(state["count"])
+        if "chart" in state:
+            self._dashboards.chart.load_state_dict(state["chart"])
         self.budget = replace(Budget(**state["budget"]), share=self.budget.share)
 
     def _elapsed(self) -> float:
@@ -262,32 +276,25 @@ class MergedValidation:
         trainer: Trainer,
         evaluation: Evaluation,
         live: Mapping[str, LoggedValue],
+        beside: Mapping[str, LoggedValue],
         logged: Mapping[LoggedName, LoggedValue],
-        step: int,
     ) -> None:
         """Updates the dashboards and prepares the closing lines; called on rank 0 alone."""
         began = time.perf_counter()
-        primary = evaluation.merges.get(self.merges.primary)
+        primary, step = evaluation.merges.get(self.merges.primary), logged_step(trainer, live)
         coefficients, intervals = (primary.coefficients, primary.intervals) if primary is not None else ({}, [])
         self._dashboards.show(trainer.loggers, live, logged, step, coefficients, intervals=intervals)
         self._num_shown += 1
-        # Beside a live model whose rate decays, a merge of before has no place.
-        if not self.merges.capture.window.is_frozen:
+        # Beside a live model at another rate, a merge of before has no place.
+        if self.merges.capture.is_current:
             made_of = {self._names.label(name): (name, each.description) for name, each in evaluation.merges.items()}
-            has_batch_norms = bool(batch_norms(trainer.lightning_module))
-            circumstances = self._circumstances(evaluation, has_batch_norms=has_batch_norms)
-            self._compared = Compared(evaluation.step, live, logged, made_of, circumstances)
+            history, has_batch_norms = self.predictions.predictor.history, bool(batch_norms(trainer.lightning_module))
+            why = circumstances(evaluation, self.merges, self.predictions.num_steps, history, has_batch_norms)
+            self._compared = Compared(evaluation.step, without_sums(beside), without_sums(logged), made_of, why)
         self.budget.spend(time.perf_counter() - began)
 
-    def _circumstances(self, evaluation: Evaluation, *, has_batch_norms: bool) -> Circumstances:
-        capture, primary = self.merges.capture, evaluation.merges.get(self.merges.primary)
-        return Circumstances(
-            step=evaluation.step,
-            num_steps=self.predictions.num_steps,
-            num_snapshots=len(primary.coefficients) if primary is not None and primary.coefficients else None,
-            capacity=capture.num_snapshots,
-            span_steps=evaluation.diagnostics.get("span_steps", 0.0),
-            is_rate_constant=capture.window.phase.is_stable,
-            has_stale_statistics=has_batch_norms and not self.merges.is_recalibrated,
-            history=self.predictions.predictor.history,
-        )
+    def _since(self) -> str:
+        """Returns, for a title, what came after the latest comparison."""
+        if self.merges.capture.is_current:
+            return ""
+        return f", before the {'decay' if self.merges.capture.window.is_frozen else 'learning rate changed'}"

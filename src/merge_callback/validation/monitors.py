@@ -1,12 +1,15 @@
-"""Tells users of callbacks and schedulers that monitor values of merges when these are not there."""
+"""Tells users of callbacks and schedulers that monitor values of merges what is wrong with that."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Trainer
 
+from merge_callback.live.evaluate import LoggedValue
 from merge_callback.live.learning_rates import optimizer_step
 from merge_callback.utilities.messages import Messages
+from merge_callback.validation.logged import Names
 
 # Kinds of logged values that need a merge.
 _KINDS = ("merged", "merge_gain", "annealed", "forecast")
@@ -25,7 +28,7 @@ def warn_of_repeated_values(trainer: Trainer, messages: Messages, labels: Collec
             messages.warn(
                 f"where a merged validation is left out, EarlyStopping(monitor={stopping.monitor!r}) sees the"
                 " previous value again and counts that as no improvement; choose its patience accordingly",
-                "stopping",
+                f"stopping {stopping.monitor}",
             )
 
 
@@ -46,11 +49,41 @@ def warn_of_missing_values(trainer: Trainer, messages: Messages, labels: Collect
         )
 
 
+def warn_of_contrary_modes(trainer: Trainer, messages: Messages, names: Names, live: Mapping[str, LoggedValue]) -> None:
+    """Warns of callbacks that would take the worst merge for the best.
+
+    Args:
+        trainer: The Trainer.
+        messages: Where it is said.
+        names: The callback's names of logged values, with what is known of the metrics.
+        live: The metrics of the validation.
+    """
+    # What the monitors themselves tell is not asked here.
+    known = replace(names, monitored={})
+    is_more_better = {f"merged{known.label()}/{name}": known.direction(name, value) for name, value in live.items()}
+    is_more_better |= {f"merge_gain{known.label()}/{name}": True for name in live}
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for each in callbacks:
+        monitor, mode = getattr(each, "monitor", None), getattr(each, "mode", None)
+        if mode not in ("min", "max") or not isinstance(monitor, str):
+            continue
+        is_more = is_more_better.get(monitor)
+        if is_more is not None and is_more != (mode == "max"):
+            better = "more" if is_more else "less"
+            messages.warn(
+                f"{type(each).__name__}(monitor={monitor!r}) has mode={mode!r}, but {better} of it is better",
+                f"mode {monitor}",
+            )
+
+
 def _strict_monitors(trainer: Trainer, labels: Collection[str]) -> Iterator[tuple[str, str]]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for each in [*callbacks, *trainer.lr_scheduler_configs]:
         monitor = getattr(each, "monitor", None)
-        if _needs_merge(monitor, labels) and getattr(each, "strict", True):
+        if not _needs_merge(monitor, labels) or not getattr(each, "strict", True):
+            continue
+        # Lightning keeps a value until it is logged again.
+        if monitor not in trainer.callback_metrics:
             yield type(getattr(each, "scheduler", each)).__name__, str(monitor)
 
 

@@ -28,7 +28,7 @@ def observed(merges: MergeSet, step: int, values: Mapping[str, Mapping[str, floa
     evaluated = {}
     for name, of_merge in values.items():
         merge = merges[name]
-        made_of = merge.ring_coefficients(), merge.intervals, merge.composition(step), merge.describe(step)
+        made_of = merge.ring_coefficients(), merge.intervals, merge.composition(step), merge.describe()
         evaluated[name] = Evaluated(merge, *made_of, logged_values(of_merge))
-    diagnostics = {"span_steps": merges[None].span_steps(step)}
+    diagnostics = {"span_steps": merges[None].span_steps()}
     return Evaluation(step, evaluated, None, diagnostics, is_limited=False)

@@ -22,6 +22,7 @@ from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.messages import Messages
 from merge_callback.validation.closing import Decayed
 from merge_callback.validation.comparison import Comparison, stable_values
+from merge_callback.validation.directions import is_a_quality
 from merge_callback.validation.evaluation import Evaluation
 from merge_callback.validation.logged import LoggedName, Names, predictions_and_errors
 from merge_callback.validation.moment import Moment
@@ -72,12 +73,14 @@ class LoggedPredictions:
         step, is_decaying = moment.step, not capture.window.phase.is_stable
         is_end_of_decay = is_decaying and moment.is_last
         self.decayed = self._outcome(step, live) if is_end_of_decay and self.predictor.history else None
-        if evaluation is not None and self._merges.primary in evaluation.merges and capture.is_comparable:
+        # Merges and the live model belong to the same stable phase, which still goes on.
+        is_comparable = not is_decaying and capture.is_current
+        if evaluation is not None and self._merges.primary in evaluation.merges and is_comparable:
             validation = stable_values(evaluation, live, comparison, self._merges, moment.optimizer)
             self.losses, self.num_steps = self._losses(evaluation), moment.num_steps
             self._learn(validation, moment)
             self._forecast(validation)
-        if not is_decaying and (evaluation is None or not capture.is_comparable):
+        if not is_decaying and (evaluation is None or not is_comparable):
             return {}
         logged = predictions_and_errors(
             self._names, "annealed", self.predictor.predictions, live, is_end_of_decay=is_end_of_decay
@@ -109,7 +112,7 @@ class LoggedPredictions:
                 "the learning rate has moved since the latest validation, and forecasts are for decays that begin now"
             )
         if history and metric in history[-1].merged and self.losses is not None and metric not in self.losses:
-            raise NoForecastError(f"{metric!r} is no loss: more of it is better")
+            raise NoForecastError(f"{metric!r} is no loss")
         step = history[-1].step if history else 0
         return self._made(metric, Decay(step, steps_of(length, step), shape, final_rate))
 
@@ -143,7 +146,11 @@ class LoggedPredictions:
     def _losses(self, evaluation: Evaluation) -> list[str]:
         """Returns the metrics of the primary merge where less is better, in the order in which they are logged."""
         values = evaluation.merges[self._merges.primary].values
-        return [name for name, value in values.items() if not self._names.is_higher_better(name, value)]
+        return [
+            name
+            for name, value in values.items()
+            if is_a_quality(name) and not self._names.is_higher_better(name, value)
+        ]
 
     def curvature_gain(self, evaluation: Evaluation) -> dict[str, float]:
         """Returns the curvature gain of the first loss; empty unless the merge's snapshots have known losses."""

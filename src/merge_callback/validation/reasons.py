@@ -4,8 +4,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from merge_callback.capture.merge_set import MergeSet
 from merge_callback.prediction.validations import StableValidation, validation_at
 from merge_callback.utilities.tables import WIDTH
+from merge_callback.validation.evaluation import Evaluation
 
 # Of a shorter window, and in an earlier part of the run, a merge is rarely better.
 YOUNG_SHARE = 0.02
@@ -19,8 +21,9 @@ class Circumstances:
     Args:
         step: Optimizer steps so far.
         num_steps: Planned steps of the run; None if unknown.
-        num_snapshots: Snapshots in the primary merge; None if it is an average over every step.
+        num_snapshots: Snapshots in the ring; None if the primary merge is an average over every step.
         capacity: Most snapshots that the ring holds.
+        is_growing: Whether the ring has not been full yet, at this learning rate.
         span_steps: Optimizer steps that the primary merge covers.
         is_rate_constant: Whether the learning rate was constant in the window.
         has_stale_statistics: Whether the merge has batch norm statistics of the newest snapshot.
@@ -31,6 +34,7 @@ class Circumstances:
     num_steps: int | None
     num_snapshots: int | None
     capacity: int
+    is_growing: bool
     span_steps: float
     is_rate_constant: bool
     has_stale_statistics: bool
@@ -53,9 +57,7 @@ class Circumstances:
         ]
 
     def _window(self) -> str:
-        # A full ring that was thinned has fewer snapshots, but covers its share.
-        is_short = self.span_steps < EARLY_SHARE * self.step
-        if self.num_snapshots is not None and self.num_snapshots < self.capacity and is_short:
+        if self.num_snapshots is not None and self.is_growing:
             return f"the window is young: {self.num_snapshots} of {self.capacity} snapshots"
         if self.span_steps < YOUNG_SHARE * self.step:
             share = self.span_steps / self.step
@@ -79,9 +81,10 @@ class Circumstances:
             if metric in now.live and metric in earlier.live:
                 moved = abs(now.live[metric] - earlier.live[metric])
                 if moved > -gain / 2:
+                    shorter = "an average" if self.num_snapshots is None else "Window(span=...)"
                     return (
                         f"{metric} moved by {moved:.2g} in {age} steps, the mean age of what is merged, which is"
-                        " more than averaging gains; Window(span=...) takes fewer of the snapshots"
+                        f" more than averaging gains; {shorter} over fewer steps lags less"
                     )
         return ""
 
@@ -94,3 +97,36 @@ class Circumstances:
         if not self.has_stale_statistics:
             return ""
         return "batch norm statistics do not fit averaged weights; recalibrate_batches=10 calculates them"
+
+
+def circumstances(
+    evaluation: Evaluation,
+    merges: MergeSet,
+    num_steps: int | None,
+    history: Sequence[StableValidation],
+    has_batch_norms: bool,
+) -> Circumstances | None:
+    """Returns what is known of a run at a validation; None if the primary merge was not validated.
+
+    Args:
+        evaluation: The validation of the merges.
+        merges: The merges of the run.
+        num_steps: Planned steps of the run; None if unknown.
+        history: Validations at constant rates, ascending.
+        has_batch_norms: Whether the module has batch norm layers.
+    """
+    if (primary := evaluation.merges.get(merges.primary)) is None:
+        return None
+    span_steps, ring, window = evaluation.diagnostics["span_steps"], merges.capture.ring, merges.capture.window
+    is_held = window.phase.is_stable and (window.start == "stable" or window.phase.num_steps >= span_steps)
+    return Circumstances(
+        step=evaluation.step,
+        num_steps=num_steps,
+        num_snapshots=len(merges.capture.steps) if primary.coefficients else None,
+        capacity=merges.capture.num_snapshots,
+        is_growing=ring is not None and not ring.is_full and not window.was_thinned,
+        span_steps=span_steps,
+        is_rate_constant=is_held,
+        has_stale_statistics=has_batch_norms and not merges.is_recalibrated,
+        history=history,
+    )

@@ -39,16 +39,6 @@ class FitResult:
     metrics: dict[str, MetricResult]
 
 
-def beside(live: float, gain: float, *, higher_is_better: bool) -> float:
-    """Returns the merged value that belongs beside a live one, also if the merge was validated on fewer batches.
-
-    Examples:
-        >>> beside(2.0, 0.5, higher_is_better=False), beside(0.5, 0.25, higher_is_better=True)
-        (1.5, 0.75)
-    """
-    return live + gain if higher_is_better else live - gain
-
-
 def fit_result(
     names: Names, step: int, live: Mapping[str, LoggedValue], logged: Mapping[LoggedName, LoggedValue]
 ) -> FitResult:
@@ -57,7 +47,7 @@ def fit_result(
     Args:
         names: The callback's names of logged values.
         step: Optimizer steps done.
-        live: Metric -> live value.
+        live: Metric -> live value, as it stands beside the merged one.
         logged: What the callback has logged beside them.
     """
 
@@ -67,43 +57,43 @@ def fit_result(
 
     metrics = {}
     for metric, value in live.items():
-        gain, predicted = (found(kind, metric) for kind in ("merge_gain", "annealed"))
+        merged, gain, predicted = (found(kind, metric) for kind in ("merged", "merge_gain", "annealed"))
         is_higher_better = names.is_higher_better(metric, value)
-        merged = None if gain is None else beside(float(value.value), gain, higher_is_better=is_higher_better)
         metrics[metric] = MetricResult(float(value.value), merged, gain, predicted, is_higher_better)
     return FitResult(names.callback, step, found("merge", "span_steps"), found("merge", "seconds"), metrics)
 
 
-def result_of_last_fit(results: Sequence[FitResult]) -> FitResult:
-    """Returns, of the callbacks of the last fit, the result of the first one that has a merge, else of the first one.
+def result_of_last_fit(fits: Sequence[Sequence[FitResult]]) -> FitResult | None:
+    """Returns, of the last fit with results, that of the first callback that has a merge, else of the first one.
 
     Args:
-        results: What was collected; at least one.
+        fits: What was collected. The result is None if there is none.
     """
-    last: list[FitResult] = []
-    for result in reversed(results):
-        # Where a name occurs again, an earlier fit ended.
-        if result.callback in [each.callback for each in last]:
-            break
-        last.insert(0, result)
-    return next((each for each in last if each.span_steps is not None), last[0])
+    last = next((results for results in reversed(fits) if results), [])
+    return next((each for each in last if each.span_steps is not None), next(iter(last), None))
 
 
-_collected: ContextVar[list[FitResult] | None] = ContextVar("collected", default=None)
+_collected: ContextVar[list[list[FitResult]] | None] = ContextVar("collected", default=None)
 
 
 @contextmanager
-def collecting_results() -> Iterator[list[FitResult]]:
-    """Yields a list to which every fit inside the context adds its result at its end, on the rank that logs."""
-    results: list[FitResult] = []
-    token = _collected.set(results)
+def collecting_results() -> Iterator[list[list[FitResult]]]:
+    """Yields a list to which every fit inside the context adds its results at its end, on the rank that logs."""
+    fits: list[list[FitResult]] = []
+    token = _collected.set(fits)
     try:
-        yield results
+        yield fits
     finally:
         _collected.reset(token)
 
 
+def begin_fit() -> None:
+    """Starts a new group of results. All callbacks of a fit call it before the first of them has a result."""
+    if (fits := _collected.get()) is not None:
+        fits.append([])
+
+
 def collect(make: Callable[[], FitResult]) -> None:
-    """Adds a result to the list of whoever collects them; nothing is made if nobody does."""
-    if (results := _collected.get()) is not None:
-        results.append(make())
+    """Adds a result to those of the fit, for whoever collects them; nothing is made if nobody does."""
+    if (fits := _collected.get()) is not None:
+        fits[-1].append(make())

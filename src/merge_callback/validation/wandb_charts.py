@@ -1,20 +1,21 @@
 """One chart of live, merged, annealed and forecast values in Weights & Biases, which draws it without a click."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from merge_callback.live.evaluate import LoggedValue
+from merge_callback.validation.directions import first_loss
 from merge_callback.validation.logged import LoggedName
 
 # The lines of a chart, in this order, by the kind of logged value.
 LINES = {"live": "live", "merged": "merged", "annealed": "annealed (predicted)", "forecast": "forecast"}
 
 
-class WandbCharts:
+class WandbChart:
     """Draws the first metric of a callback's primary merge as a line chart of all kinds of values.
 
-    A chart holds all its points, so it is drawn again only at the first, second, fourth, eighth ... validation, and at
-    the end of the fit.
+    A chart holds all its points, also those of before a resume. So it is drawn again only at the first, second, fourth,
+    eighth ... validation, and at the end of the fit.
 
     Args:
         label: The callback's label in logged names.
@@ -37,8 +38,7 @@ class WandbCharts:
         """
         if self._metric is None:
             merged = {name.metric: value for name, value in logged.items() if (name.kind, name.label) == self._primary}
-            losses = [metric for metric, value in merged.items() if not value.higher_is_better]
-            self._metric = next(iter([*losses, *merged]), None)
+            self._metric = first_loss({metric: bool(value.higher_is_better) for metric, value in merged.items()})
         if self._metric is None:
             return
         found = {kind: logged.get(LoggedName(kind, self._label, self._metric)) for kind in LINES if kind != "live"}
@@ -46,17 +46,27 @@ class WandbCharts:
             if value is not None:
                 self._points.setdefault(kind, []).append((step, float(value.value)))
 
-    def draw(self, logger: Any) -> None:
-        """Logs the chart, unless it was logged with the same points."""
-        import wandb
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the points, to save them."""
+        return {"metric": self._metric, "points": {kind: list(points) for kind, points in self._points.items()}}
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self._metric = state["metric"]
+        self._points = {kind: list(points) for kind, points in state["points"].items()}
+
+    def draw(self, loggers: Iterable[Any]) -> None:
+        """Logs the chart to each logger, unless it was logged with the same points."""
         kinds = [kind for kind in LINES if kind in self._points]
         num_points = sum(map(len, self._points.values()))
         if num_points == self._drawn:
             return
         self._drawn = num_points
+        import wandb
+
         xs, ys = ([[point[place] for point in self._points[kind]] for kind in kinds] for place in (0, 1))
         keys = [LINES[kind] for kind in kinds]
         chart = wandb.plot.line_series(xs, ys, keys, title=str(self._metric), xname="trainer/global_step")
         last = max(steps[-1] for steps in xs)
-        logger.experiment.log({f"chart{self._label}/{self._metric}": chart, "trainer/global_step": last})
+        for logger in loggers:
+            logger.experiment.log({f"chart{self._label}/{self._metric}": chart, "trainer/global_step": last})
