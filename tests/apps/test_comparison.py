@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from merge_callback import MergeCallback
 from merge_callback.apps.comparison import ComparisonTable, best, comparison_table, read_jobs, write_comparison
-from merge_callback.validation.results import FitResult, result_of_last_fit
-from tests.helpers.toys import Toy, batches, make
+from merge_callback.validation.results import FitResult, collecting_results, result_of_last_fit
+from tests.helpers.toys import Toy, batches, fit, make
 
 # Step, and live and merged value of a loss and of an accuracy. The third job has the best merged loss, the first the
 # best merged accuracy, and the last one the best live accuracy of all.
@@ -222,3 +222,14 @@ def test_of_several_fits_and_callbacks_the_last_fit_s_first_callback_with_a_merg
     # A fit that was not validated has none.
     assert result_of_last_fit([first, []]).seconds == 1.0
     assert result_of_last_fit([]) is None
+
+
+def test_the_result_of_a_job_is_that_of_its_last_fit_whatever_its_callback_is_called(tmp_path):
+    with collecting_results() as fits:
+        for name in ("pretrain", "finetune"):
+            fit(make(Toy), tmp_path / name, MergeCallback(2, 3, name=name), MergeCallback(1, 3, name="second"))
+    assert [[result.callback for result in of_fit] for of_fit in fits if of_fit] == [
+        ["pretrain", "second"],
+        ["finetune", "second"],
+    ]
+    assert result_of_last_fit(fits).callback == "finetune"

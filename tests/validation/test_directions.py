@@ -59,6 +59,11 @@ def test_the_first_that_tells_counts():
     assert more("other") is None
 
 
+class Monitoring:
+    def __init__(self, monitor, mode):
+        self.monitor, self.mode = monitor, mode
+
+
 def test_what_lightning_adds_to_a_name_tells_nothing_else():
     names = Names("merge", "sma", monitored=monitored([Monitoring("merged/quality/dataloader_idx_0", "max")]))
     value = LoggedValue(torch.tensor(1.0))
@@ -68,10 +73,6 @@ def test_what_lightning_adds_to_a_name_tells_nothing_else():
 
 
 def test_what_monitors_a_merged_value_tells_of_the_live_one():
-    class Monitoring:
-        def __init__(self, monitor, mode):
-            self.monitor, self.mode = monitor, mode
-
     callbacks = [
         Monitoring("merged_late/diversity", "max"),
         Monitoring("val_x", "min"),
