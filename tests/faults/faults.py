@@ -136,8 +136,8 @@ FAULTS = [
     ),
     (
         "the gain has the wrong sign where more is better",
-        "return other - live if higher_is_better else live - other",
-        "return live - other",
+        "                better = -difference if is_better_higher else difference\n",
+        "                better = difference\n",
         "test_the_gain_is_positive_where_the_merge_is_better",
     ),
     (

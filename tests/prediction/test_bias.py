@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from merge_callback.prediction.bias import (
     BranchOutcome,
     calibrate,
-    gain,
     gain_ratio,
     pooled_branches,
     recovered_share,
@@ -25,12 +24,6 @@ def test_the_first_measurement_of_the_field_recovers_nine_tenths():
     outcome = BranchOutcome(1.5056, 1.4081, 1.3967)
     assert round(recovered_share(outcome), 2) == 0.90
     assert gain_ratio(outcome) == pytest.approx(0.1089 / 0.0975)
-
-
-def test_a_gain_has_the_sign_of_better():
-    assert gain(2.0, 1.5) == 0.5
-    assert gain(0.5, 0.75, higher_is_better=True) == 0.25
-    assert gain(0.5, 0.25, higher_is_better=True) == -0.25
 
 
 def test_without_a_change_there_is_no_ratio():

@@ -20,13 +20,10 @@ the decay begins. A fit on one kind says nothing about the other, and this file 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from scipy.special import stdtrit
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # What nobody measures; sums of squares of smaller values are finite.
 HUGE = 1e100
@@ -36,9 +33,6 @@ LEVEL = 0.9
 MIN_BRANCHES = 2
 # All branches of other runs together count as this many of the run's own.
 OTHER_RUNS_WEIGHT = 2.0
-
-
-Value = TypeVar("Value", float, "Tensor")
 
 
 @dataclass(frozen=True)
@@ -63,16 +57,6 @@ class Prediction:
     value: float
     low: float
     high: float
-
-
-def gain(live: Value, other: Value, higher_is_better: bool = False) -> Value:
-    """Returns how much better another value is than the live one; positive is better.
-
-    Examples:
-        >>> gain(1.5, 1.25), gain(0.5, 0.75, higher_is_better=True)
-        (0.25, 0.25)
-    """
-    return other - live if higher_is_better else live - other
 
 
 def curvature_gain(coefficients: Mapping[int, float], losses: Mapping[int, float], merged: float) -> float | None:
