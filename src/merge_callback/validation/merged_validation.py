@@ -288,8 +288,8 @@ class MergedValidation:
         # Beside a live model at another rate, a merge of before has no place.
         if self.merges.capture.is_current:
             made_of = {self._names.label(name): (name, each.description) for name, each in evaluation.merges.items()}
-            history, has_batch_norms = self.predictions.predictor.history, bool(batch_norms(trainer.lightning_module))
-            why = circumstances(evaluation, self.merges, self.predictions.num_steps, history, has_batch_norms)
+            run = self.merges, self.predictions.num_steps, self.predictions.predictor.history
+            why = circumstances(evaluation, *run, has_batch_norms=bool(batch_norms(trainer.lightning_module)))
             self._compared = Compared(evaluation.step, without_sums(beside), without_sums(logged), made_of, why)
         self.budget.spend(time.perf_counter() - began)
 

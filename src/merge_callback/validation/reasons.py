@@ -104,6 +104,7 @@ def circumstances(
     merges: MergeSet,
     num_steps: int | None,
     history: Sequence[StableValidation],
+    *,
     has_batch_norms: bool,
 ) -> Circumstances | None:
     """Returns what is known of a run at a validation; None if the primary merge was not validated.
