@@ -269,9 +269,9 @@ def test_a_monitor_that_no_validation_logs_is_told_of_once_with_those_there_are(
 
 
 @QUIET
-@pytest.mark.parametrize("monitor", ["merged/val_accuracy", "merge_gain/val_loss"])
+@pytest.mark.parametrize("monitor", ["merged/val_accuracy", "merge_gain/val_loss", "merged_late/val_accuracy"])
 def test_a_mode_that_would_keep_the_worst_merge_is_told_of(tmp_path, monitor):
-    callback = MergeCallback(1, 3)
+    callback = MergeCallback(1, 3, merges={"sma": "sma", "late": "wma"})
     saving = MergedCheckpoint(callback, dirpath=tmp_path / "c", monitor=monitor)
     with pytest.warns(UserWarning, match=r"has mode='min', but more of it is better"):
         fit(make(Toy), tmp_path, callback, saving, enable_checkpointing=True)

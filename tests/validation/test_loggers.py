@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+import sys
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_weights_and_biases_has_them_and_knows_their_best(tmp_path):
     }
 
 
-def test_the_chart_of_a_resumed_run_has_the_points_of_before():
+def test_the_chart_of_a_resumed_run_has_the_points_of_before(monkeypatch):
     def value(number):
         return LoggedValue(torch.tensor(number))
 
@@ -100,6 +101,9 @@ def test_the_chart_of_a_resumed_run_has_the_points_of_before():
             chart.add({"val_loss": value(2.0 / step)}, {LoggedName("merged", "", "val_loss"): value(1.0 / step)}, step)
     assert resumed.state_dict() == whole.state_dict()
     assert len(whole.state_dict()["points"]["live"]) == 3
+    # Where a run is resumed without that logger, its package need not be there.
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    resumed.draw([])
 
 
 @pytest.mark.slow

@@ -53,12 +53,12 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
     Raises:
         ValueError: If the file has no such metric; the message names those it has.
     """
-    label = _label(_names(metrics_file))
     with metrics_file.open(newline="") as file:
         reader = csv.DictReader(file)
-        rows = list(reader)
-    if metric not in (reader.fieldnames or ()):
-        raise ValueError(f"{metrics_file} has no metric {metric!r}; it has: {', '.join(reader.fieldnames or ())}")
+        rows, names = list(reader), reader.fieldnames or ()
+    if metric not in names:
+        raise ValueError(f"{metrics_file} has no metric {metric!r}; it has: {', '.join(names)}")
+    label = _label(names)
 
     def number(row: dict[str, str], name: str) -> float | None:
         return float(row[name]) if row.get(name) else None
@@ -88,14 +88,10 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
 
 def merged_metrics(metrics_file: Path) -> list[str]:
     """Returns the names of the metrics that have merged values in a ``metrics.csv``."""
-    names = _names(metrics_file)
+    with metrics_file.open(newline="") as file:
+        names = csv.DictReader(file).fieldnames or ()
     prefix = f"merged{_label(names)}/"
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-
-
-def _names(metrics_file: Path) -> Sequence[str]:
-    with metrics_file.open(newline="") as file:
-        return csv.DictReader(file).fieldnames or ()
 
 
 def _label(names: Sequence[str]) -> str:

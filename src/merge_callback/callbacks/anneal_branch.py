@@ -259,10 +259,12 @@ class AnnealBranch(ShownAsItsCall, PickledWithoutItsRun):
 
     def _calibrated(self, trainer: Trainer) -> str | None:
         """Returns the key of the state of the callback that reads the record; None if there is none."""
+        if self.record is None:
+            return None
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        readers = [each for each in callbacks if isinstance(each, MergeCallback) and each.calibration is not None]
-        record = Path(str(self.record)).absolute()
-        return next((each.state_key for each in readers if Path(str(each.calibration)).absolute() == record), None)
+        read = {each.state_key: each.calibration for each in callbacks if isinstance(each, MergeCallback)}
+        record = Path(self.record).absolute()
+        return next((key for key, path in read.items() if path is not None and Path(path).absolute() == record), None)
 
     def _later_stable_run(
         self, path: str | os.PathLike[str], callback: str | None

@@ -209,7 +209,7 @@ class MergedValidation:
             primary = evaluation.values.get(self.merges.primary, {})
             self._unmoved.look(primary, comparison.live, evaluation.diagnostics.get("spread", 0.0))
             self._check_names(live)
-            warn_of_contrary_modes(trainer, self._messages, self._names, live)
+            warn_of_contrary_modes(trainer, self._messages, self.labels, self._names, live)
             device = trainer.lightning_module.device
             for key, diagnostic in (evaluation.diagnostics | self.predictions.curvature_gain(evaluation)).items():
                 logged[self._names("merge", key)] = LoggedValue(torch.tensor(diagnostic, device=device))

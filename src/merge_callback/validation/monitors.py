@@ -49,25 +49,33 @@ def warn_of_missing_values(trainer: Trainer, messages: Messages, labels: Collect
         )
 
 
-def warn_of_contrary_modes(trainer: Trainer, messages: Messages, names: Names, live: Mapping[str, LoggedValue]) -> None:
+def warn_of_contrary_modes(
+    trainer: Trainer, messages: Messages, labels: Collection[str], names: Names, live: Mapping[str, LoggedValue]
+) -> None:
     """Warns of callbacks that would take the worst merge for the best.
 
     Args:
         trainer: The Trainer.
         messages: Where it is said.
+        labels: Labels of the callback's merges in logged names.
         names: The callback's names of logged values, with what is known of the metrics.
         live: The metrics of the validation.
     """
     # What the monitors themselves tell is not asked here.
     known = replace(names, monitored={})
-    is_more_better = {f"merged{known.label()}/{name}": known.direction(name, value) for name, value in live.items()}
-    is_more_better |= {f"merge_gain{known.label()}/{name}": True for name in live}
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for each in callbacks:
         monitor, mode = getattr(each, "monitor", None), getattr(each, "mode", None)
         if mode not in ("min", "max") or not isinstance(monitor, str):
             continue
-        is_more = is_more_better.get(monitor)
+        kind, _, metric = monitor.partition("/")
+        if metric not in live:
+            continue
+        is_more = None
+        if kind in [f"merge_gain{label}" for label in labels]:
+            is_more = True
+        elif kind in [f"merged{label}" for label in labels]:
+            is_more = known.direction(metric, live[metric])
         if is_more is not None and is_more != (mode == "max"):
             better = "more" if is_more else "less"
             messages.warn(

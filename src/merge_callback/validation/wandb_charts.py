@@ -1,6 +1,6 @@
 """One chart of live, merged, annealed and forecast values in Weights & Biases, which draws it without a click."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge_callback.live.evaluate import LoggedValue
@@ -55,15 +55,15 @@ class WandbChart:
         self._metric = state["metric"]
         self._points = {kind: list(points) for kind, points in state["points"].items()}
 
-    def draw(self, loggers: Iterable[Any]) -> None:
-        """Logs the chart to each logger, unless it was logged with the same points."""
+    def draw(self, loggers: Sequence[Any]) -> None:
+        """Logs the chart to each logger, unless it was logged with the same points, or there is no logger."""
         kinds = [kind for kind in LINES if kind in self._points]
         num_points = sum(map(len, self._points.values()))
-        if num_points == self._drawn:
+        if not loggers or num_points == self._drawn:
             return
-        self._drawn = num_points
         import wandb
 
+        self._drawn = num_points
         xs, ys = ([[point[place] for point in self._points[kind]] for kind in kinds] for place in (0, 1))
         keys = [LINES[kind] for kind in kinds]
         chart = wandb.plot.line_series(xs, ys, keys, title=str(self._metric), xname="trainer/global_step")
