@@ -1719,4 +1719,10 @@ FAULTS = [
         "not ring.is_full",
         "test_a_ring_that_was_full_is_not_young_again",
     ),
+    (
+        "what is kept for the end of a fit refers to the strategy",
+        "        self._latest = optimizer_step(trainer), without_sums(comparison.beside), without_sums(logged)\n",
+        "        self._latest = optimizer_step(trainer), comparison.beside, logged\n",
+        "test_nor_does_a_copy_of_the_callback_within_the_fit",
+    ),
 ]

@@ -90,6 +90,15 @@ def test_at_a_rate_of_zero_live_and_merged_values_are_equal_to_the_bit(tmp_path)
             assert torch.equal(metrics[f"merged/{name}"], metrics[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:MergeCallback.*where a merged validation is left out")
+def test_looking_for_what_is_monitored_before_a_validation_that_is_left_out_changes_nothing(tmp_path):
+    stopping = lightning(".callbacks").EarlyStopping("merged/val_loss", patience=9, check_on_train_epoch_end=False)
+    without = fit(make(BusyToy), tmp_path / "without")
+    watched = fit(make(BusyToy), tmp_path / "with", MergeCallback(1, 3, max_overhead=1e-9), stopping)
+    assert len(watched.logged("merged/val_loss")) == 1
+    assert_same_training(without, watched)
+
+
 def test_other_callbacks_are_there_in_the_merged_validation_but_their_hooks_are_not_called(tmp_path):
     class Asking(Toy):
         def validation_step(self, batch, batch_idx):
