@@ -1,8 +1,9 @@
 # `make demo` and `make test` set everything up themselves; a second call installs nothing again.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# Tests run side by side on two cores, one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# Tests run side by side on two cores. One that hangs fails after five minutes, with its stack.
+ARGS_OF_PYTEST := -n 2 --dist worksteal --timeout 300
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS_OF_PYTEST)
 
 .PHONY: demo test test-fast test-processors test-floors test-versions check package smoke docs benchmark-quick clean
 
@@ -21,7 +22,7 @@ THREADS ?= 2
 NUMERIC := $(addprefix tests/,merging capture prediction live callbacks validation/test_merged_validation.py apps/test_sweep.py)
 test-processors: .venv/installed
 	ATEN_CPU_CAPABILITY=$(CAPABILITY) OMP_NUM_THREADS=$(THREADS) \
-		$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(NUMERIC) $(ARGS)
+		$(BIN)/python -m pytest $(ARGS_OF_PYTEST) -m "not slow" $(NUMERIC) $(ARGS)
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -51,7 +52,7 @@ docs: .venv/installed
 
 # The lowest versions that pyproject.toml admits. An old anyio comes with them, whose plugin pytest warns of.
 test-floors: .venv-floors/installed
-	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -p no:anyio -n 2 --dist worksteal -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -p no:anyio $(ARGS_OF_PYTEST) -m "not slow" $(ARGS)
 
 # Other versions of Python, torch and Lightning, one after the other: an hour, and 7 GB of disk. LEGS="2.7.1 newest".
 test-versions: .venv/installed

@@ -5,6 +5,7 @@ Saves a checkpoint after every step and resumes from it when it is started again
 
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -126,6 +127,8 @@ class Saying(Callback):
 def interrupted(folder, place):
     """A run that gets an interrupt somewhere, and says whether all that was captured is what it should be."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The coverage would wait forever for its own lock, were it interrupted while it has that.
+    sys.settrace(None)
     profile, tracker = Ema(half_life_steps=2), Tracker()
     storage = folder / "snapshots" if place == "files" else place
     callback = MergeCallback(1, 4, merges={"sma": "sma", "ema": profile}, storage=storage)

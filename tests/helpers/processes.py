@@ -1,9 +1,10 @@
 """Processes of a test's own, without the five seconds that importing torch and Lightning takes.
 
 They are forked from a server that has imported these already. The server has run nothing else, so each process begins
-as a new interpreter would.
+as a new interpreter would. One that hangs says where, and ends.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -21,10 +22,12 @@ from tests.helpers.commands import MERGE_CALLBACK, Done
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
 ROOT = Path(__file__).parents[2]
+# Long enough for a busy machine, and shorter than the limit of a test in the Makefile.
+TIMEOUT_SECONDS = 240
 
 
 def begin(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Begins a function of a module in a process of its own, which ends with this one."""
+    """Begins a function of a module in a process of its own, which ends with this one, or with its time."""
     here = Path.cwd()
     # The server imports from the folder in which it is started; where it finds nothing, it does not say so.
     os.chdir(ROOT)
@@ -32,9 +35,19 @@ def begin(function: Callable[..., Any], *arguments: Any) -> Any:
         forkserver.ensure_running()
     finally:
         os.chdir(here)
-    process = CONTEXT.Process(target=function, args=arguments, daemon=True)
+    process = CONTEXT.Process(target=_watched, args=(function, *arguments), daemon=True)
     process.start()
     return process
+
+
+def watch() -> None:
+    """From now on this process has its whole time; at the end of it, it writes the stacks of its threads and ends."""
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
+
+
+def _watched(function: Callable[..., Any], *arguments: Any) -> None:
+    watch()
+    function(*arguments)
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:

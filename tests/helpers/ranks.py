@@ -1,5 +1,6 @@
 """Real processes, connected by gloo, that run functions of the tests side by side as the ranks of one job."""
 
+import faulthandler
 import os
 import queue
 import socket
@@ -10,14 +11,11 @@ from typing import Any
 
 import torch
 
-from tests.helpers.processes import CONTEXT, begin
-
-# Long enough for a busy machine; a hang ends a test with the stack of nobody, so it should be rare.
-TIMEOUT_SECONDS = 240
+from tests.helpers.processes import CONTEXT, TIMEOUT_SECONDS, begin, watch
 
 
 class Ranks:
-    """Processes that start once and run one function after the other.
+    """Processes that start once and run one function after the other; anew after one that hung.
 
     Args:
         world_size: How many.
@@ -25,13 +23,17 @@ class Ranks:
     """
 
     def __init__(self, world_size: int, is_ended_by_errors: bool = False) -> None:
+        self._world_size, self._is_ended_by_errors = world_size, is_ended_by_errors
+        self._begin()
+
+    def _begin(self) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self._answers: Any = CONTEXT.Queue()
-        self._tasks = [CONTEXT.Queue() for _ in range(world_size)]
+        self._tasks = [CONTEXT.Queue() for _ in range(self._world_size)]
         self._processes = [
-            begin(_serve, rank, world_size, port, is_ended_by_errors, (tasks, self._answers))
+            begin(_serve, rank, self._world_size, port, self._is_ended_by_errors, (tasks, self._answers))
             for rank, tasks in enumerate(self._tasks)
         ]
 
@@ -49,9 +51,12 @@ class Ranks:
         found: dict[int, tuple[bool, Any]] = {}
         for _ in self._tasks:
             try:
-                rank, is_done, answer = self._answers.get(timeout=TIMEOUT_SECONDS)
+                # They end by themselves, and say where they are, a little before.
+                rank, is_done, answer = self._answers.get(timeout=TIMEOUT_SECONDS + 20)
             except queue.Empty:
                 missing = set(range(len(self._tasks))) - found.keys()
+                self.stop()
+                self._begin()
                 raise AssertionError(f"ranks {missing} gave no answer; the others: {found}") from None
             found[rank] = (is_done, answer)
         return [found[rank] for rank in range(len(self._tasks))]
@@ -85,7 +90,10 @@ def _serve(rank: int, world_size: int, port: int, is_ended_by_errors: bool, queu
     ]
     for message in theirs:
         warnings.filterwarnings("ignore", message)
+    # They wait for as long as other tests take.
+    faulthandler.cancel_dump_traceback_later()
     while (task := tasks.get()) is not None:
+        watch()
         function, arguments = task
         # Lightning takes it away after each fit.
         os.environ["WORLD_SIZE"] = str(world_size)
@@ -95,5 +103,6 @@ def _serve(rank: int, world_size: int, port: int, is_ended_by_errors: bool, queu
             answers.put((rank, False, traceback.format_exc()))
             if is_ended_by_errors:
                 return
+        faulthandler.cancel_dump_traceback_later()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
