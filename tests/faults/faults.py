@@ -941,8 +941,8 @@ FAULTS = [
     ),
     (
         "a wait that is interrupted is taken for one that is over",
-        "            wait([self._work])\n            work, self._work = self._work, None\n",
-        "            work, self._work = self._work, None\n",
+        "            self._work.wait()\n            error, self._work = self._work.error, None\n",
+        "            work, self._work = self._work, None\n            work.wait()\n            error = work.error\n",
         "test_a_wait_that_is_interrupted_is_not_over",
     ),
     (
