@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from merge_callback.checkpoints.stored import StoredCheckpoint
+from merge_callback.checkpoints.stored import StoredCheckpoint, StoredTensor
 from merge_callback.live.names import fits
 from merge_callback.merging.combine import Row, combine_
 
@@ -50,33 +51,36 @@ def merged_tensor(
     Args:
         name: Name of the tensor.
     """
-    stored = opened[-1].tensors[name]
-    out = stored.like("cpu")
+    last = opened[-1].tensors[name]
     if fits(name, newest):
-        out.view(-1).copy_(stored[:])
-    elif stored.dtype.is_complex:
-        rows = [_RealNumbers(_Finite(checkpoint, name)) for checkpoint in opened]
-        combine_([torch.view_as_real(out).view(-1)], rows, [values])
-    elif stored.dtype.is_floating_point:
-        combine_([out.view(-1)], [_Finite(checkpoint, name) for checkpoint in opened], [values])
+        return last[:].view(last.shape)
+    if not (last.dtype.is_floating_point or last.dtype.is_complex):
+        return _same(opened, name).view(last.shape)
+    # In the order of the newest file: parts of the rows of a transposed matrix lie all over it.
+    dims = last.outermost_first
+    rows = [_Finite(name, checkpoint.path, checkpoint.tensors[name].permute(dims)) for checkpoint in opened]
+    out = last.permute(dims).like("cpu")
+    if out.is_complex():
+        combine_([torch.view_as_real(out).view(-1)], [_RealNumbers(row) for row in rows], [values])
     else:
-        out.view(-1).copy_(_same(opened, name))
-    return out
+        combine_([out.view(-1)], rows, [values])
+    return out.permute([dims.index(dim) for dim in range(len(dims))])
 
 
 @dataclass(frozen=True)
 class _Finite:
     """One checkpoint's tensor as a row of the sum. Reading a part with NaN or inf raises ValueError."""
 
-    checkpoint: StoredCheckpoint
     name: str
+    path: Path
+    stored: StoredTensor
 
     def __getitem__(self, part: slice, /) -> Tensor:
-        content = self.checkpoint.tensors[self.name][part]
+        content = self.stored[part]
         # A sum is not finite if one of its terms is not, and takes a quarter of the time. It may also be too large.
         total = content.sum(dtype=torch.promote_types(content.dtype, torch.float32))
         if not total.isfinite() and not content.isfinite().all():
-            raise ValueError(f"{self.name} holds NaN or inf in {self.checkpoint.path}")
+            raise ValueError(f"{self.name} holds NaN or inf in {self.path}")
         return content
 
 

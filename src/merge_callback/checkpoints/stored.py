@@ -6,8 +6,9 @@ Files are not mapped into memory, since all mapped pages would count as memory o
 
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,28 @@ class Piece:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    def elements(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Reads the elements that lie at ``start`` to ``stop`` in the file, counted from the piece's first."""
+        content = torch.empty(stop - start, dtype=dtype)
+        begin = self.position + start * dtype.itemsize
+        read_into(self.file, begin, content.view(torch.uint8).numpy().data)
+        return content
+
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Reads the rows ``start`` to ``stop`` of the piece's first dimension."""
-        shape = (stop - start, *self.shape[1:])
+        shape, begin = (stop - start, *self.shape[1:]), start * self.stride[0]
         span = 1 + sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
-        content = torch.empty(span, dtype=dtype)
-        begin = self.position + start * self.stride[0] * dtype.itemsize
-        read_into(self.file, begin, content.view(torch.uint8).numpy().data)
-        return content.as_strided(shape, self.stride)
+        return self.elements(begin, begin + span, dtype).as_strided(shape, self.stride)
+
+    def permute(self, dims: Sequence[int]) -> "Piece":
+        """Returns the piece with its dimensions in another order."""
+        offsets, shape, stride = (tuple(of[dim] for dim in dims) for of in (self.offsets, self.shape, self.stride))
+        return Piece(self.file, self.position, offsets, shape, stride)
+
+    def row(self, number: int, dtype: torch.dtype) -> "Piece":
+        """Returns one row of the piece's first dimension as a piece of the tensor's row."""
+        position = self.position + number * self.stride[0] * dtype.itemsize
+        return Piece(self.file, position, self.offsets[1:], self.shape[1:], self.stride[1:])
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,18 @@ class StoredTensor:
         num_filled = sum(1 for piece in self.pieces if math.prod(piece.shape))
         return inside and len(starts) == num_filled and sum(math.prod(p.shape) for p in self.pieces) == self.numel
 
+    @property
+    def outermost_first(self) -> list[int]:
+        """The dimensions in the order in which they lie in the file, that of the largest stride first."""
+        strides = self.pieces[0].stride if self.pieces else self.shape
+        return sorted(range(len(self.shape)), key=strides.__getitem__, reverse=True)
+
+    def permute(self, dims: Sequence[int]) -> "StoredTensor":
+        """Returns the tensor with its dimensions in another order, as `torch.permute`."""
+        return StoredTensor(
+            tuple(self.shape[dim] for dim in dims), self.dtype, tuple(each.permute(dims) for each in self.pieces)
+        )
+
     def like(self, device: str) -> Tensor:
         """Returns an uninitialised tensor of the same shape and dtype."""
         return torch.empty(self.shape, dtype=self.dtype, device=device)
@@ -88,24 +115,41 @@ class StoredTensor:
         start, stop, _ = part.indices(self.numel)
         if start >= stop:
             return torch.empty(0, dtype=self.dtype)
-        # A scalar is read as one row of one element.
-        shape = self.shape or (1,)
-        row_numel = math.prod(shape[1:])
+        if self._in_order is not None:
+            return self._in_order.elements(start, stop, self.dtype)
+        row_numel = math.prod(self.shape[1:])
         first, last = start // row_numel, -(-stop // row_numel)
-        rows = torch.empty(last - first, *shape[1:], dtype=self.dtype)
+        if row_numel > stop - start:
+            # Nothing beside the part is read of a row that is longer, such as all experts' weights in a layer.
+            ends = ((number * row_numel, self._row(number)) for number in range(first, last))
+            return torch.cat([row[max(0, start - begin) : stop - begin] for begin, row in ends])
+        rows = torch.empty(last - first, *self.shape[1:], dtype=self.dtype)
         for piece in self.pieces:
-            offset, num_rows = (piece.offsets or (0,))[0], (piece.shape or (1,))[0]
-            low, high = max(first, offset), min(last, offset + num_rows)
+            offset = piece.offsets[0]
+            low, high = max(first, offset), min(last, offset + piece.shape[0])
             if low >= high or 0 in piece.shape:
                 continue
             inside = zip(piece.offsets[1:], piece.shape[1:], strict=True)
             where = (slice(low - first, high - first), *(slice(begin, begin + size) for begin, size in inside))
-            rows[where] = _as_rows(piece).rows(low - offset, high - offset, self.dtype)
+            rows[where] = piece.rows(low - offset, high - offset, self.dtype)
         return rows.view(-1)[start - first * row_numel : stop - first * row_numel]
 
+    @cached_property
+    def _in_order(self) -> Piece | None:
+        """The piece that holds the whole tensor, elements in their order, if there is one; of a scalar there is."""
+        piece, numel = self.pieces[0] if len(self.pieces) == 1 else None, 1
+        if piece is None or piece.shape != self.shape:
+            return None
+        for size, step in zip(reversed(piece.shape), reversed(piece.stride), strict=True):
+            if size != 1 and step != numel:
+                return None
+            numel *= size
+        return piece
 
-def _as_rows(piece: Piece) -> Piece:
-    return piece if piece.shape else Piece(piece.file, piece.position, (0,), (1,), (1,))
+    def _row(self, number: int) -> "StoredTensor":
+        inside = [piece for piece in self.pieces if 0 <= number - piece.offsets[0] < piece.shape[0]]
+        rows = [piece.row(number - piece.offsets[0], self.dtype) for piece in inside]
+        return StoredTensor(self.shape[1:], self.dtype, tuple(rows))
 
 
 @dataclass(frozen=True)
