@@ -140,8 +140,9 @@ def distances(opened: Sequence[StoredCheckpoint]) -> list[list[float]]:
         if not is_merged or fits(name, TAKEN_FROM_NEWEST):
             continue
         wide = torch.promote_types(tensor.dtype, torch.float64)
+        stored = [each.tensors[name].permute(tensor.outermost_first) for each in opened]
         for start in range(0, tensor.numel, CHUNK_NUMEL):
-            parts = [each.tensors[name][start : start + CHUNK_NUMEL].to(wide) for each in opened]
+            parts = [each[start : start + CHUNK_NUMEL].to(wide) for each in stored]
             for (i, one), (j, other) in itertools.combinations(enumerate(parts), 2):
                 square[i][j] += float((one - other).abs().square().sum())
     for i, j in itertools.combinations(range(len(opened)), 2):
