@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -65,7 +66,8 @@ def write_folder(
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.save(
             {_ENTRY: {name: like[name] for name in own}},
-            storage_writer=dcp.FileSystemWriter(unfinished, thread_count=1),
+            # One tensor after the other, also where there is a GPU.
+            storage_writer=dcp.FileSystemWriter(unfinished, thread_count=1, per_thread_copy_ahead=0),
             planner=_MakingPlanner(make),
             no_dist=num_ranks() == 1,
         )
@@ -73,16 +75,21 @@ def write_folder(
 
 
 class _MakingPlanner(DefaultSavePlanner):
-    """Makes each tensor only when it is about to be written."""
+    """Makes each tensor only when it is about to be written, and empties it afterwards: torch keeps all of a file."""
 
     def __init__(self, make: Callable[[str], Tensor]) -> None:
         super().__init__()
         self._make = make
+        self._written = torch.empty(0)
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
-        return self._make(write_item.index.fqn.removeprefix(f"{_ENTRY}."))
+        self._written.untyped_storage().resize_(0)
+        made = self._make(write_item.index.fqn.removeprefix(f"{_ENTRY}."))
+        # Memory that numpy has seen cannot be given back.
+        self._written = made if made.untyped_storage().resizable() else made.clone()
+        return self._written
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from merge_callback.checkpoints.stored import StoredCheckpoint, StoredTensor
 from merge_callback.live.names import fits
 from merge_callback.merging.combine import Row, combine_
+from merge_callback.utilities.background import Background
 
 # Taken from the newest checkpoint, as in a run: batch norm statistics, counters, and what modules keep in their state.
 TAKEN_FROM_NEWEST = ("*running_mean", "*running_var", "*num_batches_tracked", "*_extra_state")
@@ -58,12 +59,13 @@ def merged_tensor(
         return _same(opened, name).view(last.shape)
     # In the order of the newest file: parts of the rows of a transposed matrix lie all over it.
     dims = last.outermost_first
-    rows = [_Finite(name, checkpoint.path, checkpoint.tensors[name].permute(dims)) for checkpoint in opened]
+    used = [(checkpoint, value) for checkpoint, value in zip(opened, values, strict=True) if value]
+    rows: list[Row] = [_Finite(name, each.path, each.tensors[name].permute(dims)) for each, _ in used]
     out = last.permute(dims).like("cpu")
+    flat = out.view(-1)
     if out.is_complex():
-        combine_([torch.view_as_real(out).view(-1)], [_RealNumbers(row) for row in rows], [values])
-    else:
-        combine_([out.view(-1)], rows, [values])
+        flat, rows = torch.view_as_real(out).view(-1), [_RealNumbers(row) for row in rows]
+    combine_([flat], read_ahead(rows, flat.numel()), [[value for _, value in used]])
     return out.permute([dims.index(dim) for dim in range(len(dims))])
 
 
@@ -82,6 +84,54 @@ class _Finite:
         if not total.isfinite() and not content.isfinite().all():
             raise ValueError(f"{self.name} holds NaN or inf in {self.path}")
         return content
+
+
+def read_ahead(rows: Sequence[Row], numel: int) -> list[Row]:
+    """Returns rows that are read on a thread, all of them one part ahead of the sum of the parts before.
+
+    Args:
+        rows: ``[numel]`` each. All of them are read, each part of all rows before the next part.
+        numel: Number of elements of each row.
+    """
+    parts = _Parts(rows, numel)
+    return [_Ahead(parts, number) for number in range(len(rows))]
+
+
+class _Parts:
+    """One part of all rows, and the next one as soon as the thread has read it."""
+
+    def __init__(self, rows: Sequence[Row], numel: int) -> None:
+        self._rows, self._numel = rows, numel
+        self._background = Background("reading")
+        self._part = self._part_ahead = slice(0, 0)
+        self._contents: list[Tensor] = []
+        self._contents_ahead: list[Tensor] = []
+
+    def read(self, part: slice) -> list[Tensor]:
+        if part != self._part:
+            self._background.wait()
+            if part != self._part_ahead:
+                self._read(part)
+            self._part, self._contents = part, self._contents_ahead
+            following = slice(part.stop, min(2 * part.stop - part.start, self._numel))
+            if following.start < following.stop:
+                self._background.begin(self._read, following)
+        return self._contents
+
+    def _read(self, part: slice) -> None:
+        self._contents_ahead = [row[part] for row in self._rows]
+        self._part_ahead = part
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """One of the rows."""
+
+    parts: _Parts
+    number: int
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        return self.parts.read(part)[self.number]
 
 
 @dataclass(frozen=True)
