@@ -17,6 +17,7 @@ from merge_callback.prediction.assessment import (
     Assessed,
     Case,
     cases_of,
+    errors_by_span,
     from_earlier,
     from_earlier_and_others,
     from_other_runs,
@@ -36,8 +37,8 @@ CSV = (
 )
 
 
-def record(step, annealed, run="a", shape="linear"):
-    span_steps = step // 10
+def record(step, annealed, run="a", shape="linear", span_steps=None):
+    span_steps = span_steps or step // 10
     matched = StableValidation(step, span_steps, {"val_loss": 2.25}, {"val_loss": 2.125})
     return AnnealRecord(run, step - span_steps, step, span_steps, shape, {"val_loss": annealed}, matched=matched)
 
@@ -97,6 +98,16 @@ def test_a_case_is_predicted_from_earlier_ones_of_its_run_and_kind():
     assert assessed.error == pytest.approx(0.075)
     (plain,) = from_earlier(cases, weighted=False)
     assert plain.prediction.value == pytest.approx(2.09375)
+
+
+def test_no_error_is_missing_where_decays_of_as_many_steps_have_other_shares():
+    # A hundred steps each.
+    records = [record(step, 2.0, span_steps=100) for step in range(1000, 2000, 50)]
+    assessed = {"earlier": from_earlier(cases_of(records, "val_loss"))}
+    found = errors_by_span(assessed)
+    assert list(found) == ["5%", "6%", "7%", "8%", "9%"]
+    together = [error for of_span in found.values() for error in of_span["earlier"]]
+    assert sorted(together) == sorted(each.error for each in assessed["earlier"])
 
 
 def test_a_case_is_predicted_from_other_runs_of_its_kind():

@@ -50,6 +50,20 @@ def test_the_mean_age_of_a_share_of_training_grows_with_training():
         assert last - ramp(average, 1, last) == pytest.approx(average.span_steps(last) / 2, rel=0.01)
 
 
+def test_late_in_a_long_run_an_average_in_float32_still_follows_the_weights():
+    average, first, num_steps = Ema(half_life=0.05), 1_000_000, 15_000
+    begun = 1 + torch.rand(32, generator=torch.Generator().manual_seed(0)) / 2
+    shadow, twin = Shadow(average), begun.double()
+    shadow.update(first, {"x": begun})
+    for step in range(first + 1, first + num_steps + 1):
+        # Weights move by two parts in ten thousand in a thousand steps.
+        live = begun * (1 + 2e-7 * (step - first))
+        shadow.update(step, {"x": live})
+        twin.lerp_(live.double(), 1 - average.beta(step, 1))
+    assert (shadow.tensors["x"] - twin).norm() < 0.05 * (twin - begun).norm()
+    assert shadow.step > first + num_steps - 20
+
+
 def test_a_half_life_of_a_fixed_length_stands_for_a_span_of_twice_the_mean_age():
     average = Ema(half_life_steps=200)
     assert 2 * (9000 - ramp(average, 1, 9000)) == pytest.approx(average.span_steps(9000), rel=0.01)

@@ -262,12 +262,16 @@ def test_gradients_that_were_written_to_are_told_of(tmp_path):
         run.module.out.bias.grad.add_(1)
 
 
-def test_long_lists_are_taken_for_data_and_left_alone():
+def test_lists_of_any_length_hold_again_what_they_held_and_items_of_short_ones_too():
     module = nn.Linear(1, 1)
-    module.short, module.long = [0], [0] * (MAX_ITEMS + 1)
+    module.short, module.long = [[0]], [[0] for _ in range(MAX_ITEMS + 1)]
     with preserved_attributes(module):
-        module.short[0] = module.long[0] = 1
-    assert (module.short[0], module.long[0]) == (0, 1)
+        for each in (module.short, module.long):
+            each[0][0] = 1
+            each.append([2])
+    assert (len(module.short), len(module.long)) == (1, MAX_ITEMS + 1)
+    # So many are not followed.
+    assert (module.short[0], module.long[0]) == ([0], [1])
 
 
 def test_what_a_signal_handler_sets_in_the_trainer_stays(tmp_path):

@@ -30,6 +30,7 @@ from merge_callback.prediction.assessment import (
     Assessed,
     Case,
     cases_of,
+    errors_by_span,
     from_earlier,
     from_earlier_and_others,
     from_other_runs,
@@ -141,14 +142,9 @@ def page(found: Found) -> str:
     if sum(map(len, assessed.values())) > 1:
         drawn = partial(plot_predicted_against_actual, assessed, found.metric)
         parts.append(_image(drawn, f"predicted against annealed {found.metric}"))
-        spans = sorted({case.span for case in cases})
-        errors = {
-            f"{span:.0%}": {
-                label: [each.error for each in several if each.case.span == span] for label, several in assessed.items()
-            }
-            for span in spans
-        }
-        drawn = partial(plot_errors, errors, "unit of the metric", "length of the decay, share of steps")
+        drawn = partial(
+            plot_errors, errors_by_span(assessed), "unit of the metric", "length of the decay, share of steps"
+        )
         parts.append(_image(drawn, "errors of predictions by length of the decay"))
     if found.records:
         parts += ["<h2>Every anneal</h2>", _anneal_table(found.records, found.metric, assessed)]

@@ -55,9 +55,10 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
     """
     with metrics_file.open(newline="") as file:
         reader = csv.DictReader(file)
-        rows, names = list(reader), reader.fieldnames or ()
-    if metric not in names:
-        raise ValueError(f"{metrics_file} has no metric {metric!r}; it has: {', '.join(names)}")
+        names = reader.fieldnames or ()
+        if metric not in names:
+            raise ValueError(f"{metrics_file} has no metric {metric!r}; it has: {', '.join(names)}")
+        rows = [row for row in reader if row[metric]]
     label = _label(names)
 
     def number(row: dict[str, str], name: str) -> float | None:
@@ -82,7 +83,6 @@ def read_validations(metrics_file: Path, metric: str) -> list[Validation]:
             seconds=number(row, f"merge{label}/seconds"),
         )
         for row in rows
-        if row[metric]
     ]
 
 

@@ -7,6 +7,8 @@ shards are saved beside the model's own, and the callback's state says where.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -105,6 +107,17 @@ def without_shards(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state, "capture": capture, "tensors": {}}
 
 
+class _ReaderOfOne(dcp.FileSystemReader):
+    """Reads the metadata of a checkpoint once for all that is read from it; of a large model they take seconds."""
+
+    _metadata: Any = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+
 @dataclass(frozen=True)
 class TensorReader:
     """Reads this process's part of the saved tensors.
@@ -118,6 +131,11 @@ class TensorReader:
     saved: SavedTensors
     sharding: Sharding
     path: Any = None
+
+    @cached_property
+    def _reader(self) -> dcp.FileSystemReader | None:
+        # torch finds another reader for a URL.
+        return _ReaderOfOne(self.path) if Path(self.path).is_dir() else None
 
     def read(
         self, prefix: str, names: Iterable[str], empty: Callable[[], Mapping[str, Tensor]]
@@ -134,7 +152,7 @@ class TensorReader:
         parts = {name: self.sharding.as_dtensor(name, part) for name, part in empty().items()}
         if parts:
             keyed = {f"{prefix}.{name}": part for name, part in parts.items()}
-            dcp.load({self.saved: keyed}, checkpoint_id=self.path)
+            dcp.load({self.saved: keyed}, checkpoint_id=self.path, storage_reader=self._reader)
         return {name: local(part) for name, part in parts.items()}
 
 

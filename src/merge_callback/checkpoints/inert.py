@@ -4,8 +4,10 @@ import io
 import pickle
 import pickletools
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+_SMALL_BYTES = 4096
 # Tuples that are nested deeper than anybody's.
 _MOST_NESTED = 20
 
@@ -74,7 +76,7 @@ class InertUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, pickled: bytes, known: Mapping[tuple[str, str], Any]) -> None:
-        refuse_excess(pickled)
+        (_refuse_excess_once if len(pickled) <= _SMALL_BYTES else refuse_excess)(pickled)
         super().__init__(io.BytesIO(pickled), encoding="utf-8")
         self._known = _CONTAINERS | dict(known)
 
@@ -131,6 +133,10 @@ def refuse_excess(pickled: bytes) -> None:
             if depth > _MOST_NESTED:
                 raise pickle.UnpicklingError(f"it nests more than {_MOST_NESTED} tuples")
             stack += [depth] * len(opcode.stack_after)
+
+
+# A folder of shards has very many small pickles that are alike.
+_refuse_excess_once = lru_cache(maxsize=1024)(refuse_excess)
 
 
 def _taken_from(stack: list[int | None], what: Sequence[Any]) -> list[int]:

@@ -32,8 +32,10 @@ from merge_callback.live.random_states import remember_generator
 
 # Plain tensors and arrays up to this size (sums, counters) are restored; larger ones are assumed to be constant data.
 MAX_TENSOR_BYTES = 2**20
-# Lists and dicts up to this length are restored.
-MAX_ITEMS = 100_000
+# What is in the items of lists and dicts up to this length is restored; which items they hold, in those of any length.
+MAX_ITEMS = 10_000
+# Lists of what loads data, up to this length, hold again what they held; longer ones are data.
+MAX_INDICES = 100_000
 # Lists of what loads data, such as transforms, are followed up to this length; longer ones are data.
 MAX_PARTS = 100
 # How deep nested containers and objects are followed.
@@ -71,8 +73,7 @@ class Memory:
         if isinstance(value, nn.Module):
             self._remember_module(value, depth)
         elif isinstance(value, (*_CONTAINERS, tuple)):
-            if len(value) <= MAX_ITEMS:
-                self._remember_container(value, depth)
+            self._remember_container(value, depth)
         elif isinstance(value, Tensor):
             self._remember_tensor(value)
         elif isinstance(value, np.ndarray):
@@ -107,7 +108,7 @@ class Memory:
             return
         self.remember_numbers(part)
         for attribute in _attributes(part).values():
-            if isinstance(attribute, list) and len(attribute) <= MAX_ITEMS:
+            if isinstance(attribute, list) and len(attribute) <= MAX_INDICES:
                 self.remember_content(attribute)
             self._remember_transforms(attribute, depth - 1)
 
@@ -167,8 +168,9 @@ class Memory:
     def _remember_container(self, value: Any, depth: int) -> None:
         if not isinstance(value, tuple):
             self.remember_content(value)
-        for item in list(value.values()) if isinstance(value, dict) else value:
-            self.remember(item, depth - 1)
+        if len(value) <= MAX_ITEMS:
+            for item in list(value.values()) if isinstance(value, dict) else value:
+                self.remember(item, depth - 1)
 
     def _remember_tensor(self, tensor: Tensor) -> None:
         if is_lazy(tensor) or tensor.nbytes > MAX_TENSOR_BYTES or tensor.grad_fn is not None:

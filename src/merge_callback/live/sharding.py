@@ -72,8 +72,13 @@ def local_clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_copy(tensor: Tensor) -> Tensor:
-    """Returns a copy to save, in host memory. A shard stays on its device, since it must still be gathered."""
-    return tensor.detach().clone() if is_shard(tensor) else tensor.detach().to("cpu", copy=True)
+    """Returns a copy for rank 0 to save, in host memory; on other ranks the tensor itself, which nobody saves.
+
+    A shard is copied on all ranks, and stays on its device, since it must still be gathered.
+    """
+    if is_shard(tensor):
+        return tensor.detach().clone()
+    return tensor.detach().to("cpu", copy=True) if rank() == 0 else tensor.detach()
 
 
 def all_gather_dict(found: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -1,7 +1,7 @@
 """Measures prediction errors: each real anneal is predicted from earlier ones, or from other runs. Pure functions."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -70,6 +70,23 @@ def cases_of(records: Iterable[AnnealRecord], metric: str) -> list[Case]:
         for record in records
         if (outcome := record.outcome(metric)) is not None
     ]
+
+
+def errors_by_span(assessed: Mapping[str, Sequence[Assessed]]) -> dict[str, dict[str, list[float]]]:
+    """Groups errors by the length of the decay, in per cent of the steps at its end, the shortest first.
+
+    Args:
+        assessed: Label -> predictions of that kind.
+
+    Returns:
+        Length, such as ``"10%"`` -> label -> errors.
+    """
+    spans = sorted(each.case.span for several in assessed.values() for each in several)
+    found: dict[str, dict[str, list[float]]] = {f"{span:.0%}": {label: [] for label in assessed} for span in spans}
+    for label, several in assessed.items():
+        for each in several:
+            found[f"{each.case.span:.0%}"][label].append(each.error)
+    return found
 
 
 def from_earlier(cases: Sequence[Case], form: Form = "ratio", *, weighted: bool = True) -> list[Assessed]:

@@ -1,6 +1,7 @@
 """Forecasts of decays that have not begun, from a run's own validations at a constant rate, without a real anneal."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -9,7 +10,7 @@ from typing import Any
 from merge_callback.prediction.bias import HUGE, Prediction
 from merge_callback.prediction.fitted import Widths, fitted
 from merge_callback.prediction.records import AnnealRecord
-from merge_callback.prediction.river import KEPT, Composition, Decay, River, Seen, are_apart, river
+from merge_callback.prediction.river import HISTORY_SHARE, KEPT, Composition, Decay, River, Seen, are_apart, river
 from merge_callback.prediction.validations import StableValidation
 from merge_callback.utilities.tables import number
 
@@ -85,7 +86,7 @@ def forecast(
     _refuse_decay(decay, found, num_steps)
     is_of_ring = _is_of_ring(known[-1], metric)
     prediction = found.forecast(decay, _widths(known[-1], metric))
-    errors = [error for each in anneals if (error := _error(each, known, metric)) is not None]
+    errors = [error for each in anneals if (error := _error(each, history, metric)) is not None]
     if errors:
         shift = fmean(errors) * len(errors) / (len(errors) + 1) * (prediction.high - prediction.value)
         prediction = Prediction(*(end + shift for end in (prediction.value, prediction.low, prediction.high)))
@@ -107,7 +108,7 @@ def current_river(history: Sequence[StableValidation], metric: str) -> River:
 
 
 def _usable(history: Sequence[StableValidation], metric: str) -> list[StableValidation]:
-    """Returns the validations at the newest one's rate that have the metric and the merge's composition."""
+    """Returns those validations at the newest one's rate that count, with the metric and the merge's composition."""
     if not history:
         raise NoForecastError("there is no validation of the merge at a constant rate yet")
     now = history[-1]
@@ -123,14 +124,18 @@ def _usable(history: Sequence[StableValidation], metric: str) -> list[StableVali
             f"with {now.optimizer}, decays gained much more than live and merged losses tell, by amounts that nothing"
             " in the run foretold (benchmarks/forecast)"
         )
-    known = [
-        each
-        for each in history
-        if each.phase == now.phase
-        and each.rule == now.rule
-        and _is_on_river(each.step, each.composition)
-        and all(abs(values.get(metric, math.nan)) < HUGE for values in (each.live, each.merged))
-    ]
+    known: list[StableValidation] = []
+    for each in reversed(history):
+        is_old = each.step < (1 - HISTORY_SHARE) * now.step and len(known) >= MIN_VALIDATIONS
+        if is_old or each.phase != now.phase:
+            break
+        if (
+            each.rule == now.rule
+            and _is_on_river(each.step, each.composition)
+            and all(abs(values.get(metric, math.nan)) < HUGE for values in (each.live, each.merged))
+        ):
+            known.append(each)
+    known.reverse()
     if len(known) < MIN_VALIDATIONS or known[-1] is not now:
         raise NoForecastError(
             f"it needs {MIN_VALIDATIONS} validations with finite values at this rate, and there are {len(known)}"
@@ -200,14 +205,16 @@ def _refuse_decay(decay: Decay, found: River, num_steps: int | None) -> None:
         raise NoForecastError(f"step {found.now} lies in the first tenth of the {num_steps} steps of the run")
 
 
-def _error(record: AnnealRecord, known: Sequence[StableValidation], metric: str) -> float | None:
+def _error(record: AnnealRecord, history: Sequence[StableValidation], metric: str) -> float | None:
     """Returns by how much an anneal ended above its forecast, in half the interval; None if there is none.
 
     One that is far off says that something else happened, and counts no more than `MAX_ERROR`.
     """
-    before = [each for each in known if each.step <= record.start_step]
+    before, now = history[: bisect_right(history, record.start_step, key=lambda each: each.step)], history[-1]
     annealed = record.annealed.get(metric, math.nan)
     if not before or before[-1].step != record.start_step or not abs(annealed) < HUGE or record.shape not in KEPT:
+        return None
+    if (before[-1].phase, before[-1].rule) != (now.phase, now.rule):
         return None
     decay = Decay(record.start_step, record.step - record.start_step, record.shape)
     try:

@@ -69,6 +69,17 @@ class AnnealPredictor:
         self.fits: dict[str, AnnealFit] = {}
         self._file = RecordsFile(calibration) if calibration is not None and not self.is_prior else None
         self._records: list[AnnealRecord] = []
+        # The first validation, and the identity of the run that it makes.
+        self._first: StableValidation | None = None
+        self._run: str | None = None
+
+    @property
+    def run(self) -> str | None:
+        """`run_identity` of the history."""
+        first = self.history[0] if self.history else None
+        if first is not self._first:
+            self._first, self._run = first, run_identity(self.history)
+        return self._run
 
     @property
     def is_prior(self) -> bool:
@@ -112,8 +123,7 @@ class AnnealPredictor:
     @property
     def own_anneals(self) -> list[AnnealRecord]:
         """The real anneals of this run that have begun by now."""
-        run = run_identity(self.history)
-        return [each for each in self._records if each.run == run and each.start_step <= self.history[-1].step]
+        return [each for each in self._records if each.run == self.run and each.start_step <= self.history[-1].step]
 
     def curvature_gain(self, metric: str, coefficients: Mapping[int, float], step: int) -> float | None:
         """Returns `bias.curvature_gain` at this step; None unless the merge and each snapshot in it were validated."""
@@ -142,8 +152,8 @@ class AnnealPredictor:
         if self._file is None:
             return []
         try:
-            (found, problems), run = self._file.read(), run_identity(self.history)
-            self._records = [completed(each, self.history) if each.run == run else each for each in found]
+            found, problems = self._file.read()
+            self._records = [completed(each, self.history) if each.run == self.run else each for each in found]
             for record, old in zip(self._records, found, strict=True):
                 if record != old and may_write:
                     append_record(self._file.path, record)
@@ -153,7 +163,7 @@ class AnnealPredictor:
 
     def fit(self, metric: str, losses: Collection[str]) -> AnnealFit | None:
         """Returns the fit for predictions at the newest validation; None if there are too few branches."""
-        now, run = self.history[-1], run_identity(self.history)
+        now, run = self.history[-1], self.run
         if self.is_prior:
             # The benchmark behind the prior covers only losses, and runs whose merge was better than the live model.
             is_like_them = metric in losses and now.merged[metric] < now.live[metric]
