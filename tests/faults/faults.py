@@ -1749,4 +1749,10 @@ FAULTS = [
         "            if len(value) <= MAX_ITEMS:\n                self._remember_container(value, depth)\n",
         "test_lists_of_any_length_hold_again_what_they_held_and_items_of_short_ones_too",
     ),
+    (
+        "the metadata of a checkpoint are read anew for each snapshot",
+        "checkpoint_id=self.path, storage_reader=self._reader)",
+        "checkpoint_id=self.path)",
+        "test_the_metadata_of_a_checkpoint_are_read_once_by_each_callback",
+    ),
 ]

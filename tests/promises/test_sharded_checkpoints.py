@@ -1,6 +1,9 @@
 """Several ranks: interrupted runs, shards in checkpoints, and exports."""
 
+import inspect
 import json
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from merge_callback import (
     MergeCallback,
     MergedCheckpoint,
 )
+from merge_callback.capture.state import TensorReader
 from merge_callback.checkpoints.write import read_provenance, save, weights_checkpoint
 from merge_callback.live.sharding import Sharding, local
 from tests.helpers.ranks import Ranks
@@ -73,6 +77,30 @@ def test_a_run_on_two_ranks_goes_on_with_its_window_on_one(tmp_path, two_ranks, 
     for name in (*MERGES, "means"):
         for key, tensor in whole["merged"][name].items():
             torch.testing.assert_close(alone["merged"][name][key], tensor, rtol=0, atol=1e-5)
+
+
+def reads_of_metadata(folder: Path) -> list[str]:
+    """Every opening of a checkpoint's metadata that the capture asked for, when a run is resumed."""
+    opened, ours = [], inspect.getfile(TensorReader)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        is_metadata = event == "open" and str(arguments[0]).endswith(".metadata")
+        if is_metadata and any(frame.f_code.co_filename == ours for frame, _ in traceback.walk_stack(None)):
+            opened.append(str(arguments[0]))
+
+    # It cannot be taken away again, so this process is no other test's.
+    sys.addaudithook(watch)
+    resumed_form(folder / "again", "fsdp1", "shards", str(folder / "at-7.ckpt"), 12)
+    return opened
+
+
+def test_the_metadata_of_a_checkpoint_are_read_once_by_each_callback(tmp_path, two_ranks):
+    two_ranks.run(resumed_form, tmp_path / "first", "fsdp", "shards", None, 7)
+    ranks = Ranks(1)
+    (opened,) = ranks.run(reads_of_metadata, tmp_path)
+    ranks.stop()
+    # There are two callbacks, the one with three snapshots and an average.
+    assert opened == [str(tmp_path / "at-7.ckpt" / ".metadata")] * 2
 
 
 def stored_in_place(folder: Path) -> dict[str, Any]:
