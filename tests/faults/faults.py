@@ -1727,8 +1727,8 @@ FAULTS = [
     ),
     (
         "late in a long run, float32 loses what a step adds to an average",
-        "self.average.beta(step, step - self.step) >= MIN_SHARE\n",
-        "self.average.beta(step, step - self.step) > 0\n",
+        "self.average.beta(step, step - self.step) >= MIN_SHARE",
+        "self.average.beta(step, step - self.step) > 0",
         "test_late_in_a_long_run_an_average_in_float32_still_follows_the_weights",
     ),
     (

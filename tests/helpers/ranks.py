@@ -4,6 +4,7 @@ import faulthandler
 import os
 import queue
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -49,10 +50,11 @@ class Ranks:
         for tasks in self._tasks:
             tasks.put((function, arguments))
         found: dict[int, tuple[bool, Any]] = {}
+        # They end by themselves, and say where they are, a little before.
+        end = time.monotonic() + TIMEOUT_SECONDS + 20
         for _ in self._tasks:
             try:
-                # They end by themselves, and say where they are, a little before.
-                rank, is_done, answer = self._answers.get(timeout=TIMEOUT_SECONDS + 20)
+                rank, is_done, answer = self._answers.get(timeout=max(0, end - time.monotonic()))
             except queue.Empty:
                 missing = set(range(len(self._tasks))) - found.keys()
                 self.stop()

@@ -53,13 +53,13 @@ class Shadow:
         """
         if self.step is None or self.tensors.keys() != live.keys():
             self.tensors = {name: shadow_like(tensor).copy_(tensor) for name, tensor in live.items()}
-        elif self.is_due(step, live):
+        elif not self.is_due(step, live):
+            return
+        elif step > self.step:
             share = 1 - self.average.beta(step, step - self.step)
             # Meanwhile an average of no step: one that an interrupt leaves half moved restarts.
             self.step = None
             move_(self.tensors, live, share)
-        else:
-            return
         self.step = step
 
     def is_due(self, step: int, live: Mapping[str, Tensor]) -> bool:
@@ -68,9 +68,9 @@ class Shadow:
         Late in a long run the share of a step is so small that float32 would lose a part of what it adds. Several steps
         then count as one.
         """
-        if self.step is None or self.tensors.keys() != live.keys():
+        if self.step is None or step <= self.step:
             return True
-        return step > self.step and 1 - self.average.beta(step, step - self.step) >= MIN_SHARE
+        return 1 - self.average.beta(step, step - self.step) >= MIN_SHARE or self.tensors.keys() != live.keys()
 
     def write_row_(self, out: list[Tensor], layout: RowLayout) -> list[Tensor]:
         """Writes the average into a row of the layout, in the row's dtypes, and returns the row."""

@@ -59,7 +59,9 @@ def merged_tensor(
         return _same(opened, name).view(last.shape)
     # In the order of the newest file: parts of the rows of a transposed matrix lie all over it.
     dims = last.outermost_first
-    used = [(checkpoint, value) for checkpoint, value in zip(opened, values, strict=True) if value]
+    # In the order in which they are summed, without those that are not.
+    pairs = [(checkpoint, value) for checkpoint, value in zip(opened, values, strict=True) if value]
+    used = sorted(pairs, key=lambda pair: pair[1] < 0)
     rows: list[Row] = [_Finite(name, each.path, each.tensors[name].permute(dims)) for each, _ in used]
     out = last.permute(dims).like("cpu")
     flat = out.view(-1)
@@ -87,10 +89,10 @@ class _Finite:
 
 
 def read_ahead(rows: Sequence[Row], numel: int) -> list[Row]:
-    """Returns rows that are read on a thread, all of them one part ahead of the sum of the parts before.
+    """Returns rows that are read on a thread, one part of one row ahead of the sum, so that memory holds two of them.
 
     Args:
-        rows: ``[numel]`` each. All of them are read, each part of all rows before the next part.
+        rows: ``[numel]`` each, read in this order: each part of all rows before the next part.
         numel: Number of elements of each row.
     """
     parts = _Parts(rows, numel)
@@ -98,29 +100,27 @@ def read_ahead(rows: Sequence[Row], numel: int) -> list[Row]:
 
 
 class _Parts:
-    """One part of all rows, and the next one as soon as the thread has read it."""
+    """The part of a row that will be asked for next, as soon as the thread has read it."""
 
     def __init__(self, rows: Sequence[Row], numel: int) -> None:
         self._rows, self._numel = rows, numel
         self._background = Background("reading")
-        self._part = self._part_ahead = slice(0, 0)
-        self._contents: list[Tensor] = []
-        self._contents_ahead: list[Tensor] = []
+        self._ahead: tuple[int, slice, Tensor] | None = None
 
-    def read(self, part: slice) -> list[Tensor]:
-        if part != self._part:
-            self._background.wait()
-            if part != self._part_ahead:
-                self._read(part)
-            self._part, self._contents = part, self._contents_ahead
-            following = slice(part.stop, min(2 * part.stop - part.start, self._numel))
-            if following.start < following.stop:
-                self._background.begin(self._read, following)
-        return self._contents
+    def read(self, number: int, part: slice) -> Tensor:
+        self._background.wait()
+        if self._ahead is None or self._ahead[:2] != (number, part):
+            self._read(number, part)
+        assert self._ahead is not None
+        *_, content = self._ahead
+        if number + 1 < len(self._rows):
+            self._background.begin(self._read, number + 1, part)
+        elif part.stop < self._numel:
+            self._background.begin(self._read, 0, slice(part.stop, min(2 * part.stop - part.start, self._numel)))
+        return content
 
-    def _read(self, part: slice) -> None:
-        self._contents_ahead = [row[part] for row in self._rows]
-        self._part_ahead = part
+    def _read(self, number: int, part: slice) -> None:
+        self._ahead = number, part, self._rows[number][part]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _Ahead:
     number: int
 
     def __getitem__(self, part: slice, /) -> Tensor:
-        return self.parts.read(part)[self.number]
+        return self.parts.read(self.number, part)
 
 
 @dataclass(frozen=True)
